@@ -1,0 +1,133 @@
+"""What the mapping needs to know about a source table: plain facts, read from the catalog by ``postgres/catalog.py``."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+class TypeKind(enum.Enum):
+    """``pg_type.typtype``, with arrays told apart from other base types."""
+
+    BASE = "base"
+    ARRAY = "array"
+    DOMAIN = "domain"
+    ENUM = "enum"
+    COMPOSITE = "composite"
+    RANGE = "range"
+    MULTIRANGE = "multirange"
+    PSEUDO = "pseudo"
+
+
+@dataclass(frozen=True, slots=True)
+class PgType:
+    """A Postgres type with everything below it resolved.
+
+    ``element`` is the array's element, the domain's base type, or the (multi)range's subtype. ``fields`` are a
+    composite's attributes. ``extension`` is the extension that owns the type ("vector", "postgis", "hstore", ...).
+    ``typmod`` is what the column, or else the domain, declares (-1: nothing). ``has_binary_output`` is false if the
+    type itself has no send function.
+    """
+
+    oid: int
+    schema: str
+    name: str
+    kind: TypeKind = TypeKind.BASE
+    element: PgType | None = None
+    fields: tuple[tuple[str, PgType], ...] = ()
+    extension: str | None = None
+    typmod: int = -1
+    has_binary_output: bool = True
+
+    @property
+    def base(self) -> PgType:
+        """The type under all domains."""
+        type_ = self
+        while type_.kind is TypeKind.DOMAIN and type_.element is not None:
+            type_ = type_.element
+        return type_
+
+    @property
+    def is_pgvector(self) -> bool:
+        """Whether this is a type of the pgvector extension (in whatever schema)."""
+        return self.extension == "vector"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A live column. ``generated`` is "" (no), "s" (stored) or "v" (virtual); ``storage`` is ``attstorage``."""
+
+    name: str
+    attnum: int
+    type: PgType
+    not_null: bool = False
+    generated: str = ""
+    storage: str = "p"
+
+
+@dataclass(frozen=True, slots=True)
+class IndexColumn:
+    """A key column of an index: ``column`` is None for an expression, whose SQL is then in ``expression``."""
+
+    column: str | None
+    opclass: str
+    expression: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """An index; ``options`` are its storage parameters (``m``, ``ef_construction``, ``lists``...)."""
+
+    name: str
+    method: str
+    columns: tuple[IndexColumn, ...]
+    unique: bool = False
+    primary: bool = False
+    valid: bool = True
+    immediate: bool = True
+    predicate: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A relation that holds rows of the table: the table itself, or a leaf partition.
+
+    ``pages`` is the actual size in blocks; ``estimated_rows`` the planner's estimate (-1: never analysed).
+    """
+
+    oid: int
+    schema: str
+    name: str
+    relfilenode: int
+    pages: int
+    estimated_rows: float
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table or partitioned table.
+
+    ``replica_identity`` is "d", "n", "f" or "i"; ``identity_columns`` the columns that old-key tuples carry (all of them
+    under "f", none under "n"). ``primary_key`` is in index order and empty when there is none. ``deferrable_key`` says
+    that the primary key constraint is deferrable. ``row_security`` says that policies would apply to the current role.
+    """
+
+    oid: int
+    schema: str
+    name: str
+    partitioned: bool
+    columns: tuple[Column, ...]
+    primary_key: tuple[str, ...]
+    replica_identity: str
+    identity_columns: tuple[str, ...]
+    indexes: tuple[Index, ...]
+    leaves: tuple[Leaf, ...]
+    deferrable_key: bool = False
+    row_security: bool = False
+
+    @property
+    def qualified_name(self) -> str:
+        """``schema.table``, unquoted: for people, logs and metric labels."""
+        return f"{self.schema}.{self.name}"

@@ -1,0 +1,178 @@
+"""The seam between the engine and Qdrant: what a sink must do, whether a server or an embedded engine is behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.rows import PointId, Row
+
+
+@dataclass(slots=True)
+class Changes:
+    """Final operations on points of one table. No id occurs twice in it, in whatever list.
+
+    ``upserts``: rows known in full. ``partials``: rows with UNCHANGED values (payload, vectors or both), whose stored
+    values stay as they are. ``deletes``: ids, present or not.
+    """
+
+    upserts: list[tuple[PointId, Row]] = field(default_factory=list)
+    partials: list[tuple[PointId, Row]] = field(default_factory=list)
+    deletes: list[PointId] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.upserts) + len(self.partials) + len(self.deletes)
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """Outcome of :meth:`TableWriter.apply`, once Qdrant said Completed to all of it.
+
+    ``missing``: ids of partials whose point does not exist; nothing was written for them, the engine fetches the rows
+    from Postgres and upserts them. ``refused``: points Qdrant takes as invalid, isolated by halving, with its reason;
+    everything else was written.
+    """
+
+    missing: frozenset[PointId] = frozenset()
+    refused: tuple[tuple[PointId, str], ...] = ()
+
+
+class TableWriter(Protocol):
+    """Writes the points of one table. Made by :meth:`Sink.writer`; holds the compiled encoders of its plan."""
+
+    @property
+    def plan(self) -> TablePlan:
+        """The plan it was made for."""
+        ...
+
+    async def apply(self, changes: Changes) -> Applied:
+        """Write all changes and return when Qdrant has completed every one.
+
+        Safe to call again with the same changes after any error. Raises :class:`SinkError` with kind SINK_UNAVAILABLE,
+        SINK_UNKNOWN (deadline, INTERNAL, WaitTimeout: may or may not have been written), SINK_RATE_LIMITED, SINK_AUTH
+        or COLLECTION_MISSING. Never retries by itself.
+        """
+        ...
+
+    async def clear(self) -> None:
+        """Remove every point of the table (with a namespace: only those that carry it). Errors as :meth:`apply`."""
+        ...
+
+    async def count(self) -> int:
+        """Exact number of points of the table."""
+        ...
+
+    def scroll_ids(self, page: int = 1000) -> AsyncIterator[list[PointId]]:
+        """All ids of the table's points, in pages."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionState:
+    """A finding of :meth:`Sink.inspect`: whether the collection exists, and how many points it holds."""
+
+    exists: bool
+    points: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TableState:
+    """Our record of one table of the pipeline; ``copied`` once its first copy is complete."""
+
+    table: str
+    collection: str
+    plan_fingerprint: str
+    copied: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineState:
+    """Our record of a pipeline: which slot on which cluster it belongs to, and how far the first copy is.
+
+    ``system_identifier`` and ``timeline`` as told by IDENTIFY_SYSTEM when the slot was created; ``slot_lsn`` is the
+    slot's consistent point.
+    """
+
+    pipeline: str
+    slot: str
+    publication: str
+    system_identifier: str
+    timeline: int
+    slot_lsn: int
+    tables: tuple[TableState, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A row that could not be written. ``key`` is the point id and ``reason`` holds no row values."""
+
+    pipeline: str
+    table: str
+    key: str
+    lsn: str
+    commit_time: str
+    reason: str
+
+
+class StateStore(Protocol):
+    """The pipeline's records beside the data. Every write is durable when it returns. Errors as for writers, and StateError."""
+
+    async def load(self, pipeline: str) -> PipelineState | None: ...
+
+    async def save(self, state: PipelineState) -> None: ...
+
+    async def forget(self, pipeline: str) -> None:
+        """Remove the pipeline's record and its dead letters."""
+        ...
+
+    async def park(self, letters: Sequence[DeadLetter]) -> None:
+        """Keep dead letters; the same table and key replaces the earlier one."""
+        ...
+
+    async def dead_letters(self, pipeline: str) -> list[DeadLetter]: ...
+
+    async def release(self, pipeline: str, letters: Sequence[tuple[str, str]]) -> None:
+        """Remove dead letters by (table, key), present or not."""
+        ...
+
+
+class Sink(Protocol):
+    """Qdrant, opened. One an event loop and process."""
+
+    @property
+    def multi_process(self) -> bool:
+        """Whether other processes may open the same sink at the same time (a server: yes; an embedded database: no)."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Server or engine version."""
+        ...
+
+    @property
+    def state(self) -> StateStore: ...
+
+    async def ping(self) -> None:
+        """Raise :class:`SinkError` unless it answers."""
+        ...
+
+    async def inspect(self, plan: TablePlan) -> CollectionState:
+        """Compare the collection with the plan, read-only.
+
+        Raises :class:`SinkError` COLLECTION_MISMATCH naming the vector, what it has and what the plan wants.
+        """
+        ...
+
+    async def ensure_collection(self, plan: TablePlan) -> None:
+        """Create the collection and its payload indexes where absent; else as :meth:`inspect`."""
+        ...
+
+    def writer(self, plan: TablePlan) -> TableWriter: ...
+
+    async def make_durable(self) -> None:
+        """Make everything applied so far survive a power loss. Called before positions are confirmed."""
+        ...
+
+    async def close(self) -> None: ...
