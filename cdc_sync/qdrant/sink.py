@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.mapping.vectors import SparseValue
 from cdc_sync.rows import PointId, Row
 
 
@@ -30,13 +31,26 @@ class Changes:
 class Applied:
     """Outcome of :meth:`TableWriter.apply`, once Qdrant said Completed to all of it.
 
-    ``missing``: ids of partials whose point does not exist; nothing was written for them, the engine fetches the rows
-    from Postgres and upserts them. ``refused``: points Qdrant takes as invalid, isolated by halving, with its reason;
+    ``missing``: ids of partials whose point does not exist, or lacks a payload field that the row left UNCHANGED; the
+    engine fetches the rows from Postgres and upserts them. ``refused``: points Qdrant takes as invalid, isolated by halving, with its reason;
     everything else was written.
     """
 
     missing: frozenset[PointId] = frozenset()
     refused: tuple[tuple[PointId, str], ...] = ()
+
+
+#: A vector as stored: dense, multivector (a list of rows), or sparse. Cosine vectors are stored normalised.
+StoredVector: TypeAlias = list[float] | list[list[float]] | SparseValue
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPoint:
+    """A point as Qdrant returns it. ``vectors`` by name ("" for the unnamed one) is empty unless asked for."""
+
+    id: PointId
+    payload: dict[str, object]
+    vectors: dict[str, StoredVector] = field(default_factory=dict)
 
 
 class TableWriter(Protocol):
@@ -66,6 +80,18 @@ class TableWriter(Protocol):
 
     def scroll_ids(self, page: int = 1000) -> AsyncIterator[list[PointId]]:
         """All ids of the table's points, in pages."""
+        ...
+
+    def scroll_points(
+        self, page: int = 256, with_vectors: bool = True
+    ) -> AsyncIterator[list[StoredPoint]]:
+        """All points of the table with their payload, in pages."""
+        ...
+
+    async def search(
+        self, vector_name: str, vector: StoredVector, limit: int
+    ) -> list[tuple[PointId, float, dict[str, object]]]:
+        """The ``limit`` nearest points of the table with score and payload, best first."""
         ...
 
 

@@ -1,0 +1,41 @@
+# Two commands are enough on a fresh machine with Python >= 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench campaign clean
+
+demo: $(VENV)/.demo
+	$(BIN)/cdc-sync demo $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not campaign" $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check cdc_sync tests
+	$(BIN)/ruff check cdc_sync tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m tests.bench $(ARGS)
+
+campaign: $(VENV)/.dev
+	$(BIN)/python -m pytest -m campaign $(ARGS)
+
+# --group needs pip 25.1, which is newer than what Python 3.11 to 3.13 bring along.
+$(VENV)/.pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.pip pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.pip pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[demo]' --group dev
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,132 @@
+"""Decodes rows into Python objects, by the same plan and to the same values as
+:mod:`cdc_sync.mapping.wire`.
+
+For the embedded engine, which takes objects and not bytes, and for tests.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple, TypeAlias
+
+from cdc_sync.errors import MappingError
+from cdc_sync.mapping.decoding import (
+    MALFORMED,
+    DecodeOptions,
+    Decoder,
+    JsonValue,
+    NonFiniteCount,
+    describe,
+)
+from cdc_sync.mapping.plan import NAMESPACE_FIELD, ColumnPlan, TablePlan
+from cdc_sync.mapping.values import raw_binary_decoder, raw_text_decoder
+from cdc_sync.mapping.vectors import (
+    SparseArrays,
+    SparseValue,
+    VectorReader,
+    compile_vector,
+)
+from cdc_sync.rows import UNCHANGED, Row, TextValue
+
+__all__ = ["PythonCodec", "SparseValue", "VectorValue"]
+
+#: A dense vector, a sparse one, or the rows of a multivector.
+VectorValue: TypeAlias = "list[float] | SparseValue | list[list[float]]"
+
+
+class _Field(NamedTuple):
+    position: int
+    column: ColumnPlan
+    name: str
+    binary: Decoder
+    text: Decoder
+
+
+class _VectorField(NamedTuple):
+    position: int
+    name: str
+    binary: VectorReader
+    text: VectorReader
+
+
+class PythonCodec:
+    """The compiled decoders of one plan. Rows must have the plan's columns, in its order.
+
+    Methods raise :class:`MappingError`, naming table and column, for values that cannot be decoded.
+    """
+
+    def __init__(self, plan: TablePlan) -> None:
+        self._plan: Final = plan
+        self._options = DecodeOptions(plan.numeric_as_string, NonFiniteCount())
+        self._fields = tuple(
+            _Field(
+                position,
+                column,
+                column.field,
+                raw_binary_decoder(column.type, self._options),
+                raw_text_decoder(column.type, self._options),
+            )
+            for position, column in enumerate(plan.columns)
+            if column.field is not None
+        )
+        self._vectors = tuple(
+            _VectorField(position, column.vector.name, *compile_vector(plan.qualified_name, column))
+            for position, column in enumerate(plan.columns)
+            if column.vector is not None
+        )
+
+    @property
+    def plan(self) -> TablePlan:
+        """The plan it was compiled from."""
+        return self._plan
+
+    @property
+    def non_finite(self) -> int:
+        """How many NaN and infinite numbers of payloads became None so far."""
+        return self._options.non_finite.value
+
+    def payload(self, row: Row) -> dict[str, JsonValue]:
+        """Return the known payload: every column that is not UNCHANGED, and the namespace if there
+        is one.
+        """
+        self._check_width(row)
+        payload: dict[str, JsonValue] = {}
+        for position, column, name, binary, text in self._fields:
+            value = row[position]
+            if value is UNCHANGED:
+                continue
+            if value is None:
+                if not self._plan.drop_nulls:
+                    payload[name] = None
+                continue
+            try:
+                payload[name] = text(value) if isinstance(value, TextValue) else binary(value)
+            except MALFORMED as error:
+                raise MappingError(
+                    f"{self._plan.qualified_name}: column {column.name} does not hold a value of "
+                    f"type {describe(column.type)}"
+                ) from error
+        if self._plan.namespace is not None:
+            payload[NAMESPACE_FIELD] = self._plan.namespace
+        return payload
+
+    def vectors(self, row: Row) -> dict[str, VectorValue]:
+        """Return the vectors that are known and not NULL (nor an empty array), by name."""
+        self._check_width(row)
+        vectors: dict[str, VectorValue] = {}
+        for field in self._vectors:
+            value = row[field.position]
+            if value is None or value is UNCHANGED:
+                continue
+            data = (field.text if isinstance(value, TextValue) else field.binary)(value)
+            if isinstance(data, SparseArrays):
+                vectors[field.name] = SparseValue(data.indices.tolist(), data.values.tolist())
+            elif data is not None:
+                vectors[field.name] = data.tolist()
+        return vectors
+
+    def _check_width(self, row: Row) -> None:
+        if len(row) != len(self._plan.columns):
+            raise MappingError(
+                f"{self._plan.qualified_name}: a row has {len(row)} values, the plan "
+                f"{len(self._plan.columns)} columns"
+            )

@@ -1,0 +1,97 @@
+"""Masks secrets in text: connection strings by their form, known secrets by their value.
+
+Everything that is printed or logged passes through :func:`redact`, the messages of other libraries
+and the traces of exceptions too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Final
+from urllib.parse import unquote
+
+from cdc_sync.config import Settings
+
+MASK: Final = "***"
+
+#: Shorter values occur in ordinary text; masking them would garble it and protect nothing.
+_SHORTEST_KNOWN_SECRET: Final = 6
+
+# scheme://user:password@host. Greedy up to the last @ of the word: passwords with an unescaped @ or
+# / are wrong but common, and a word masked too far is better than a password shown in part.
+_URL_PASSWORD = re.compile(r"""(\b[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s/@:"'<>]*:)[^\s"'<>]+(?=@)""")
+
+# password=..., ?sslpassword=...&, PGPASSWORD='...', {"api-key": "..."}, ("api-key", "..."). After a
+# colon or comma only quoted values: "qdrant.api_key: expected a string" is no secret.
+_NAMED_SECRET = re.compile(
+    r"""(?ix)
+    ((?:password|passwd|api[_-]?key|secret|authorization)\b["']?)
+    (?:
+      (\s*=\s*)      (?: '(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*" | [^\s&,;'")\]}]+ )
+    | (\s*[:,]\s*b?) (?: '(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*" )
+    )
+    """
+)
+
+_known: set[str] = set()
+_known_pattern: re.Pattern[str] | None = None
+
+
+def add_secrets(values: Iterable[str]) -> None:
+    """Mask these values wherever they occur from now on, in this process."""
+    global _known_pattern
+    _known.update(value for value in values if len(value) >= _SHORTEST_KNOWN_SECRET)
+    if _known:
+        longest_first = sorted(_known, key=len, reverse=True)
+        _known_pattern = re.compile("|".join(re.escape(value) for value in longest_first))
+
+
+def forget_secrets() -> None:
+    """Forget what :func:`add_secrets` was given."""
+    global _known_pattern
+    _known.clear()
+    _known_pattern = None
+
+
+def redact(text: str) -> str:
+    """``text`` with passwords, API keys and known secrets masked."""
+    if _known_pattern is not None:
+        text = _known_pattern.sub(MASK, text)
+    if "://" in text:
+        text = _URL_PASSWORD.sub(rf"\g<1>{MASK}", text)
+    return _NAMED_SECRET.sub(_mask_named, text)
+
+
+def _mask_named(match: re.Match[str]) -> str:
+    return f"{match[1]}{match[2] or match[3] or ''}{MASK}"
+
+
+def has_password(url: str) -> bool:
+    """Whether a connection string carries a password."""
+    return redact(url) != url
+
+
+def secrets_of(settings: Settings) -> list[str]:
+    """Passwords in connection strings, as written and decoded, and the API key."""
+    secrets = []
+    for url in (settings.source.url.get_secret_value(), settings.qdrant.url):
+        secrets.extend(_passwords_in(url))
+    if settings.qdrant.api_key is not None:
+        secrets.append(settings.qdrant.api_key.get_secret_value())
+    return secrets
+
+
+def _passwords_in(url: str) -> list[str]:
+    found = [match[1] for match in _PASSWORD_IN_AUTHORITY.finditer(url)]
+    found += [match[1] for match in _PASSWORD_IN_QUERY.finditer(url)]
+    found += [
+        re.sub(r"\\(.)", r"\1", match[1] or match[2] or "")
+        for match in _PASSWORD_IN_KEYWORDS.finditer(url)
+    ]
+    return [text for password in found for text in (password, unquote(password)) if text]
+
+
+_PASSWORD_IN_AUTHORITY = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://[^\s/@:]*:(\S+)@")
+_PASSWORD_IN_QUERY = re.compile(r"[?&](?:ssl)?password=([^&\s]+)")
+_PASSWORD_IN_KEYWORDS = re.compile(r"password\s*=\s*(?:'((?:[^'\\]|\\.)*)'|([^\s'&]+))")

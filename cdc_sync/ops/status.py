@@ -1,0 +1,360 @@
+"""What the daemon says about itself: the engine writes the board, the HTTP thread reads it.
+
+:meth:`StatusBoard.snapshot` is the body of ``/status`` and a contract: fields are added, never
+renamed or removed while ``format`` stays 1, and readers ignore what they do not know. Times are RFC
+3339 in UTC, positions ``X/Y`` as Postgres prints them, sizes bytes, durations seconds; what is not
+known yet is null.
+
+    {
+      "format": 1,
+      "pipeline": {"name": "default", "slot": "cdc_sync", "publication": "cdc_sync"},
+      "state": "streaming",
+      "state_since": "2026-01-01T12:00:00.000Z",
+      "message": null,                 why, in a sentence, when the state does not say it
+      "alive": true, "ready": true,    what /livez and /readyz answer
+      "source": {"up": true, "error": null, "since": "..."},       up is null before the first try
+      "sink": {"up": true, "error": null, "since": "..."},
+      "positions": {"server": "0/3000060", "received": "0/3000060",
+                    "applied": "0/3000028", "acknowledged": "0/3000028"},
+      "lag": {"bytes": 56, "seconds": 0.0},
+      "tables": [{"name": "public.items", "collection": "items", "state": "streaming",
+                  "rows_copied": 400, "rows_estimated": 400, "changes_applied": 12,
+                  "dead_letters": 0, "error": null, "remedy": null}],
+      "tasks": [{"name": "stream", "heartbeat_age_seconds": 0.4}],
+      "versions": {"cdc_sync": "0.1.0", "python": "3.11.7",
+                   "postgres": "16.3", "qdrant": "1.20.0"},
+      "started": "2026-01-01T11:59:00.000Z", "uptime_seconds": 60.1
+    }
+
+The state is starting, standby, snapshotting, catching_up, streaming, draining or failed; a table's
+is pending, copying, catching_up, streaming or failed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, TypedDict, Unpack, get_args
+
+from cdc_sync import __version__
+from cdc_sync.ops.metrics import Metrics, State, TablePhase
+from cdc_sync.ops.redaction import redact
+from cdc_sync.pgoutput.lsn import Lsn
+
+#: A loop that has not turned for so long is stuck.
+HEARTBEAT_LIMIT_SECONDS: Final = 60.0
+
+_WORKING: Final = frozenset({"snapshotting", "catching_up", "streaming"})
+
+
+class TableChanges(TypedDict, total=False):
+    """What :meth:`TableStatus.update` takes."""
+
+    collection: str
+    state: TablePhase
+    rows_copied: int
+    rows_estimated: int | None
+    changes_applied: int
+    dead_letters: int
+    error: str | None
+    remedy: str | None
+
+
+class Positions(TypedDict, total=False):
+    """What :meth:`StatusBoard.positions` takes; LSNs as integers."""
+
+    server: int
+    received: int
+    applied: int
+    acknowledged: int
+
+
+@dataclass(slots=True)
+class _End:
+    """Whether Postgres or Qdrant answers."""
+
+    up: bool | None = None
+    error: str | None = None
+    since: float | None = None
+
+    def set(self, up: bool, error: str | None) -> None:
+        if up != self.up:
+            self.since = time.time()
+        self.up = up
+        self.error = None if up or error is None else redact(error)
+
+    def to_json(self) -> dict[str, object]:
+        since = None if self.since is None else _timestamp(self.since)
+        return {"up": self.up, "error": self.error, "since": since}
+
+
+@dataclass(slots=True)
+class _Fields:
+    """Everything about one table that the status shows."""
+
+    collection: str | None = None
+    state: TablePhase = "pending"
+    rows_copied: int = 0
+    rows_estimated: int | None = None
+    changes_applied: int = 0
+    dead_letters: int = 0
+    error: str | None = None
+    remedy: str | None = None
+
+
+class TableStatus:
+    """One table on the board. Made by :meth:`StatusBoard.table`."""
+
+    def __init__(self, name: str, lock: threading.Lock, changed: Callable[[], None]) -> None:
+        self.name = name
+        self._lock = lock
+        self._changed = changed
+        self._fields = _Fields()
+
+    @property
+    def state(self) -> TablePhase:
+        """Where the table is in its life."""
+        return self._fields.state
+
+    def update(self, **changes: Unpack[TableChanges]) -> None:
+        """Set the fields given; the others stay."""
+        with self._lock:
+            for name, value in changes.items():
+                setattr(self._fields, name, redact(value) if isinstance(value, str) else value)
+            if "state" in changes:
+                self._changed()
+
+    def add(self, *, rows_copied: int = 0, changes_applied: int = 0, dead_letters: int = 0) -> None:
+        """Add to the counts."""
+        with self._lock:
+            self._fields.rows_copied += rows_copied
+            self._fields.changes_applied += changes_applied
+            self._fields.dead_letters += dead_letters
+
+    def to_json(self) -> dict[str, object]:
+        """The table's entry; called under the board's lock."""
+        fields = self._fields
+        names = _Fields.__dataclass_fields__
+        return {"name": self.name, **{name: getattr(fields, name) for name in names}}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One of the things that ``/livez`` or ``/readyz`` looks at."""
+
+    name: str
+    ok: bool
+    message: str | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """As the endpoints show it."""
+        return {"name": self.name, "ok": self.ok, "message": self.message}
+
+
+@dataclass(slots=True)
+class _Facts:
+    """What the board holds apart from tables and tasks."""
+
+    pipeline: dict[str, str]
+    state: State = "starting"
+    state_since: float = field(default_factory=time.time)
+    message: str | None = None
+    supervisor_error: str | None = None
+    source: _End = field(default_factory=_End)
+    sink: _End = field(default_factory=_End)
+    positions: Positions = field(default_factory=lambda: Positions())
+    lag_bytes: int | None = None
+    lag_seconds: float | None = None
+    versions: dict[str, str | None] = field(default_factory=dict)
+
+
+class StatusBoard:
+    """The daemon's state, thread-safe. With ``metrics``, what both show is set in one call here.
+
+    Mirrored to metrics: state, tables, source_up, sink_up, lag_seconds,
+    loop_heartbeat_timestamp_seconds. ``monotonic`` is the clock of heartbeats and of the uptime.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        slot: str = "",
+        publication: str = "",
+        metrics: Metrics | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._lock = threading.Lock()
+        self._metrics = metrics
+        self._monotonic = monotonic
+        self._started = time.time()
+        self._started_monotonic = monotonic()
+        self._facts = _Facts({"name": name, "slot": slot, "publication": publication})
+        self._facts.versions = {
+            "cdc_sync": __version__, "python": platform.python_version(),
+            "postgres": None, "qdrant": None,
+        }  # fmt: skip
+        self._tables: dict[str, TableStatus] = {}
+        self._heartbeats: dict[str, float] = {}
+        if metrics is not None:
+            metrics.set_state("starting")
+
+    # -- the engine's side
+
+    def set_state(self, state: State, message: str | None = None) -> None:
+        """Set the state of the pipeline; ``message`` says why where the state alone does not."""
+        with self._lock:
+            if state != self._facts.state:
+                self._facts.state_since = time.time()
+            self._facts.state = state
+            self._facts.message = None if message is None else redact(message)
+        if self._metrics is not None:
+            self._metrics.set_state(state)
+
+    def set_source(self, up: bool, error: str | None = None) -> None:
+        """Say whether Postgres answers."""
+        with self._lock:
+            self._facts.source.set(up, error)
+        if self._metrics is not None:
+            self._metrics.source_up.set(up)
+
+    def set_sink(self, up: bool, error: str | None = None) -> None:
+        """Say whether Qdrant answers."""
+        with self._lock:
+            self._facts.sink.set(up, error)
+        if self._metrics is not None:
+            self._metrics.sink_up.set(up)
+
+    def set_versions(self, *, postgres: str | None = None, qdrant: str | None = None) -> None:
+        """Set the versions of the servers, once known."""
+        with self._lock:
+            known = {"postgres": postgres, "qdrant": qdrant}
+            self._facts.versions.update({key: value for key, value in known.items() if value})
+
+    def positions(self, **lsns: Unpack[Positions]) -> None:
+        """Set positions in the WAL; those not given stay."""
+        with self._lock:
+            self._facts.positions.update(lsns)
+
+    def set_lag(self, *, lag_bytes: int | None, seconds: float | None) -> None:
+        """Set how far behind the server Qdrant is; None: not known."""
+        with self._lock:
+            self._facts.lag_bytes = lag_bytes
+            self._facts.lag_seconds = seconds
+        if self._metrics is not None and seconds is not None:
+            self._metrics.lag_seconds.set(seconds)
+
+    def table(self, name: str) -> TableStatus:
+        """The entry of a table (``schema.table``), made at the first call."""
+        with self._lock:
+            if name not in self._tables:
+                self._tables[name] = TableStatus(name, self._lock, self._count_tables)
+                self._count_tables()
+            return self._tables[name]
+
+    def heartbeat(self, task: str) -> None:
+        """Say that a loop has turned. A loop that has said so once must go on, or be retired."""
+        with self._lock:
+            self._heartbeats[task] = self._monotonic()
+        if self._metrics is not None:
+            self._metrics.loop_heartbeat_timestamp_seconds.labels(task).set(time.time())
+
+    def retire(self, task: str) -> None:
+        """Say that a loop has ended as it should."""
+        with self._lock:
+            self._heartbeats.pop(task, None)
+        if self._metrics is not None:
+            self._metrics.loop_heartbeat_timestamp_seconds.remove(task)
+
+    def supervisor_died(self, message: str) -> None:
+        """Say that nothing supervises the tasks any more: not alive from now on."""
+        with self._lock:
+            self._facts.supervisor_error = redact(message)
+
+    # -- the readers' side
+
+    def liveness(self) -> list[Check]:
+        """The checks of ``/livez``; alive when all are ok. None depends on Postgres or Qdrant."""
+        with self._lock:
+            return self._liveness()
+
+    def readiness(self) -> list[Check]:
+        """The checks of ``/readyz``; ready when all are ok."""
+        with self._lock:
+            return self._readiness()
+
+    def snapshot(self) -> dict[str, object]:
+        """Everything, as ``/status`` shows it (see the module)."""
+        with self._lock:
+            facts, now = self._facts, self._monotonic()
+            positions = {
+                key: None if (lsn := facts.positions.get(key)) is None else str(Lsn(lsn))
+                for key in Positions.__annotations__
+            }
+            return {
+                "format": 1,
+                "pipeline": dict(facts.pipeline),
+                "state": facts.state,
+                "state_since": _timestamp(facts.state_since),
+                "message": facts.message,
+                "alive": all(check.ok for check in self._liveness()),
+                "ready": all(check.ok for check in self._readiness()),
+                "source": facts.source.to_json(),
+                "sink": facts.sink.to_json(),
+                "positions": positions,
+                "lag": {"bytes": facts.lag_bytes, "seconds": facts.lag_seconds},
+                "tables": [table.to_json() for table in self._tables.values()],
+                "tasks": [
+                    {"name": task, "heartbeat_age_seconds": round(now - beat, 3)}
+                    for task, beat in self._heartbeats.items()
+                ],
+                "versions": dict(facts.versions),
+                "started": _timestamp(self._started),
+                "uptime_seconds": round(now - self._started_monotonic, 3),
+            }
+
+    # -- under the lock
+
+    def _liveness(self) -> list[Check]:
+        error = self._facts.supervisor_error
+        checks = [Check("supervisor", error is None, error)]
+        now = self._monotonic()
+        for task, beat in self._heartbeats.items():
+            stuck = now - beat > HEARTBEAT_LIMIT_SECONDS
+            message = f"last turn {now - beat:.0f} s ago" if stuck else None
+            checks.append(Check(task, not stuck, message))
+        return checks
+
+    def _readiness(self) -> list[Check]:
+        facts = self._facts
+        if facts.state == "standby":
+            return [Check("state", True, "standby")]
+        return [
+            Check("state", facts.state in _WORKING, facts.message or facts.state),
+            _end_check("source", facts.source),
+            _end_check("sink", facts.sink),
+        ]
+
+    def _count_tables(self) -> None:
+        if self._metrics is None:
+            return
+        counts: Mapping[str, int] = Counter(table.state for table in self._tables.values())
+        for phase in get_args(TablePhase):
+            self._metrics.tables[phase].set(counts.get(phase, 0))
+
+
+def _end_check(name: str, end: _End) -> Check:
+    if end.up:
+        return Check(name, True)
+    return Check(name, False, end.error or ("not reachable" if end.up is False else "not tried
+    yet"))
+
+
+def _timestamp(seconds: float) -> str:
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

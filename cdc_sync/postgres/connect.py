@@ -1,0 +1,271 @@
+"""Connections to Postgres with pinned session settings, and psycopg's errors turned into ours.
+
+Roles and databases may carry settings of their own (``ALTER ROLE … SET``). Some change the text of
+values, some end a long copy, one hides the warning that a publication is gone; so every setting
+that matters is pinned here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from typing import Any, Final, TypeAlias
+
+import psycopg
+from psycopg import conninfo, pq
+from psycopg.rows import TupleRow
+
+from cdc_sync.config import SourceSettings
+from cdc_sync.errors import ConfigError, ErrorKind, SourceError
+
+PgConnection: TypeAlias = psycopg.Connection[TupleRow]
+
+#: Settings sent in the start-up packet, so that they hold before the first command (R6). All exist
+#: since Postgres 9.5.
+_PINNED: Final = {
+    "datestyle": "ISO",
+    "timezone": "UTC",
+    "intervalstyle": "iso_8601",
+    "extra_float_digits": "3",
+    "bytea_output": "hex",
+    "row_security": "off",
+    "standard_conforming_strings": "on",
+    # pgoutput of Postgres 18 says by a WARNING only that it skips a publication; the role must not
+    # be able to hide it.
+    "client_min_messages": "warning",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+}
+#: Timeouts that only some versions know: an unknown setting in the start-up packet would refuse the
+#: connection.
+_PINNED_SINCE: Final = {"idle_session_timeout": 140000, "transaction_timeout": 170000}
+
+_POOLER_REMEDY: Final = (
+    "Connect to Postgres itself: this looks like a connection pooler. PgBouncer carries replication"
+    " from 1.23 on (with ignore_startup_parameters = options); Supavisor and older versions do not."
+)
+
+#: Texts of a refused connection, which has no SQLSTATE in libpq; first match wins. Servers may not
+#: speak English: what is not recognised counts as unavailable and is tried again.
+_REFUSALS: Final[tuple[tuple[str, ErrorKind, str | None], ...]] = (
+    (
+        (
+            "unsupported startup parameter|replication connections? (is|are) not|pgbouncer|supavisor"
+            "|tenant or user not found|no such database|pooler"
+        ),
+        ErrorKind.CONFIG,
+        _POOLER_REMEDY,
+    ),
+    (
+        (
+            'authentication failed|pg_hba.conf|no password supplied|role ".*" does not exist'
+            "|not permitted to log in|certificate|SASL|SCRAM"
+        ),
+        ErrorKind.SOURCE_AUTH,
+        None,
+    ),
+    (
+        "must be superuser|permission denied|REPLICATION attribute|replication role",
+        ErrorKind.SOURCE_PERMISSION,
+        (
+            "As a superuser: GRANT CONNECT ON DATABASE … TO …; and for replication connections"
+            " ALTER ROLE … REPLICATION;"
+        ),
+    ),
+    (
+        'database ".*" does not exist',
+        ErrorKind.CONFIG,
+        "Correct the database name in source.url.",
+    ),
+    (
+        "unrecognized configuration parameter|invalid value for parameter",
+        ErrorKind.CONFIG,
+        "Correct the options in source.url; cdc_sync needs Postgres 14 or later.",
+    ),
+    (
+        "exceeds max_wal_senders",
+        ErrorKind.SOURCE_SETTING,
+        "ALTER SYSTEM SET max_wal_senders = 20; then restart Postgres.",
+    ),
+)
+
+
+def connect(
+    source: SourceSettings,
+    *,
+    application_name: str = "cdc_sync",
+    replication: bool = False,
+    autocommit: bool = True,
+) -> PgConnection:
+    """Open a connection with all session settings pinned (R6, R53) and an empty ``search_path``.
+
+    The empty search path makes every name in our SQL, and in the SQL Postgres prints, mean one
+    thing only; :func:`cdc_sync.postgres.catalog.find_table` looks names up in the role's own path.
+    A replication connection speaks the simple query protocol only (no parameters). Raises
+    :class:`ConfigError` for a malformed URL and :class:`SourceError` for everything else.
+    """
+    parameters = _parameters(source, application_name)
+    if replication:
+        parameters["replication"] = "database"
+    try:
+        connection = psycopg.connect(autocommit=autocommit, **parameters)
+    except psycopg.Error as exc:
+        raise _refused(exc, parameters) from None
+    try:
+        _pin_session(connection)
+    except BaseException:
+        connection.close()
+        raise
+    # Statements prepared behind our back would outlive DDL and fail after it.
+    connection.prepare_threshold = None
+    return connection
+
+
+def _parameters(source: SourceSettings, application_name: str) -> dict[str, Any]:
+    try:
+        parameters = conninfo.conninfo_to_dict(source.url.get_secret_value())
+    except psycopg.Error:
+        # Not chained, and without libpq's text: it quotes parts of the URL, which may be parts of
+        # the password.
+        raise ConfigError(
+            "source.url is neither a PostgreSQL URI nor a list of key=value",
+            "Write postgresql://user:password@host:5432/database, and percent-encode special"
+            " characters of the password.",
+        ) from None
+    if "@" in str(parameters.get("host") or ""):
+        raise ConfigError(
+            "source.url has an @ in its host name",
+            "Percent-encode special characters of user and password: @ is %40, / is %2F, : is %3A.",
+        )
+    options = [str(parameters.get("options") or os.environ.get("PGOPTIONS", ""))]
+    options += [f"-c {name}={value}" for name, value in _PINNED.items()]
+    parameters.update(
+        options=" ".join(options).strip(),
+        application_name=application_name,
+        client_encoding="UTF8",
+        # libpq takes whole seconds and reads 1 as 2.
+        connect_timeout=max(2, math.ceil(source.connect_timeout_seconds)),
+    )
+    # A host that vanishes without a word is noticed within about a minute, unless the URL says
+    # otherwise.
+    for name, value in (("idle", 20), ("interval", 10), ("count", 4)):
+        parameters.setdefault(f"keepalives_{name}", value)
+    parameters.setdefault("tcp_user_timeout", 60_000)
+    return parameters
+
+
+def _pin_session(connection: PgConnection) -> None:
+    settings = [
+        f"SET {name} = 0"
+        for name, version in _PINNED_SINCE.items()
+        if connection.info.server_version >= version
+    ]
+    settings.append("SELECT pg_catalog.set_config('search_path', '', false)")
+    # Through libpq, since a connection without autocommit would open a transaction for it.
+    result = connection.pgconn.exec_("; ".join(settings).encode())
+    if result.status != pq.ExecStatus.TUPLES_OK:
+        raise translate(result_error(connection, result), "setting up the session")
+
+
+def result_error(connection: PgConnection, result: pq.abc.PGresult) -> psycopg.Error:
+    """Make the psycopg error of a failed libpq result."""
+    encoding = connection.info.encoding
+    sqlstate = result.error_field(pq.DiagnosticField.SQLSTATE)
+    error_class: type[psycopg.Error] = psycopg.OperationalError
+    if sqlstate:
+        try:
+            error_class = psycopg.errors.lookup(sqlstate.decode())
+        except KeyError:
+            error_class = psycopg.DatabaseError
+    message = result.get_error_message(encoding) or connection.pgconn.get_error_message(encoding)
+    return error_class(message, info=result, encoding=encoding)
+
+
+def _refused(error: psycopg.Error, parameters: dict[str, Any]) -> SourceError:
+    text = " ".join(str(error).split())
+    where = _address(parameters)
+    # The server's own words, where it has spoken; libpq's prefix before them only repeats the
+    # address.
+    _, fatal, spoken = text.rpartition("FATAL: ")
+    reason = spoken.strip() if fatal else text.rpartition(" failed: ")[2]
+    for pattern, kind, remedy in _REFUSALS:
+        if re.search(pattern, text, re.IGNORECASE):
+            return SourceError(
+                kind, f"Postgres at {where} refuses the connection: {reason}", remedy
+            )
+    return SourceError(
+        ErrorKind.SOURCE_UNAVAILABLE, f"cannot connect to Postgres at {where}: {reason}"
+    )
+
+
+def _address(parameters: dict[str, Any]) -> str:
+    host = parameters.get("host") or parameters.get("hostaddr") or os.environ.get("PGHOST")
+    port = parameters.get("port") or os.environ.get("PGPORT") or "5432"
+    database = parameters.get("dbname") or os.environ.get("PGDATABASE")
+    return f"{host or 'the local socket'}:{port}" + (f", database {database}" if database else "")
+
+
+#: SQLSTATE, or its class of two characters, to the kind of error. The longer one wins.
+_KINDS: Final[dict[str, ErrorKind]] = {
+    "08": ErrorKind.SOURCE_UNAVAILABLE,
+    "0A": ErrorKind.PROTOCOL,
+    "25006": ErrorKind.SOURCE_SETTING,
+    "25P02": ErrorKind.SOURCE_UNAVAILABLE,
+    "25P03": ErrorKind.SOURCE_UNAVAILABLE,
+    "25P04": ErrorKind.SOURCE_UNAVAILABLE,
+    "28": ErrorKind.SOURCE_AUTH,
+    "3D": ErrorKind.CONFIG,
+    "3F": ErrorKind.TABLE_UNUSABLE,
+    "40": ErrorKind.SOURCE_UNAVAILABLE,
+    "42501": ErrorKind.SOURCE_PERMISSION,
+    "42P01": ErrorKind.TABLE_UNUSABLE,
+    "42703": ErrorKind.TABLE_UNUSABLE,
+    "42704": ErrorKind.TABLE_UNUSABLE,
+    "42809": ErrorKind.TABLE_UNUSABLE,
+    "53": ErrorKind.SOURCE_UNAVAILABLE,
+    "53400": ErrorKind.SOURCE_SETTING,
+    "55006": ErrorKind.SLOT_ACTIVE,
+    "55P03": ErrorKind.SOURCE_UNAVAILABLE,
+    "57": ErrorKind.SOURCE_UNAVAILABLE,
+    "58": ErrorKind.SOURCE_UNAVAILABLE,
+}
+
+
+def translate(error: psycopg.Error, doing: str) -> SourceError:
+    """Turn a psycopg error into ours. ``doing`` completes "Postgres fails while …".
+
+    The server's primary message is kept; its detail, and the whole message of data errors (class
+    22, 23), are not, since they quote values.
+    """
+    sqlstate = error.sqlstate
+    if sqlstate is None:
+        if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
+            reason = " ".join(str(error).split()) or "no reason given"
+            return SourceError(
+                ErrorKind.SOURCE_UNAVAILABLE,
+                f"the connection to Postgres was lost while {doing}: {reason}",
+            )
+        return SourceError(
+            ErrorKind.PROTOCOL, f"psycopg fails while {doing}: {type(error).__name__}"
+        )
+    kind = _KINDS.get(sqlstate) or _KINDS.get(sqlstate[:2]) or ErrorKind.PROTOCOL
+    reason = error.diag.message_primary or "no reason given"
+    if sqlstate[:2] in ("22", "23"):
+        reason = "a value is refused"
+    remedy = None
+    if kind is ErrorKind.SOURCE_SETTING and sqlstate == "25006":
+        remedy = "Connect to the primary: this server is a read-only standby."
+    return SourceError(
+        kind, f"Postgres fails while {doing}: {reason} (SQLSTATE {sqlstate})", remedy
+    )
+
+
+def pooler_suspected(doing: str) -> SourceError:
+    """The error for a server that does not know replication commands (R66)."""
+    return SourceError(
+        ErrorKind.CONFIG,
+        f"the server does not understand replication commands ({doing})",
+        _POOLER_REMEDY,
+    )

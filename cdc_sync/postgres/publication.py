@@ -1,0 +1,310 @@
+"""Publications: reading, checking and creating them. One that we did not create is never changed.
+
+Source: PostgreSQL documentation, "CREATE PUBLICATION", "pg_publication_tables".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import psycopg
+
+from cdc_sync.errors import ErrorKind, SourceError
+from cdc_sync.mapping.table import Table
+from cdc_sync.postgres.catalog import ServerInfo
+from cdc_sync.postgres.connect import PgConnection, translate
+from cdc_sync.postgres.identifiers import column_list, qualified, quote_ident
+
+#: A table and the columns wanted of it (None: all that logical replication can carry).
+Wanted: TypeAlias = tuple[Table, Sequence[str] | None]
+
+_COLUMN_LISTS_SINCE: Final = 150000
+_GENERATED_SINCE: Final = 180000
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedTable:
+    """A table of a publication: the columns its messages carry, and the SQL of its row filter.
+
+    ``oid`` is the table that messages name: of a partitioned table the root if ``via_root``, else
+    each leaf.
+    """
+
+    oid: int
+    columns: tuple[str, ...]
+    row_filter: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A publication as the server has it."""
+
+    name: str
+    all_tables: bool
+    inserts: bool
+    updates: bool
+    deletes: bool
+    truncates: bool
+    via_root: bool
+    tables: dict[int, PublishedTable]
+
+
+_PUBLICATION: Final = """
+SELECT pubname, puballtables, pubinsert, pubupdate, pubdelete, pubtruncate, pubviaroot
+  FROM pg_publication WHERE pubname = %s
+"""
+
+# Before 15 there are neither column lists nor row filters, before 18 no generated columns.
+_TABLES: Final = """
+SELECT c.oid,
+       ARRAY(SELECT a.attname::text FROM pg_attribute a
+              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+                AND {listed} ORDER BY a.attnum),
+       {row_filter}
+  FROM pg_publication_tables p
+  JOIN pg_namespace n ON n.nspname = p.schemaname
+  JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+ WHERE p.pubname = %s
+"""
+_TABLES_14: Final = _TABLES.format(listed="a.attgenerated = ''", row_filter="NULL::text")
+_TABLES_15: Final = _TABLES.format(
+    listed="a.attname = ANY (p.attnames) AND a.attgenerated = ''", row_filter="p.rowfilter"
+)
+_TABLES_18: Final = _TABLES.format(listed="a.attname = ANY (p.attnames)", row_filter="p.rowfilter")
+
+
+def read_publication(conn: PgConnection, name: str) -> Publication | None:
+    """Read a publication by its name; None when there is none. Raises :class:`SourceError`."""
+    version = conn.info.server_version
+    query = _TABLES_14
+    if version >= _COLUMN_LISTS_SINCE:
+        query = _TABLES_18 if version >= _GENERATED_SINCE else _TABLES_15
+    try:
+        row = conn.execute(_PUBLICATION, (name,)).fetchone()
+        if row is None:
+            return None
+        tables = {
+            oid: PublishedTable(oid, tuple(columns), row_filter)
+            for oid, columns, row_filter in conn.execute(query, (name,)).fetchall()
+        }
+    except psycopg.Error as exc:
+        raise translate(exc, f"reading publication {name}") from exc
+    return Publication(*row, tables)
+
+
+def create_publication_sql(
+    name: str, tables: Sequence[Wanted], *, server_version: int = 180000
+) -> str:
+    """Return the statement that creates the publication (one line).
+
+    A table gets a column list only when less than all is wanted; the replica identity's columns are
+    always in it, since the application's updates fail otherwise. Postgres 14 has no column lists.
+    """
+    entries = []
+    generated = False
+    for table, columns in tables:
+        only = "" if table.partitioned else "ONLY "
+        entry = only + qualified(table.schema, table.name)
+        listed = _column_list(table, columns, server_version)
+        generated = generated or (
+            listed is None and _identity_needs_generated(table, server_version)
+        )
+        entries.append(entry if listed is None else f"{entry} ({column_list(listed)})")
+    options = ["publish_via_partition_root = true"]
+    if generated:
+        options.append("publish_generated_columns = stored")
+    return (
+        f"CREATE PUBLICATION {quote_ident(name)} FOR TABLE {', '.join(entries)}"
+        f" WITH ({', '.join(options)});"
+    )
+
+
+def _column_list(
+    table: Table, columns: Sequence[str] | None, server_version: int
+) -> list[str] | None:
+    if columns is None or server_version < _COLUMN_LISTS_SINCE:
+        return None
+    wanted = {*columns, *table.identity_columns}
+    listable = [
+        column.name
+        for column in table.columns
+        if not column.generated or (column.generated == "s" and server_version >= _GENERATED_SINCE)
+    ]
+    listed = [name for name in listable if name in wanted]
+    sent_anyway = [column.name for column in table.columns if not column.generated]
+    # Under FULL the identity is the whole row: a list would make updates fail.
+    return None if listed == sent_anyway or table.replica_identity == "f" else listed
+
+
+def _identity_needs_generated(table: Table, server_version: int) -> bool:
+    """Whether updates fail unless generated columns are published (18 and later, under FULL)."""
+    return (
+        server_version >= _GENERATED_SINCE
+        and table.replica_identity == "f"
+        and any(column.generated == "s" for column in table.columns)
+    )
+
+
+def create_publication(conn: PgConnection, name: str, tables: Sequence[Wanted]) -> None:
+    """Create the publication.
+
+    Raises :class:`SourceError`: SOURCE_PERMISSION with the exact SQL and who must run it when the
+    role may not; PUBLICATION_UNUSABLE when the server refuses the statement. One that another
+    process created meanwhile is left as it is: check it afterwards.
+    """
+    statement = create_publication_sql(name, tables, server_version=conn.info.server_version)
+    try:
+        conn.execute(statement.encode())
+    except psycopg.errors.DuplicateObject:
+        return
+    except psycopg.errors.InsufficientPrivilege as exc:
+        raise SourceError(
+            ErrorKind.SOURCE_PERMISSION,
+            f"role {conn.info.user} may not create publication {name}: {exc.diag.message_primary}",
+            publication_remedy(statement, conn.info.dbname),
+        ) from exc
+    except psycopg.Error as exc:
+        error = translate(exc, f"creating publication {name}")
+        if error.kind in (ErrorKind.PROTOCOL, ErrorKind.TABLE_UNUSABLE):
+            error = SourceError(ErrorKind.PUBLICATION_UNUSABLE, error.message, statement)
+        raise error from exc
+
+
+def publication_remedy(statement: str, database: str) -> str:
+    """Say who must run the statement."""
+    return (
+        f"As the owner of the tables (with CREATE on database {quote_ident(database)})"
+        f" or a superuser, run:\n{statement}"
+    )
+
+
+def check_publication(
+    publication: Publication, wanted: Sequence[Wanted], server: ServerInfo
+) -> None:
+    """Check that the publication carries every change of every wanted column (R37, R34, R36).
+
+    Raises :class:`SourceError` PUBLICATION_UNUSABLE with the SQL that mends it.
+    """
+    name = quote_ident(publication.name)
+    missing = [
+        operation
+        for operation, published in (
+            ("insert", publication.inserts),
+            ("update", publication.updates),
+            ("delete", publication.deletes),
+            ("truncate", publication.truncates),
+        )
+        if not published
+    ]
+    if missing:
+        raise _unusable(
+            f"publication {publication.name} does not publish {' and '.join(missing)}",
+            f"ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate');",
+        )
+    for table, columns in wanted:
+        _check_table(publication, table, columns, server)
+
+
+def _check_table(
+    publication: Publication, table: Table, columns: Sequence[str] | None, server: ServerInfo
+) -> None:
+    name = quote_ident(publication.name)
+    if table.partitioned and not publication.via_root:
+        raise _unusable(
+            f"publication {publication.name} sends changes of the partitioned table"
+            f" {table.qualified_name} under the names of its partitions",
+            f"ALTER PUBLICATION {name} SET (publish_via_partition_root = true);",
+        )
+    published = publication.tables.get(table.oid)
+    if published is None:
+        only = "" if table.partitioned else "ONLY "
+        raise _unusable(
+            f"publication {publication.name} does not have table {table.qualified_name}",
+            f"ALTER PUBLICATION {name} ADD TABLE {only}{qualified(table.schema, table.name)};"
+            " (for a partition of a partitioned table, name that table instead)",
+        )
+    sendable = [column.name for column in table.columns if not column.generated]
+    needed = {*(sendable if columns is None else columns), *table.identity_columns}
+    absent = [
+        column.name
+        for column in table.columns
+        if column.name in needed and column.name not in published.columns
+    ]
+    if absent:
+        raise _unusable(
+            f"publication {publication.name} does not publish {column_list(absent)}"
+            f" of {table.qualified_name}",
+            _columns_remedy(publication, table, absent, server, columns),
+        )
+
+
+def _columns_remedy(
+    publication: Publication,
+    table: Table,
+    absent: list[str],
+    server: ServerInfo,
+    columns: Sequence[str] | None,
+) -> str:
+    name = quote_ident(publication.name)
+    generated = {column.name: column.generated for column in table.columns if column.generated}
+    never = [
+        column
+        for column in absent
+        if generated.get(column) == "v"
+        or (column in generated and server.version_num < _GENERATED_SINCE)
+    ]
+    if never:
+        return (
+            f"Leave {column_list(never)} out with tables.columns: this server does not send"
+            " generated columns of that kind."
+        )
+    if any(column in generated for column in absent):
+        return f"ALTER PUBLICATION {name} SET (publish_generated_columns = stored);"
+    only = "" if table.partitioned else "ONLY "
+    entry = only + qualified(table.schema, table.name)
+    listed = _column_list(table, columns, server.version_num)
+    written = entry if listed is None else f"{entry} ({column_list(listed)})"
+    return (
+        f"ALTER PUBLICATION {name} DROP TABLE {entry};"
+        f" ALTER PUBLICATION {name} ADD TABLE {written};"
+    )
+
+
+def publication_warnings(publication: Publication, wanted: Sequence[Wanted]) -> list[str]:
+    """Return what works but costs more than it must, one sentence each (R88)."""
+    warnings = []
+    if publication.all_tables:
+        warnings.append(
+            f"Publication {publication.name} is FOR ALL TABLES: changes of every table are sent and"
+            " thrown away here, and a new table without replica identity refuses updates. Name the"
+            " tables instead."
+        )
+    else:
+        others = len(publication.tables.keys() - {table.oid for table, _ in wanted})
+        if others:
+            warnings.append(
+                f"Publication {publication.name} has {others} more tables than this pipeline takes;"
+                " their changes are sent and thrown away."
+            )
+    for table, columns in wanted:
+        published = publication.tables.get(table.oid)
+        if published is None or columns is None:
+            continue
+        extra = [
+            column
+            for column in published.columns
+            if column not in columns and column not in table.identity_columns
+        ]
+        if extra:
+            warnings.append(
+                f"Publication {publication.name} sends {column_list(extra)} of"
+                f" {table.qualified_name}, which the pipeline does not take; a column list"
+                " (Postgres 15 and later) would leave them out."
+            )
+    return warnings
+
+
+def _unusable(message: str, remedy: str) -> SourceError:
+    return SourceError(ErrorKind.PUBLICATION_UNUSABLE, message, remedy)

@@ -1,0 +1,85 @@
+"""What the daemon polls: cheap queries that tell whether something needs a closer look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psycopg
+
+from cdc_sync.pgoutput.lsn import Lsn
+from cdc_sync.postgres.connect import PgConnection, translate
+
+# Columns as they are now: DDL writes no message into the stream until the next change of the table (R30).
+_SIGNATURES = """
+    SELECT a.attrelid::oid::int8,
+           md5(string_agg(concat_ws('|', a.attnum, a.attname, a.atttypid, a.atttypmod, a.attgenerated), ',' ORDER BY a.attnum))
+      FROM pg_catalog.pg_attribute a
+     WHERE a.attrelid = ANY(%s::oid[]) AND a.attnum > 0 AND NOT a.attisdropped
+     GROUP BY a.attrelid
+"""
+
+_POSITION = """
+    SELECT pg_current_wal_flush_lsn()::text, s.restart_lsn::text, s.wal_status, s.safe_wal_size, s.active,
+           pg_snapshot_xmin(now.snapshot)::text::int8, pg_snapshot_xmax(now.snapshot)::text::int8
+      FROM (SELECT pg_current_snapshot() AS snapshot) now LEFT JOIN pg_catalog.pg_replication_slots s ON s.slot_name = %s
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePosition:
+    """The server's end of WAL, and the slot's hold on it. Slot fields are None when there is no such slot.
+
+    ``xmin`` and ``xmax`` (64 bit): every transaction below the first is over, none at or above the second had begun.
+    """
+
+    current: Lsn
+    restart: Lsn | None
+    wal_status: str | None
+    safe_wal_bytes: int | None
+    active: bool | None
+    xmin: int
+    xmax: int
+
+
+def column_signatures(connection: PgConnection, oids: Sequence[int]) -> dict[int, str]:
+    """A text per table that changes when its columns do. Tables that are gone are missing in the result."""
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(_SIGNATURES, (list(oids),))
+            return {int(oid): str(signature) for oid, signature in cursor}
+    except psycopg.Error as error:
+        raise translate(error, "reading the tables' columns") from error
+
+
+def source_position(connection: PgConnection, slot: str) -> SourcePosition:
+    """Read the current WAL position and the slot's state."""
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(_POSITION, (slot,))
+            row = cursor.fetchone()
+    except psycopg.Error as error:
+        raise translate(error, "reading the slot's state") from error
+    assert row is not None
+    current, restart, status, safe, active, xmin, xmax = row
+    return SourcePosition(
+        Lsn.parse(current),
+        Lsn.parse(restart) if restart is not None else None,
+        status,
+        int(safe) if safe is not None else None,
+        active,
+        int(xmin),
+        int(xmax),
+    )
+
+
+def transaction_horizon(connection: PgConnection) -> int:
+    """The next transaction id (64 bit): every transaction that is running or over has a smaller one."""
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::int8")
+            row = cursor.fetchone()
+    except psycopg.Error as error:
+        raise translate(error, "reading the current snapshot") from error
+    assert row is not None
+    return int(row[0])

@@ -1,0 +1,203 @@
+"""The sink in this process: Qdrant Edge, the same engine without a server."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import qdrant_edge as edge
+
+from cdc_sync.errors import ErrorKind, SinkError
+from cdc_sync.mapping.plan import (
+    Datatype,
+    Metric,
+    PayloadIndexType,
+    TablePlan,
+    VectorKind,
+    VectorPlan,
+)
+from cdc_sync.qdrant.collections import FoundVector, check, index_path, payload_indexes
+from cdc_sync.qdrant.edge_database import EdgeDatabase, first_line
+from cdc_sync.qdrant.edge_writer import EdgeWriter
+from cdc_sync.qdrant.file_state import FileStateStore
+from cdc_sync.qdrant.sink import CollectionState
+
+_DISTANCES: Final = {
+    Metric.COSINE: edge.Distance.Cosine,
+    Metric.EUCLID: edge.Distance.Euclid,
+    Metric.DOT: edge.Distance.Dot,
+    Metric.MANHATTAN: edge.Distance.Manhattan,
+}
+_DATATYPES: Final = {
+    Datatype.FLOAT32: None,
+    Datatype.FLOAT16: edge.VectorStorageDatatype.Float16,
+    Datatype.UINT8: edge.VectorStorageDatatype.Uint8,
+}
+_INDEX_TYPES: Final = {
+    PayloadIndexType.KEYWORD: edge.PayloadSchemaType.Keyword,
+    PayloadIndexType.INTEGER: edge.PayloadSchemaType.Integer,
+    PayloadIndexType.FLOAT: edge.PayloadSchemaType.Float,
+    PayloadIndexType.BOOL: edge.PayloadSchemaType.Bool,
+    PayloadIndexType.DATETIME: edge.PayloadSchemaType.Datetime,
+    PayloadIndexType.UUID: edge.PayloadSchemaType.Uuid,
+    PayloadIndexType.TEXT: edge.PayloadSchemaType.Text,
+    PayloadIndexType.GEO: edge.PayloadSchemaType.Geo,
+}
+#: Qdrant's defaults, for the parameters that a plan leaves open.
+_DEFAULT_M: Final = 16
+_DEFAULT_EF_CONSTRUCT: Final = 100
+_DEFAULT_FULL_SCAN_THRESHOLD: Final = 10_000
+
+
+def edge_config(plan: TablePlan) -> edge.EdgeConfig:
+    """The configuration of the plan's shard."""
+    dense = {v.name: _params(v) for v in plan.vectors if v.kind is not VectorKind.SPARSE}
+    sparse = {
+        v.name: edge.EdgeSparseVectorParams() for v in plan.vectors if v.kind is VectorKind.SPARSE
+    }
+    return edge.EdgeConfig(vectors=dense, sparse_vectors=sparse, wal_enabled=True)
+
+
+def _params(vector: VectorPlan) -> edge.EdgeVectorParams:
+    assert vector.size is not None, "only sparse vectors have no size"
+    multi = None
+    if vector.kind is VectorKind.MULTI:
+        multi = edge.MultiVectorConfig(edge.MultiVectorComparator.MaxSim)
+    hnsw = None
+    if vector.hnsw_m is not None or vector.hnsw_ef_construct is not None:
+        hnsw = edge.HnswIndexConfig(
+            _DEFAULT_M if vector.hnsw_m is None else vector.hnsw_m,
+            vector.hnsw_ef_construct or _DEFAULT_EF_CONSTRUCT,
+            _DEFAULT_FULL_SCAN_THRESHOLD,
+        )
+    return edge.EdgeVectorParams(
+        vector.size,
+        _DISTANCES[vector.metric],
+        multivector_config=multi,
+        datatype=_DATATYPES[vector.datatype],
+        hnsw_config=hnsw,
+    )
+
+
+def found_vectors(config: Mapping[str, object]) -> dict[str, FoundVector]:
+    """The vectors of a shard by name, from its ``edge_config.json``."""
+    found: dict[str, FoundVector] = {}
+    for name, params in _objects(config.get("vectors")).items():
+        multi = params.get("multivector_config") is not None
+        size = params.get("size")
+        found[name] = FoundVector(
+            VectorKind.MULTI if multi else VectorKind.DENSE,
+            size if isinstance(size, int) else None,
+            str(params.get("distance")),
+            str(params.get("datatype") or Datatype.FLOAT32.value),
+        )
+    for name, params in _objects(config.get("sparse_vectors")).items():
+        metric = "Dot" if params.get("modifier") in (None, "none") else "Dot with IDF"
+        found[name] = FoundVector(VectorKind.SPARSE, None, metric, Datatype.FLOAT32.value)
+    return found
+
+
+def _objects(value: object) -> dict[str, dict[str, object]]:
+    if not isinstance(value, dict):
+        return {}
+    return {name: one for name, one in value.items() if isinstance(one, dict)}
+
+
+class EdgeSink:
+    """A :class:`~cdc_sync.qdrant.sink.Sink` in a directory. Made by :func:`cdc_sync.qdrant.open.open_sink`."""
+
+    def __init__(self, database: EdgeDatabase) -> None:
+        self._database = database
+        self._state = FileStateStore(database)
+
+    @classmethod
+    async def open(cls, path: Path) -> EdgeSink:
+        """Open the database at ``path``, which need not exist yet.
+
+        Raises :class:`SinkError` if another process has it open, ConfigError if the path cannot be used.
+        """
+        database = EdgeDatabase(path)
+        try:
+            await database.run(database.open)
+        except BaseException:
+            await database.close()
+            raise
+        return cls(database)
+
+    @property
+    def multi_process(self) -> bool:
+        """The database is open in this process only."""
+        return False
+
+    @property
+    def version(self) -> str:
+        """The engine's package version."""
+        return importlib.metadata.version("qdrant-edge-py")
+
+    @property
+    def state(self) -> FileStateStore:
+        """The records in files beside the shards."""
+        return self._state
+
+    async def ping(self) -> None:
+        """Always answers, being in this process."""
+        await self._database.run(lambda: None)
+
+    async def inspect(self, plan: TablePlan) -> CollectionState:
+        """Compare the collection with the plan, read-only. Raises COLLECTION_MISMATCH, :class:`StateError`."""
+        return await self._database.run(self._inspect, plan)
+
+    def _inspect(self, plan: TablePlan) -> CollectionState:
+        name = plan.collection
+        if not self._database.exists(name):
+            return CollectionState(exists=False)
+        check(plan, found_vectors(self._database.config(name)))
+        points = self._database.shard(name).count(edge.CountRequest(exact=True))
+        return CollectionState(True, points)
+
+    async def ensure_collection(self, plan: TablePlan) -> None:
+        """Create the collection and its payload indexes where absent; raises COLLECTION_MISMATCH."""
+        await self._database.run(self._ensure, plan)
+
+    def _ensure(self, plan: TablePlan) -> None:
+        name = plan.collection
+        wanted = {
+            path: edge.UpdateOperation.create_field_index(path, _INDEX_TYPES[index.type])
+            for index in payload_indexes(plan)
+            if (path := index_path(index.field)) is not None
+        }
+        if not self._database.exists(name):
+            self._database.create(name, edge_config(plan), list(wanted.values()))
+            return
+        check(plan, found_vectors(self._database.config(name)))
+        present = self._database.shard(name).info().payload_schema
+        for path, operation in wanted.items():
+            if path in present:
+                continue
+            try:
+                self._database.update(name, operation)
+            except SinkError:
+                raise
+            except Exception as exc:  # the engine raises nothing more precise
+                raise SinkError(
+                    ErrorKind.SINK_REFUSED,
+                    f"Field {path} of collection {name} cannot be indexed: {first_line(exc)}.",
+                ) from exc
+
+    def writer(self, plan: TablePlan) -> EdgeWriter:
+        """A writer for the plan's table."""
+        return EdgeWriter(self._database, plan)
+
+    async def make_durable(self) -> None:
+        """Flush the shards that were written to."""
+        await self._database.run(self._database.flush)
+
+    async def optimize(self) -> None:
+        """Index and compact what was loaded. All Python threads stand still meanwhile; see ``edge_database.py``."""
+        await self._database.run(self._database.optimize)
+
+    async def close(self) -> None:
+        """Flush and close everything, and release the lock."""
+        await self._database.close()

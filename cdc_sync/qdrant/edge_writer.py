@@ -1,0 +1,286 @@
+"""Writes the points of one table to an embedded database."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Final, TypeAlias, TypeVar
+
+import qdrant_edge as edge
+
+from cdc_sync.errors import ErrorKind, MappingError, SinkError
+from cdc_sync.mapping.plan import NAMESPACE_FIELD, TablePlan
+from cdc_sync.mapping.python import PythonCodec
+from cdc_sync.mapping.vectors import SparseValue
+from cdc_sync.qdrant.edge_database import STEP_POINTS, EdgeDatabase, first_line
+from cdc_sync.qdrant.rpc import reason
+from cdc_sync.qdrant.sink import Applied, Changes, StoredPoint, StoredVector
+from cdc_sync.qdrant.writer import require_disjoint
+from cdc_sync.rows import UNCHANGED, PointId, Row
+
+Item = TypeVar("Item")
+Refusals: TypeAlias = list[tuple[PointId, str]]
+
+#: What the engine says when a point is invalid, and not the database unwell (``OperationError`` in its source).
+_INVALID: Final = re.compile(
+    "Vector dimension error|Not existing vector name|Wrong usage of (sparse|multi)|Conversion between"
+    "|Validation error|Wrong input|Type (inference )?error",
+    re.IGNORECASE,
+)
+
+
+class EdgeWriter:
+    """A :class:`~cdc_sync.qdrant.sink.TableWriter` for an embedded database."""
+
+    def __init__(self, database: EdgeDatabase, plan: TablePlan) -> None:
+        self._database = database
+        self._plan = plan
+        self._codec = PythonCodec(plan)
+        self._filter = _table_filter(plan)
+        self._fields = [
+            (position, column.field)
+            for position, column in enumerate(plan.columns)
+            if column.field is not None
+        ]
+        self._vectors = [
+            (position, column.vector.name)
+            for position, column in enumerate(plan.columns)
+            if column.vector is not None
+        ]
+
+    @property
+    def plan(self) -> TablePlan:
+        """The plan it was made for."""
+        return self._plan
+
+    async def apply(self, changes: Changes) -> Applied:
+        """See :meth:`~cdc_sync.qdrant.sink.TableWriter.apply`. Survives a kill at once, a power loss after make_durable."""
+        require_disjoint(changes)
+        refused: Refusals = []
+        missing: set[PointId] = set()
+        run = self._database.run
+        for rows in _steps(changes.upserts):
+            refused += await run(self._upsert, rows)
+        for rows in _steps(changes.partials):
+            absent, bad = await run(self._partial, rows)
+            missing |= absent
+            refused += bad
+        for ids in _steps(changes.deletes):
+            await run(self._update, edge.UpdateOperation.delete_points(list(ids)))
+        return Applied(frozenset(missing), tuple(refused))
+
+    def _upsert(self, rows: Sequence[tuple[PointId, Row]]) -> Refusals:
+        refused: Refusals = []
+        points: list[tuple[PointId, edge.Point]] = []
+        for id_, row in rows:
+            try:
+                points.append((id_, self._point(id_, row)))
+            except MappingError as exc:
+                refused.append((id_, exc.message))
+            except (TypeError, ValueError) as exc:
+                refused.append((id_, reason(first_line(exc))))
+        self._divide(
+            points, lambda some: [edge.UpdateOperation.upsert_points([p for _, p in some])], refused
+        )
+        return refused
+
+    def _point(self, id_: PointId, row: Row) -> edge.Point:
+        return edge.Point(id_, _edge_vectors(self._codec.vectors(row)), self._codec.payload(row))
+
+    def _partial(self, rows: Sequence[tuple[PointId, Row]]) -> tuple[set[PointId], Refusals]:
+        refused: Refusals = []
+        stored = self._stored([id_ for id_, _ in rows])
+        missing = {id_ for id_, _ in rows if id_ not in stored}
+        writes: list[tuple[PointId, list[edge.UpdateOperation]]] = []
+        for id_, row in rows:
+            if id_ in missing:
+                continue
+            unknown = [field for position, field in self._fields if row[position] is UNCHANGED]
+            if any(field not in stored[id_] for field in unknown):
+                missing.add(id_)
+                continue
+            kept = {field: stored[id_][field] for field in unknown}
+            try:
+                writes.append((id_, self._operations(id_, row, kept)))
+            except MappingError as exc:
+                refused.append((id_, exc.message))
+            except (TypeError, ValueError) as exc:
+                refused.append((id_, reason(first_line(exc))))
+        self._divide(writes, lambda some: [op for _, ops in some for op in ops], refused)
+        return missing, refused
+
+    def _operations(
+        self, id_: PointId, row: Row, kept: Mapping[str, object]
+    ) -> list[edge.UpdateOperation]:
+        vectors = self._codec.vectors(row)
+        nulls = [
+            name
+            for position, name in self._vectors
+            if row[position] is not UNCHANGED and name not in vectors
+        ]
+        payload = {**self._codec.payload(row), **kept}
+        found = [edge.UpdateOperation.overwrite_payload([id_], payload)]
+        if vectors:
+            point = edge.PointVectors(id_, _edge_vectors(vectors))
+            found.append(edge.UpdateOperation.update_vectors([point]))
+        if nulls:
+            found.append(edge.UpdateOperation.delete_vectors([id_], nulls))
+        return found
+
+    def _stored(self, ids: Sequence[PointId]) -> dict[PointId, Mapping[str, object]]:
+        shard = self._database.shard(self._plan.collection)
+        records = shard.retrieve(list(ids), with_payload=True, with_vector=False)
+        return {_id(record.id): record.payload or {} for record in records}
+
+    def _divide(
+        self,
+        items: Sequence[tuple[PointId, Item]],
+        operations: Callable[[Sequence[tuple[PointId, Item]]], Sequence[edge.UpdateOperation]],
+        refused: Refusals,
+    ) -> None:
+        """Apply items, halving them as long as the engine takes something in them as invalid."""
+        if not items:
+            return
+        try:
+            for operation in operations(items):
+                self._database.update(self._plan.collection, operation)
+        except SinkError:
+            raise
+        except Exception as exc:  # the engine raises nothing more precise
+            if not _INVALID.search(str(exc)):
+                raise self._unknown(exc) from exc
+            if len(items) == 1:
+                refused.append((items[0][0], reason(first_line(exc))))
+                return
+            half = len(items) // 2
+            self._divide(items[:half], operations, refused)
+            self._divide(items[half:], operations, refused)
+
+    def _update(self, operation: edge.UpdateOperation) -> None:
+        try:
+            self._database.update(self._plan.collection, operation)
+        except SinkError:
+            raise
+        except Exception as exc:  # the engine raises nothing more precise
+            raise self._unknown(exc) from exc
+
+    def _unknown(self, exc: Exception) -> SinkError:
+        return SinkError(
+            ErrorKind.SINK_UNKNOWN,
+            f"Update of collection {self._plan.collection} in {self._database.path} failed: "
+            f"{reason(first_line(exc))}.",
+            "See whether the disk is full or failing.",
+        )
+
+    async def clear(self) -> None:
+        """Remove every point of the table, in small steps."""
+        while ids := await self._database.run(self._some_ids):
+            await self._database.run(
+                self._update, edge.UpdateOperation.delete_points(list[edge.PointId](ids))
+            )
+
+    def _some_ids(self) -> list[PointId]:
+        records, _ = self._scroll(STEP_POINTS, None, payload=False, vectors=False)
+        return [_id(record.id) for record in records]
+
+    async def count(self) -> int:
+        """Exact number of points of the table."""
+        return await self._database.run(self._count)
+
+    def _count(self) -> int:
+        shard = self._database.shard(self._plan.collection)
+        return shard.count(edge.CountRequest(exact=True, filter=self._filter))
+
+    async def scroll_ids(self, page: int = 1000) -> AsyncIterator[list[PointId]]:
+        """All ids of the table's points, in pages."""
+        offset: edge.PointId | None = None
+        while True:
+            records, offset = await self._database.run(
+                self._scroll, page, offset, payload=False, vectors=False
+            )
+            if records:
+                yield [_id(record.id) for record in records]
+            if offset is None:
+                return
+
+    async def scroll_points(
+        self, page: int = 256, with_vectors: bool = True
+    ) -> AsyncIterator[list[StoredPoint]]:
+        """All points of the table with their payload, in pages."""
+        offset: edge.PointId | None = None
+        while True:
+            records, offset = await self._database.run(
+                self._scroll, page, offset, payload=True, vectors=with_vectors
+            )
+            if records:
+                yield [
+                    StoredPoint(_id(one.id), one.payload or {}, _stored_vectors(one.vector))
+                    for one in records
+                ]
+            if offset is None:
+                return
+
+    def _scroll(
+        self, page: int, offset: edge.PointId | None, *, payload: bool, vectors: bool
+    ) -> tuple[list[edge.Record], edge.PointId | None]:
+        request = edge.ScrollRequest(
+            limit=page,
+            offset=offset,
+            filter=self._filter,
+            with_payload=payload,
+            with_vector=vectors,
+        )
+        return self._database.shard(self._plan.collection).scroll(request)
+
+    async def search(
+        self, vector_name: str, vector: StoredVector, limit: int
+    ) -> list[tuple[PointId, float, dict[str, object]]]:
+        """The ``limit`` nearest points of the table with score and payload, best first."""
+        query = edge.Query.Nearest(_edge_vector(vector), using=vector_name)
+        request = edge.QueryRequest(
+            limit=limit, query=query, filter=self._filter, with_payload=True
+        )
+        found = await self._database.run(
+            lambda: self._database.shard(self._plan.collection).query(request)
+        )
+        return [(_id(one.id), one.score, one.payload or {}) for one in found]
+
+
+def _table_filter(plan: TablePlan) -> edge.Filter | None:
+    if plan.namespace is None:
+        return None
+    match = edge.MatchValue(plan.namespace)
+    return edge.Filter(must=[edge.FieldCondition(key=NAMESPACE_FIELD, match=match)])
+
+
+def _id(value: edge.PointId) -> PointId:
+    return str(value) if isinstance(value, uuid.UUID) else value
+
+
+def _edge_vectors(vectors: Mapping[str, StoredVector]) -> dict[str, edge.NamedVector]:
+    return {name: _edge_vector(vector) for name, vector in vectors.items()}
+
+
+def _edge_vector(vector: StoredVector) -> edge.NamedVector:
+    if isinstance(vector, SparseValue):
+        return edge.SparseVector(vector.indices, vector.values)
+    return vector
+
+
+def _stored_vectors(vectors: edge.Vector | None) -> dict[str, StoredVector]:
+    if vectors is None:
+        return {}
+    if isinstance(vectors, dict):
+        return {name: _stored_vector(vector) for name, vector in vectors.items()}
+    return {"": vectors}
+
+
+def _stored_vector(vector: edge.NamedVector) -> StoredVector:
+    if isinstance(vector, edge.SparseVector):
+        return SparseValue(list(vector.indices), list(vector.values))
+    return vector
+
+
+def _steps(items: Sequence[Item]) -> list[Sequence[Item]]:
+    return [items[start : start + STEP_POINTS] for start in range(0, len(items), STEP_POINTS)]

@@ -1,0 +1,61 @@
+"""Opens the sink that ``qdrant.url`` names."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from cdc_sync.config import QdrantSettings
+from cdc_sync.errors import ConfigError
+from cdc_sync.qdrant.server import ServerSink
+from cdc_sync.qdrant.sink import Sink
+
+_DEFAULT_PORT: Final = 6334
+_FORMS: Final = "Write http://host:6334, https://host:6334, or edge:/path."
+
+
+async def open_sink(settings: QdrantSettings) -> Sink:
+    """Open ``http(s)://host[:port]`` (a server or cluster, gRPC port) or ``edge:/path`` (an embedded database).
+
+    Raises :class:`ConfigError` for other URLs, a missing package or an outdated server, and :class:`SinkError` if the
+    server does not answer, or another process has the embedded database open.
+    """
+    scheme, colon, rest = settings.url.partition(":")
+    if colon and scheme == "edge":
+        return await _open_edge(rest)
+    if not colon or scheme not in ("http", "https"):
+        raise ConfigError(f"qdrant.url has no scheme that is known ({scheme!r}).", _FORMS)
+    try:
+        parts = urlsplit(settings.url)
+        port = parts.port
+    except ValueError as exc:
+        raise ConfigError("qdrant.url is not a URL with a valid port.", _FORMS) from exc
+    if not parts.hostname:
+        raise ConfigError("qdrant.url names no host.", _FORMS)
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError("qdrant.url holds credentials.", "Set qdrant.api_key instead.")
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ConfigError(
+            "qdrant.url has a path, which gRPC cannot have.", "Name host and gRPC port only."
+        )
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return await ServerSink.open(
+        settings, host, _DEFAULT_PORT if port is None else port, secure=scheme == "https"
+    )
+
+
+async def _open_edge(rest: str) -> Sink:
+    path = rest.removeprefix("//")
+    if not path:
+        raise ConfigError("qdrant.url edge: names no directory.", _FORMS)
+    if importlib.util.find_spec("qdrant_edge") is None:
+        raise ConfigError(
+            "qdrant.url asks for an embedded database, but Qdrant Edge is not installed.",
+            "pip install 'cdc-sync[edge]'",
+        )
+    # Here and not above, since the package is optional.
+    from cdc_sync.qdrant.edge import EdgeSink
+
+    return await EdgeSink.open(Path(path).expanduser().absolute())

@@ -1,0 +1,204 @@
+"""Partial writes to a server: rows of which some columns are UNCHANGED, whose stored values stay.
+
+Every point takes up to three operations (its payload, its vectors, vectors that became NULL). With ``wait=true`` each
+would cost the server an msync of its own, so they go as one UpdateBatch with ``wait=false`` and a **barrier** after it:
+SetPayload of nothing, with ``wait=true``, on all ids of the batch. Read in the server's source (1.18.3):
+
+- one worker a shard applies operations strictly in WAL order, and the batch is in every shard's WAL when it is
+  answered, so the barrier, which goes to exactly the shards that hold the ids, runs after it; ``wait=true`` msyncs the
+  WAL before (``collection/src/update_workers/update_worker.rs``);
+- merging an empty payload changes nothing, and points are looked up all the same: a missing one is NOT_FOUND
+  (``shard/src/update.rs``, ``set_payload`` and ``check_unprocessed_points``); there is no validation of emptiness;
+- a storage error during the batch leaves the segment in its failed state, in which every later operation on it fails
+  with INTERNAL, the barrier too (``segment/src/segment/segment_ops.rs``, ``handle_point_version_and_failure``);
+- strict mode, rate limits, permissions and conversions are checked before the WAL and answered to the batch itself.
+
+What ``wait=false`` can still hide is a vector whose name, kind or dimension the collection does not have. The encoder
+checks dimensions against the plan and the collection was checked against the plan when the table was opened, so this
+takes a collection that somebody replaces by a different one while we write; whole-point upserts report that.
+
+Batches of one or two operations are simply sent with ``wait=true``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from qdrant_client import grpc as q
+
+from cdc_sync.errors import ErrorKind, MappingError, SinkError
+from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.mapping.wire import WireCodec
+from cdc_sync.qdrant import messages
+from cdc_sync.qdrant.rpc import (
+    GET,
+    SET_PAYLOAD,
+    UPDATE_BATCH,
+    Rpc,
+    RpcFailure,
+    not_completed,
+    sink_error,
+)
+from cdc_sync.rows import UNCHANGED, PointId, Row
+
+#: How often a batch is applied again to the points that are left once some turned out to be missing.
+_ROUNDS: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A partial row, encoded: entries of its whole payload, Vectors to write, names of vectors to remove."""
+
+    id: PointId
+    id_bytes: bytes
+    payload: bytes
+    vectors: bytes | None
+    nulls: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.payload) + len(self.vectors or b"") + 2 * len(self.id_bytes)
+
+
+def operations(batch: Sequence[Partial]) -> list[bytes]:
+    """The batch as serialized PointsUpdateOperations. Their order is free: no two write the same part of a point."""
+    found = [messages.overwrite_payload(one.id_bytes, one.payload) for one in batch]
+    vectors = [(one.id_bytes, one.vectors) for one in batch if one.vectors is not None]
+    if vectors:
+        found.append(messages.update_vectors(vectors))
+    by_names: dict[tuple[str, ...], list[bytes]] = {}
+    for one in batch:
+        if one.nulls:
+            by_names.setdefault(one.nulls, []).append(one.id_bytes)
+    found += [messages.delete_vectors(ids, names) for names, ids in by_names.items()]
+    return found
+
+
+class PartialWriter:
+    """Encodes and writes partial rows of one table."""
+
+    def __init__(self, rpc: Rpc, plan: TablePlan, codec: WireCodec) -> None:
+        self._rpc = rpc
+        self._plan = plan
+        self._codec = codec
+        self._target = f"collection {plan.collection}"
+        self._fields = [
+            (position, column.field)
+            for position, column in enumerate(plan.columns)
+            if column.field is not None
+        ]
+
+    async def encode(
+        self, rows: Sequence[tuple[PointId, Row]], lane: int
+    ) -> tuple[list[Partial], list[PointId], list[tuple[PointId, str]]]:
+        """Encode rows, filling UNCHANGED payload fields from the stored payload.
+
+        Returns the partials, the ids that are missing in Qdrant (or lack a field they would have to keep), and
+        refusals of the mapping.
+        """
+        encoded: list[Partial] = []
+        gaps: dict[PointId, list[str]] = {}
+        missing: list[PointId] = []
+        refused: list[tuple[PointId, str]] = []
+        for id_, row in rows:
+            try:
+                encoded.append(self._encode(id_, row))
+            except MappingError as exc:
+                refused.append((id_, exc.message))
+                continue
+            unknown = [field for position, field in self._fields if row[position] is UNCHANGED]
+            if unknown:
+                gaps[id_] = unknown
+        if not gaps:
+            return encoded, missing, refused
+        stored = await self._stored([one for one in encoded if one.id in gaps], lane)
+        complete: list[Partial] = []
+        for one in encoded:
+            fields = gaps.get(one.id)
+            kept = stored.get(one.id, {})
+            if fields is None:
+                complete.append(one)
+            elif any(field not in kept for field in fields):
+                missing.append(one.id)
+            else:
+                entries = b"".join([messages.payload_entry(field, kept[field]) for field in fields])
+                whole = one.payload + entries
+                complete.append(Partial(one.id, one.id_bytes, whole, one.vectors, one.nulls))
+        return complete, missing, refused
+
+    def _encode(self, id_: PointId, row: Row) -> Partial:
+        codec = self._codec
+        return Partial(
+            id_,
+            codec.point_id(id_),
+            codec.payload_entries(row, 1),
+            codec.vectors(row),
+            tuple(codec.null_vectors(row)),
+        )
+
+    async def write(self, batch: Sequence[Partial], lane: int) -> list[PointId]:
+        """Write a batch and return the ids that are missing. Raises :class:`RpcFailure` and :class:`SinkError`."""
+        missing: list[PointId] = []
+        left: Sequence[Partial] = batch
+        for _ in range(_ROUNDS):
+            if not left:
+                return missing
+            try:
+                await self._write_once(left, lane)
+            except RpcFailure as failure:
+                if not failure.point_missing:
+                    raise
+            else:
+                return missing
+            # Operations of several points stop at the missing one, so what is present is written again.
+            present = await self._present(left, lane)
+            missing += [one.id for one in left if one.id not in present]
+            left = [one for one in left if one.id in present]
+        raise SinkError(
+            ErrorKind.SINK_UNKNOWN,
+            f"Points of {self._target} keep disappearing while they are updated; another program deletes them.",
+            "Let cdc_sync alone write to the collection.",
+        )
+
+    async def _write_once(self, batch: Sequence[Partial], lane: int) -> None:
+        todo = operations(batch)
+        wait = len(todo) <= 2
+        request = messages.update_batch(self._plan.collection, todo, wait=wait)
+        answer = await self._rpc.call(UPDATE_BATCH, request, lane)
+        if wait:
+            for result in answer.result:
+                if result.status != q.UpdateStatus.Completed:
+                    raise not_completed(result.status, UPDATE_BATCH, self._target)
+            return
+        barrier = messages.touch(self._plan.collection, [one.id_bytes for one in batch])
+        done = await self._rpc.call(SET_PAYLOAD, barrier, lane)
+        if done.result.status != q.UpdateStatus.Completed:
+            raise not_completed(done.result.status, SET_PAYLOAD, self._target)
+
+    async def _present(self, batch: Sequence[Partial], lane: int) -> Collection[PointId]:
+        points = await self._get(batch, lane, with_payload=False)
+        return {messages.point_id_value(point.id) for point in points}
+
+    async def _stored(
+        self, batch: Sequence[Partial], lane: int
+    ) -> dict[PointId, Mapping[str, bytes]]:
+        """Payload by id; every value still a serialized Value, so that it goes back exactly as it came."""
+        points = await self._get(batch, lane, with_payload=True)
+        return {
+            messages.point_id_value(point.id): {
+                name: point.payload[name].SerializeToString() for name in point.payload
+            }
+            for point in points
+        }
+
+    async def _get(
+        self, batch: Sequence[Partial], lane: int, *, with_payload: bool
+    ) -> Sequence[q.RetrievedPoint]:
+        ids = [one.id_bytes for one in batch]
+        request = messages.get(self._plan.collection, ids, with_payload=with_payload)
+        try:
+            answer = await self._rpc.call(GET, request, lane)
+        except RpcFailure as failure:
+            raise sink_error(failure, GET, self._target) from failure
+        return list(answer.result)

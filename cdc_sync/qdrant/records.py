@@ -1,0 +1,119 @@
+"""The pipeline's own records as JSON-like objects, the same on a server and in files. Every record has a version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from cdc_sync.errors import StateError
+from cdc_sync.qdrant.sink import DeadLetter, PipelineState, TableState
+
+#: Version of the records written here. Older ones are read, newer ones refused.
+VERSION: Final = 1
+
+Record = dict[str, object]
+
+
+def pipeline_record(state: PipelineState) -> Record:
+    """The record of a pipeline. LSNs are strings, because they are unsigned 64-bit numbers."""
+    return {
+        "version": VERSION,
+        "kind": "pipeline",
+        "pipeline": state.pipeline,
+        "slot": state.slot,
+        "publication": state.publication,
+        "system_identifier": state.system_identifier,
+        "timeline": state.timeline,
+        "slot_lsn": str(state.slot_lsn),
+        "tables": [
+            {
+                "table": table.table,
+                "collection": table.collection,
+                "plan_fingerprint": table.plan_fingerprint,
+                "copied": table.copied,
+            }
+            for table in state.tables
+        ],
+    }
+
+
+def dead_letter_record(letter: DeadLetter) -> Record:
+    """The record of a dead letter."""
+    return {
+        "version": VERSION,
+        "kind": "dead_letter",
+        "pipeline": letter.pipeline,
+        "table": letter.table,
+        "key": letter.key,
+        "lsn": letter.lsn,
+        "commit_time": letter.commit_time,
+        "reason": letter.reason,
+    }
+
+
+def pipeline_state(record: Mapping[str, object], where: str) -> PipelineState:
+    """The pipeline of a record read from ``where``. Raises :class:`StateError`."""
+    _check_version(record, where)
+    tables = record.get("tables")
+    if not isinstance(tables, list):
+        raise _damaged(where, "tables")
+    return PipelineState(
+        pipeline=_text(record, "pipeline", where),
+        slot=_text(record, "slot", where),
+        publication=_text(record, "publication", where),
+        system_identifier=_text(record, "system_identifier", where),
+        timeline=_number(record, "timeline", where),
+        slot_lsn=_number(record, "slot_lsn", where),
+        tables=tuple(_table_state(table, where) for table in tables),
+    )
+
+
+def dead_letter(record: Mapping[str, object], where: str) -> DeadLetter:
+    """The dead letter of a record read from ``where``. Raises :class:`StateError`."""
+    _check_version(record, where)
+    names = ("pipeline", "table", "key", "lsn", "commit_time", "reason")
+    return DeadLetter(*(_text(record, name, where) for name in names))
+
+
+def _table_state(record: object, where: str) -> TableState:
+    if not isinstance(record, dict) or not isinstance(record.get("copied"), bool):
+        raise _damaged(where, "tables")
+    return TableState(
+        table=_text(record, "table", where),
+        collection=_text(record, "collection", where),
+        plan_fingerprint=_text(record, "plan_fingerprint", where),
+        copied=record["copied"] is True,
+    )
+
+
+def _check_version(record: Mapping[str, object], where: str) -> None:
+    version = _number(record, "version", where)
+    if version > VERSION:
+        raise StateError(
+            f"{where} was written by a newer cdc_sync (record version {version}, known is {VERSION}).",
+            "Upgrade cdc_sync to the version that wrote it, or newer.",
+        )
+
+
+def _text(record: Mapping[str, object], name: str, where: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise _damaged(where, name)
+    return value
+
+
+def _number(record: Mapping[str, object], name: str, where: str) -> int:
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise _damaged(where, name)
+    try:
+        return int(value)
+    except ValueError as exc:
+        raise _damaged(where, name) from exc
+
+
+def _damaged(where: str, name: str) -> StateError:
+    return StateError(
+        f"{where} is damaged: field {name} is absent or of the wrong type.",
+        "Restore it from a backup, or remove it and copy anew with --migration.restart.",
+    )

@@ -1,0 +1,171 @@
+"""The pipeline's records on a server: points without vectors in a collection of their own.
+
+A pipeline is one point, a dead letter is one point. Ids are UUIDv5 of what they stand for, so writing again replaces.
+The collection is created by the first write; reading never creates anything.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from typing import Final
+
+from qdrant_client import grpc as q
+from qdrant_client.conversions.conversion import grpc_to_payload, payload_to_grpc
+
+from cdc_sync.mapping.plan import PayloadIndex, PayloadIndexType
+from cdc_sync.mapping.protobuf import delimited
+from cdc_sync.qdrant import messages
+from cdc_sync.qdrant.collections import Collections
+from cdc_sync.qdrant.records import (
+    Record,
+    dead_letter,
+    dead_letter_record,
+    pipeline_record,
+    pipeline_state,
+)
+from cdc_sync.qdrant.rpc import (
+    DELETE,
+    GET,
+    SCROLL,
+    UPSERT,
+    Rpc,
+    RpcFailure,
+    not_completed,
+    sink_error,
+)
+from cdc_sync.qdrant.sink import DeadLetter, PipelineState
+
+COLLECTION: Final = "_cdc_sync"
+_TARGET: Final = f"collection {COLLECTION}"
+_PAGE: Final = 500
+_NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_URL, "cdc_sync records")
+
+
+def record_id(*parts: str) -> bytes:
+    """The serialized point id of a record named by these parts."""
+    name = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
+    return bytes(q.PointId(uuid=str(uuid.uuid5(_NAMESPACE, name))).SerializeToString())
+
+
+class ServerStateStore:
+    """A :class:`~cdc_sync.qdrant.sink.StateStore` in collection ``_cdc_sync``."""
+
+    def __init__(self, rpc: Rpc) -> None:
+        self._rpc = rpc
+        self._collections = Collections(rpc)
+
+    async def load(self, pipeline: str) -> PipelineState | None:
+        """The pipeline's record, or None."""
+        request = messages.get(COLLECTION, [record_id(pipeline)], with_payload=True)
+        try:
+            answer = await self._rpc.call(GET, request)
+        except RpcFailure as failure:
+            if failure.collection_missing:
+                return None
+            raise sink_error(failure, GET, _TARGET) from failure
+        if not answer.result:
+            return None
+        record = grpc_to_payload(answer.result[0].payload)
+        return pipeline_state(record, f"The record of pipeline {pipeline} in {_TARGET}")
+
+    async def save(self, state: PipelineState) -> None:
+        """Write the pipeline's record."""
+        await self._write([(record_id(state.pipeline), pipeline_record(state))])
+
+    async def forget(self, pipeline: str) -> None:
+        """Remove the pipeline's record and its dead letters."""
+        letters = [
+            record_id(pipeline, letter.table, letter.key)
+            for letter in await self.dead_letters(pipeline)
+        ]
+        # The pipeline's own record goes last: it is what says that there may be more to remove.
+        await self._remove([*letters, record_id(pipeline)])
+
+    async def park(self, letters: Sequence[DeadLetter]) -> None:
+        """Keep dead letters."""
+        # The last of equal ones counts, as if they were written one by one.
+        points = {
+            record_id(letter.pipeline, letter.table, letter.key): dead_letter_record(letter)
+            for letter in letters
+        }
+        await self._write(list(points.items()))
+
+    async def dead_letters(self, pipeline: str) -> list[DeadLetter]:
+        """All dead letters of the pipeline, by table and key."""
+        found: list[DeadLetter] = []
+        offset: q.PointId | None = None
+        while True:
+            request = q.ScrollPoints(
+                collection_name=COLLECTION,
+                filter=q.Filter(
+                    must=[_equals("pipeline", pipeline), _equals("kind", "dead_letter")]
+                ),
+                offset=offset,
+                limit=_PAGE,
+                with_payload=q.WithPayloadSelector(enable=True),
+            )
+            try:
+                answer = await self._rpc.call(SCROLL, request.SerializeToString())
+            except RpcFailure as failure:
+                if failure.collection_missing:
+                    return []
+                raise sink_error(failure, SCROLL, _TARGET) from failure
+            found += [
+                dead_letter(grpc_to_payload(point.payload), f"A dead letter in {_TARGET}")
+                for point in answer.result
+            ]
+            if not answer.HasField("next_page_offset"):
+                return sorted(found, key=lambda letter: (letter.table, letter.key))
+            offset = answer.next_page_offset
+
+    async def release(self, pipeline: str, letters: Sequence[tuple[str, str]]) -> None:
+        """Remove dead letters by (table, key)."""
+        await self._remove([record_id(pipeline, table, key) for table, key in letters])
+
+    async def _write(self, records: Sequence[tuple[bytes, Record]]) -> None:
+        for start in range(0, len(records), _PAGE):
+            points = [_point(id_, record) for id_, record in records[start : start + _PAGE]]
+            request = messages.upsert(COLLECTION, points)
+            try:
+                answer = await self._rpc.call(UPSERT, request)
+            except RpcFailure as failure:
+                if not failure.collection_missing:
+                    raise sink_error(failure, UPSERT, _TARGET) from failure
+                await self._create()
+                answer = await self._rpc.request(UPSERT, request, _TARGET)
+            if answer.result.status != q.UpdateStatus.Completed:
+                raise not_completed(answer.result.status, UPSERT, _TARGET)
+
+    async def _create(self) -> None:
+        request = q.CreateCollection(collection_name=COLLECTION)
+        request.vectors_config.params_map.SetInParent()
+        await self._collections.create(request)
+        for name in ("pipeline", "kind"):
+            await self._collections.create_index(
+                COLLECTION, PayloadIndex(name, PayloadIndexType.KEYWORD)
+            )
+
+    async def _remove(self, ids: Sequence[bytes]) -> None:
+        for start in range(0, len(ids), _PAGE):
+            request = messages.delete(COLLECTION, ids[start : start + _PAGE])
+            try:
+                answer = await self._rpc.call(DELETE, request)
+            except RpcFailure as failure:
+                if failure.collection_missing:
+                    return
+                raise sink_error(failure, DELETE, _TARGET) from failure
+            if answer.result.status != q.UpdateStatus.Completed:
+                raise not_completed(answer.result.status, DELETE, _TARGET)
+
+
+def _point(id_: bytes, record: Record) -> bytes:
+    """A serialized PointStruct without vectors."""
+    entries = payload_to_grpc(record)
+    point = q.PointStruct(payload=entries, vectors=q.Vectors(vectors=q.NamedVectors()))
+    return delimited(1, id_) + bytes(point.SerializeToString())
+
+
+def _equals(name: str, value: str) -> q.Condition:
+    return q.Condition(field=q.FieldCondition(key=name, match=q.Match(keyword=value)))

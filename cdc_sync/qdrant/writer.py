@@ -1,0 +1,290 @@
+"""Writes the points of one table to a Qdrant server.
+
+A batch is cut into requests over disjoint ids, which a few lanes send side by side; a lane encodes its next request
+when its last one is answered, so encoding and the server's work overlap. The ``timeout`` field of update requests is
+left unset: past it a server says WaitTimeout, which tells no more than the deadline of the call, and servers before
+1.17 ignore it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final, TypeAlias, TypeVar
+
+from qdrant_client import grpc as q
+from qdrant_client.conversions.conversion import grpc_to_payload
+
+from cdc_sync.config import QdrantSettings
+from cdc_sync.errors import MappingError
+from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.mapping.wire import WireCodec
+from cdc_sync.qdrant import messages
+from cdc_sync.qdrant.collections import Collections
+from cdc_sync.qdrant.partials import Partial, PartialWriter
+from cdc_sync.qdrant.rpc import (
+    DELETE,
+    QUERY,
+    SCROLL,
+    UPDATE_BATCH,
+    UPSERT,
+    Method,
+    Rpc,
+    RpcFailure,
+    not_completed,
+    reason,
+    sink_error,
+)
+from cdc_sync.qdrant.settle import settle
+from cdc_sync.qdrant.sink import Applied, Changes, StoredPoint, StoredVector
+from cdc_sync.rows import PointId, Row
+
+#: Ids a request of deletes, at most: they are small.
+_DELETE_IDS: Final = 4096
+#: Below this many points a request is not cut smaller to occupy another lane.
+_MIN_POINTS: Final = 64
+
+Item = TypeVar("Item")
+
+
+@dataclass(slots=True)
+class _Outcome:
+    missing: set[PointId] = field(default_factory=set)
+    refused: list[tuple[PointId, str]] = field(default_factory=list)
+
+
+#: Sends one part of a batch on a lane.
+_Job: TypeAlias = Callable[[int, _Outcome], Coroutine[None, None, None]]
+
+
+class ServerWriter:
+    """A :class:`~cdc_sync.qdrant.sink.TableWriter` for a server."""
+
+    def __init__(self, rpc: Rpc, settings: QdrantSettings, plan: TablePlan) -> None:
+        self._rpc = rpc
+        self._settings = settings
+        self._plan = plan
+        self._codec = WireCodec(plan)
+        self._partials = PartialWriter(rpc, plan, self._codec)
+        self._collections = Collections(rpc)
+        self._filter = messages.table_filter(plan)
+        self._target = f"collection {plan.collection}"
+
+    @property
+    def plan(self) -> TablePlan:
+        """The plan it was made for."""
+        return self._plan
+
+    async def apply(self, changes: Changes) -> Applied:
+        """See :meth:`~cdc_sync.qdrant.sink.TableWriter.apply`. SINK_REFUSED if strict mode's limits are reached."""
+        require_disjoint(changes)
+        jobs = deque(self._cut(changes))
+        outcome = _Outcome()
+        lanes = min(self._settings.parallel_requests, len(jobs))
+        await settle(
+            [asyncio.create_task(self._lane(lane, jobs, outcome)) for lane in range(lanes)]
+        )
+        return Applied(frozenset(outcome.missing), tuple(outcome.refused))
+
+    def _cut(self, changes: Changes) -> list[_Job]:
+        def size(count: int) -> int:
+            share = -(-count // self._settings.parallel_requests)
+            return min(self._settings.request_points, max(share, _MIN_POINTS))
+
+        upserts = _slices(changes.upserts, size(len(changes.upserts)))
+        partials = _slices(changes.partials, size(len(changes.partials)))
+        return [
+            *(partial(self._upsert, rows) for rows in upserts),
+            *(partial(self._partial, rows) for rows in partials),
+            *(partial(self._delete, ids) for ids in _slices(changes.deletes, _DELETE_IDS)),
+        ]
+
+    async def _lane(self, lane: int, jobs: deque[_Job], outcome: _Outcome) -> None:
+        try:
+            while jobs:
+                await jobs.popleft()(lane, outcome)
+        except BaseException:
+            # The batch is going to be applied again as a whole: the other lanes need not start more of it.
+            jobs.clear()
+            raise
+
+    async def _upsert(
+        self, rows: Sequence[tuple[PointId, Row]], lane: int, outcome: _Outcome
+    ) -> None:
+        async def send(points: Sequence[tuple[PointId, bytes]]) -> None:
+            request = messages.upsert(self._plan.collection, [point for _, point in points])
+            await self._update(UPSERT, request, lane)
+
+        request: list[tuple[PointId, bytes]] = []
+        size = 0
+        for id_, row in rows:
+            try:
+                point = self._codec.point(id_, row)
+            except MappingError as exc:
+                outcome.refused.append((id_, exc.message))
+                continue
+            if request and size + len(point) > self._settings.request_bytes:
+                await self._divide(request, send, UPSERT, outcome)
+                request, size = [], 0
+            request.append((id_, point))
+            size += len(point)
+        if request:
+            await self._divide(request, send, UPSERT, outcome)
+
+    async def _partial(
+        self, rows: Sequence[tuple[PointId, Row]], lane: int, outcome: _Outcome
+    ) -> None:
+        encoded, missing, refused = await self._partials.encode(rows, lane)
+        outcome.missing.update(missing)
+        outcome.refused.extend(refused)
+
+        async def send(points: Sequence[tuple[PointId, Partial]]) -> None:
+            outcome.missing.update(await self._partials.write([one for _, one in points], lane))
+
+        request: list[tuple[PointId, Partial]] = []
+        size = 0
+        for one in encoded:
+            if request and size + len(one) > self._settings.request_bytes:
+                await self._divide(request, send, UPDATE_BATCH, outcome)
+                request, size = [], 0
+            request.append((one.id, one))
+            size += len(one)
+        if request:
+            await self._divide(request, send, UPDATE_BATCH, outcome)
+
+    async def _delete(self, ids: Sequence[PointId], lane: int, outcome: _Outcome) -> None:
+        async def send(some: Sequence[tuple[PointId, bytes]]) -> None:
+            request = messages.delete(self._plan.collection, [id_ for _, id_ in some])
+            await self._update(DELETE, request, lane)
+
+        await self._divide([(id_, self._codec.point_id(id_)) for id_ in ids], send, DELETE, outcome)
+
+    async def _divide(
+        self,
+        items: Sequence[tuple[PointId, Item]],
+        send: Callable[[Sequence[tuple[PointId, Item]]], Coroutine[None, None, None]],
+        method: Method[object],
+        outcome: _Outcome,
+    ) -> None:
+        """Send items, halving them as long as Qdrant takes something in them as invalid, or the whole as too large."""
+        try:
+            await send(items)
+        except RpcFailure as failure:
+            if failure.invalid and len(items) == 1:
+                outcome.refused.append((items[0][0], reason(failure.details)))
+            elif (failure.invalid or failure.too_large) and len(items) > 1:
+                half = len(items) // 2
+                await self._divide(items[:half], send, method, outcome)
+                await self._divide(items[half:], send, method, outcome)
+            else:
+                raise sink_error(failure, method, self._target) from failure
+
+    async def _update(
+        self, method: Method[q.PointsOperationResponse], request: bytes, lane: int
+    ) -> None:
+        answer = await self._rpc.call(method, request, lane)
+        if answer.result.status != q.UpdateStatus.Completed:
+            raise not_completed(answer.result.status, method, self._target)
+
+    async def clear(self) -> None:
+        """Remove every point of the table, by ids, page by page.
+
+        Deleting by filter would be one operation, but one that can outlast any deadline and then never completes; and
+        servers from 1.16 to 1.18 evaluate the filter again when they replay their WAL.
+        """
+        while True:
+            ids, _ = await self._scroll_page(_DELETE_IDS, None)
+            if not ids:
+                return
+            outcome = _Outcome()
+            await self._delete(ids, 0, outcome)
+            if outcome.refused:
+                raise ValueError(f"{self._target} refuses ids that it returned itself")
+
+    async def count(self) -> int:
+        """Exact number of points of the table."""
+        return await self._collections.count(self._plan.collection, self._filter)
+
+    async def scroll_ids(self, page: int = 1000) -> AsyncIterator[list[PointId]]:
+        """All ids of the table's points, in pages."""
+        offset: q.PointId | None = None
+        while True:
+            ids, offset = await self._scroll_page(page, offset)
+            if ids:
+                yield ids
+            if offset is None:
+                return
+
+    async def _scroll_page(
+        self, page: int, offset: q.PointId | None
+    ) -> tuple[list[PointId], q.PointId | None]:
+        answer = await self._scroll(page, offset, payload=False, vectors=False)
+        ids = [messages.point_id_value(point.id) for point in answer.result]
+        return ids, answer.next_page_offset if answer.HasField("next_page_offset") else None
+
+    async def _scroll(
+        self, page: int, offset: q.PointId | None, *, payload: bool, vectors: bool
+    ) -> q.ScrollResponse:
+        request = q.ScrollPoints(
+            collection_name=self._plan.collection,
+            filter=self._filter,
+            offset=offset,
+            limit=page,
+            with_payload=q.WithPayloadSelector(enable=payload),
+            with_vectors=q.WithVectorsSelector(enable=vectors),
+        )
+        return await self._rpc.request(SCROLL, request.SerializeToString(), self._target)
+
+    async def scroll_points(
+        self, page: int = 256, with_vectors: bool = True
+    ) -> AsyncIterator[list[StoredPoint]]:
+        """All points of the table with their payload, in pages."""
+        offset: q.PointId | None = None
+        while True:
+            answer = await self._scroll(page, offset, payload=True, vectors=with_vectors)
+            if answer.result:
+                yield [
+                    StoredPoint(
+                        messages.point_id_value(point.id),
+                        grpc_to_payload(point.payload),
+                        messages.stored_vectors(point.vectors),
+                    )
+                    for point in answer.result
+                ]
+            if not answer.HasField("next_page_offset"):
+                return
+            offset = answer.next_page_offset
+
+    async def search(
+        self, vector_name: str, vector: StoredVector, limit: int
+    ) -> list[tuple[PointId, float, dict[str, object]]]:
+        """The ``limit`` nearest points of the table with score and payload, best first."""
+        request = q.QueryPoints(
+            collection_name=self._plan.collection,
+            query=q.Query(nearest=messages.vector_input(vector)),
+            using=vector_name or None,
+            filter=self._filter,
+            limit=limit,
+            with_payload=q.WithPayloadSelector(enable=True),
+        )
+        answer = await self._rpc.request(QUERY, request.SerializeToString(), self._target)
+        return [
+            (messages.point_id_value(point.id), float(point.score), grpc_to_payload(point.payload))
+            for point in answer.result
+        ]
+
+
+def require_disjoint(changes: Changes) -> None:
+    """Raise ValueError if an id occurs twice: two requests in flight would then race for the point."""
+    ids = {id_ for id_, _ in changes.upserts}
+    ids.update(id_ for id_, _ in changes.partials)
+    ids.update(changes.deletes)
+    if len(ids) != len(changes):
+        raise ValueError("a point id occurs twice in one batch; coalesce it first")
+
+
+def _slices(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,0 +1,157 @@
+"""The applier: writes batches, one after the other, and knows when one is really there.
+
+One batch is in flight at a time and no point id stands in two of its requests, so changes of one point are never in
+flight together (invariant 2). An unknown outcome sends the same batch again before anything newer (invariant 1); that is
+harmless, because an upsert carries the whole point and partials carry final values (invariant 3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from typing import TypeVar
+
+from cdc_sync.errors import CdcSyncError, ErrorKind
+from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.ops.logging import get_logger
+from cdc_sync.ops.metrics import Metrics, Operation, ToastResolution
+from cdc_sync.qdrant.sink import Applied, Changes, Sink, TableWriter
+from cdc_sync.rows import PointId, RawValue, Row
+from cdc_sync.sync.coalesce import Pending, TableBatch
+from cdc_sync.sync.dead_letters import DeadLetterOffice
+from cdc_sync.sync.gather import Batch
+from cdc_sync.sync.retry import retrying
+from cdc_sync.sync.routing import Binding
+
+log = get_logger(__name__)
+
+T = TypeVar("T")
+
+#: Reads rows by key as they are now, once the given transactions are visible (R84); blocking.
+FetchRows = Callable[[TablePlan, str | None, Sequence[Sequence[RawValue]], Collection[int]], list[Row]]
+
+
+class Applier:
+    """Writes batches to the sink."""
+
+    def __init__(
+        self,
+        sink: Sink,
+        fetch: FetchRows,
+        dead_letters: DeadLetterOffice,
+        metrics: Metrics,
+        on_stall: Callable[[CdcSyncError, float], None],
+    ) -> None:
+        self._sink = sink
+        self._fetch = fetch
+        self._dead_letters = dead_letters
+        self._metrics = metrics
+        self._on_stall = on_stall
+        self._writers: dict[TablePlan, TableWriter] = {}
+
+    async def apply(self, batch: Batch) -> None:
+        """Write the whole batch; returns when Qdrant has completed all of it.
+
+        Transient failures are retried without end. Raises what is not transient, with nothing in flight any more.
+        """
+        if batch.truncates:
+            for oid in batch.truncates:
+                await self._clear(batch.bindings[oid])
+            return
+        for oid, table in batch.tables.items():
+            await self._apply_table(batch, batch.bindings[oid], table)
+        for lost in batch.unmappable:
+            await self._dead_letters.park(
+                lost.binding.planned.name,
+                [("(key cannot be mapped)", lost.reason)],
+                lsn=lost.lsn,
+                commit_time=lost.commit_time,
+                kind=ErrorKind.MAPPING,
+            )
+        self._count(batch)
+
+    def writer(self, plan: TablePlan) -> TableWriter:
+        """The writer of a plan, with its encoders compiled once."""
+        writer = self._writers.get(plan)
+        if writer is None:
+            # A table has one plan at a time; older ones are not needed any more.
+            self._writers = {p: w for p, w in self._writers.items() if p.oid != plan.oid}
+            writer = self._writers[plan] = self._sink.writer(plan)
+        return writer
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    async def _apply_table(self, batch: Batch, binding: Binding, table: TableBatch) -> None:
+        changes, rootless = table.split()
+        if rootless:
+            rows = await self._fetch_points(binding, table, rootless)
+            changes.upserts += rows
+            self._resolved(binding, "refetched", len(rows))
+        applied = await self._write(binding, changes)
+        if applied.missing:
+            rows = await self._fetch_points(binding, table, list(applied.missing))
+            self._resolved(binding, "refetched", len(rows))
+            again = await self._write(binding, Changes(upserts=rows))
+            applied = Applied(frozenset(), applied.refused + again.refused)
+        self._resolved(binding, "kept", len(changes.partials) - len(applied.missing))
+        name = binding.planned.name
+        await self._keep_refused(name, applied.refused, batch.last_lsn, batch.last_commit)
+        refused = {point_id for point_id, _ in applied.refused}
+        await self._retry(
+            lambda: self._dead_letters.release(name, (i for i in table.pending if i not in refused))
+        )
+        if table.superseded:
+            self._metrics.add_table(name).coalesced.inc(table.superseded)
+
+    async def _keep_refused(
+        self, table: str, refused: Iterable[tuple[PointId, str]], lsn: int, commit_time: float
+    ) -> None:
+        letters = [(str(point_id), reason) for point_id, reason in refused]
+        if letters:
+            await self._retry(
+                lambda: self._dead_letters.park(table, letters, lsn=lsn, commit_time=commit_time)
+            )
+
+    async def _fetch_points(
+        self, binding: Binding, table: TableBatch, ids: Sequence[PointId]
+    ) -> list[tuple[PointId, Row]]:
+        """Read rows by key as they are now. A row that is gone needs nothing: the event that took it will come."""
+        planned = binding.planned
+        pending: list[tuple[PointId, Pending]] = [(i, table.pending[i]) for i in ids]
+        keys = [[change.row[k] for k in binding.key] for _, change in pending if change.row is not None]
+        xids = {change.xid for _, change in pending}
+        rows = await self._retry(
+            lambda: asyncio.to_thread(self._fetch, planned.plan, planned.row_filter, keys, xids)
+        )
+        found = {binding.point_id(row): row for row in rows}
+        return [(point_id, found[point_id]) for point_id in ids if point_id in found]
+
+    async def _write(self, binding: Binding, changes: Changes) -> Applied:
+        if not len(changes):
+            return Applied()
+        writer = self.writer(binding.planned.plan)
+        return await self._retry(lambda: writer.apply(changes))
+
+    async def _clear(self, binding: Binding) -> None:
+        log.info("table_truncated", table=binding.planned.name)
+        writer = self.writer(binding.planned.plan)
+        await self._retry(writer.clear)
+        self._metrics.add_table(binding.planned.name).changes["truncate"].inc()
+
+    async def _retry(self, operation: Callable[[], Awaitable[T]]) -> T:
+        return await retrying(operation, self._on_stall)
+
+    def _resolved(self, binding: Binding, resolution: ToastResolution, rows: int) -> None:
+        if rows > 0:
+            self._metrics.add_table(binding.planned.name).unchanged_toast[resolution].inc(rows)
+
+    def _count(self, batch: Batch) -> None:
+        operations: dict[Operation, dict[int, int]] = {
+            "insert": batch.inserts,
+            "update": batch.updates,
+            "delete": batch.deletes,
+        }
+        for operation, counts in operations.items():
+            for oid, count in counts.items():
+                table = self._metrics.add_table(batch.bindings[oid].planned.name)
+                table.changes[operation].inc(count)

@@ -1,0 +1,76 @@
+"""The daemon: a pipeline with its signals, logs, metrics and HTTP endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import traceback
+
+from cdc_sync.config import Settings
+from cdc_sync.errors import CdcSyncError, ExitCode
+from cdc_sync.ops.http import HttpServer
+from cdc_sync.ops.logging import configure_logging, get_logger
+from cdc_sync.ops.metrics import Metrics
+from cdc_sync.ops.notify import Notifier
+from cdc_sync.ops.status import StatusBoard
+from cdc_sync.sync.pipeline import Pipeline
+
+log = get_logger(__name__)
+
+
+def run_pipeline(settings: Settings, *, restart: bool = False) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit code. Raises :class:`CdcSyncError` for what needs somebody to act.
+
+    The first signal drains: the batch in flight is finished and confirmed. A second one exits at once, which is safe: what
+    was not confirmed is sent again.
+    """
+    configure_logging(settings.log)
+    metrics = Metrics()
+    board = StatusBoard()
+    server = HttpServer(settings.http, metrics, board) if settings.http.enabled else None
+    try:
+        if server is not None:
+            server.start()
+            log.info("http_listening", host=settings.http.host, port=server.port)
+        asyncio.run(_run(Pipeline(settings, metrics=metrics, board=board), restart))
+    finally:
+        if server is not None:
+            server.stop()
+    log.info("stopped")
+    return ExitCode.OK
+
+
+async def _run(pipeline: Pipeline, restart: bool) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    notifier = Notifier()
+
+    def on_signal(received: signal.Signals) -> None:
+        if stop.is_set():
+            os._exit(128 + received)
+        log.info("stopping", signal=received.name)
+        notifier.stopping()
+        stop.set()
+
+    for received in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(received, on_signal, received)
+    loop.add_signal_handler(signal.SIGUSR1, _dump_tasks)
+    notifier.ready()
+    try:
+        await pipeline.run(stop, restart=restart)
+    except CdcSyncError as error:
+        log.error("failed", kind=error.kind.value, error=error.message, remedy=error.remedy)
+        raise
+    finally:
+        for received in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            loop.remove_signal_handler(received)
+
+
+def _dump_tasks() -> None:
+    """SIGUSR1: where every task and thread stands, to stderr."""
+    for task in asyncio.all_tasks():
+        task.print_stack(file=sys.stderr)
+    for frame in sys._current_frames().values():
+        traceback.print_stack(frame, file=sys.stderr)

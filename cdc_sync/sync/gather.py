@@ -1,0 +1,381 @@
+"""Gathering: from frames of the stream to coalesced batches. No I/O.
+
+The gatherer follows transactions and keeps, for each batch, the position that is reached once the batch is written:
+the end of the last transaction that is complete in it, or a later keepalive position with no transaction open (R43). A
+batch that ends inside a transaction does not move the position past it (R41, R42).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal, TypeAlias
+
+from cdc_sync.errors import MappingError, ProtocolError
+from cdc_sync.pgoutput import messages as m
+from cdc_sync.pgoutput.decode import Decoder
+from cdc_sync.pgoutput.envelope import XLOG_HEADER_BYTES, decode_keepalive, unix_seconds
+from cdc_sync.pgoutput.lsn import Lsn
+from cdc_sync.rows import UNCHANGED, PointId, Row
+from cdc_sync.sync.coalesce import TableBatch, fill
+from cdc_sync.sync.routing import Binding
+
+_KEEPALIVE = 0x6B
+_XLOG_DATA = 0x77
+
+#: Transactions a batch may complete, so that a stream of empty ones is bounded too.
+_MAX_TRANSACTIONS = 4096
+
+
+#: The kinds of messages as they are counted.
+MessageKind: TypeAlias = Literal[
+    "begin", "commit", "insert", "update", "delete", "truncate", "relation", "type", "origin",
+    "message", "keepalive",
+]  # fmt: skip
+
+_KINDS: Final[dict[type, MessageKind]] = {
+    m.Begin: "begin",
+    m.Commit: "commit",
+    m.Insert: "insert",
+    m.Update: "update",
+    m.Delete: "delete",
+    m.Truncate: "truncate",
+    m.Relation: "relation",
+    m.Type: "type",
+    m.Origin: "origin",
+    m.LogicalMessage: "message",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Unmappable:
+    """A change whose key cannot become a point id."""
+
+    binding: Binding
+    reason: str
+    lsn: int
+    commit_time: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """What is written at once.
+
+    ``end_lsn``: the position reached when it is written, None if it holds no end of a transaction. ``truncates``: OIDs of
+    tables to clear; such a batch holds nothing else. ``commit_times``: Unix seconds, one a transaction completed in it.
+    ``oldest_commit``: Unix seconds of the first transaction that has changes in it. ``xids``: transactions with changes in it. ``last_lsn`` and ``last_commit`` describe the last
+    transaction seen, for dead letters.
+    """
+
+    tables: dict[int, TableBatch] = field(default_factory=dict)
+    bindings: dict[int, Binding] = field(default_factory=dict)
+    truncates: tuple[int, ...] = ()
+    end_lsn: int | None = None
+    bytes: int = 0
+    messages: int = 0
+    commit_times: list[float] = field(default_factory=list)
+    transaction_changes: list[int] = field(default_factory=list)
+    oldest_commit: float | None = None
+    xids: list[int] = field(default_factory=list)
+    last_lsn: int = 0
+    last_commit: float = 0.0
+    inserts: dict[int, int] = field(default_factory=dict)
+    updates: dict[int, int] = field(default_factory=dict)
+    deletes: dict[int, int] = field(default_factory=dict)
+    unmappable: list[Unmappable] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to write (a position may still be reached)."""
+        return not self.tables and not self.truncates and not self.unmappable
+
+
+@dataclass(slots=True)
+class _Transaction:
+    xid: int
+    final_lsn: int
+    commit_time: float
+    skip: bool
+    changes: int = 0
+
+
+class Gatherer:
+    """Turns CopyData frames into batches.
+
+    ``route(relation)`` binds a Relation message, or returns None for a table that is not ours. ``applied`` is the exclusive
+    bound of what is already written: a transaction is skipped iff its commit LSN is below it (R44).
+    """
+
+    def __init__(
+        self,
+        route: Callable[[m.Relation], Binding | None],
+        *,
+        batch_rows: int,
+        batch_bytes: int,
+        applied: int = 0,
+        on_type: Callable[[int], None] | None = None,
+        on_message: Callable[[m.LogicalMessage], None] | None = None,
+    ) -> None:
+        self._route = route
+        self._batch_rows = batch_rows
+        self._batch_bytes = batch_bytes
+        self._applied = applied
+        self._on_type = on_type
+        self._on_message = on_message
+        self._decoder = Decoder()
+        self._bindings: dict[int, Binding | None] = {}
+        self._transaction: _Transaction | None = None
+        self._sealed: deque[Batch] = deque()
+        self._batch = Batch()
+        self._batch_changes = 0
+        self.received = 0
+        self.server_end = 0
+        self.reply_requested = False
+        self.clock_offset_seconds: float | None = None
+        self.counts: dict[MessageKind, int] = {}
+        self.ignored_changes = 0
+
+    # -- what the engine asks --------------------------------------------------------------------------------------
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction has begun and not committed."""
+        return self._transaction is not None
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes of frames in batches that were not taken yet."""
+        return self._batch.bytes + sum(batch.bytes for batch in self._sealed)
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more should be fed before a batch is taken."""
+        return bool(self._sealed)
+
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`take` has something: changes, or a position to reach."""
+        return bool(self._sealed) or not self._batch.empty or self._batch.end_lsn is not None
+
+    @property
+    def oldest_commit(self) -> float | None:
+        """Commit time (Unix seconds) of the oldest change not taken yet."""
+        for batch in (*self._sealed, self._batch):
+            if batch.oldest_commit is not None:
+                return batch.oldest_commit
+        return None
+
+    @property
+    def bindings(self) -> Mapping[int, Binding | None]:
+        """The bindings in force, by relation OID."""
+        return self._bindings
+
+    def take(self) -> Batch:
+        """Return the oldest batch; what is gathered so far if none is sealed."""
+        if not self._sealed:
+            self._seal()
+        return self._sealed.popleft()
+
+    # -- frames ----------------------------------------------------------------------------------------------------
+
+    def feed(self, frame: bytes) -> None:
+        """Take one CopyData frame. Raises :class:`ProtocolError` and what ``route`` raises."""
+        kind = frame[0] if frame else 0
+        if kind == _XLOG_DATA:
+            self._message(frame)
+        elif kind == _KEEPALIVE:
+            self._keepalive(frame)
+        else:
+            raise ProtocolError(f"unknown replication frame 0x{kind:02x}")
+
+    def _keepalive(self, frame: bytes) -> None:
+        keepalive = decode_keepalive(frame)
+        self.server_end = max(self.server_end, keepalive.wal_end)
+        self.received = max(self.received, keepalive.wal_end)
+        self.reply_requested |= keepalive.reply_requested
+        self.counts["keepalive"] = self.counts.get("keepalive", 0) + 1
+        self.clock_offset_seconds = unix_seconds(keepalive.send_time) - time.time()
+        # With no transaction open, everything before walEnd has been received; an open one commits at or after it.
+        if self._transaction is None:
+            self._reach(keepalive.wal_end)
+
+    def _reach(self, lsn: int) -> None:
+        if lsn > (self._batch.end_lsn or 0):
+            self._batch.end_lsn = lsn
+
+    def _message(self, frame: bytes) -> None:
+        message = self._decoder.decode(frame, XLOG_HEADER_BYTES)
+        # Relation and Type messages carry 0/0 here (R47).
+        lsn = int.from_bytes(frame[1:9], "big")
+        if lsn > self.received:
+            self.received = lsn
+        self._batch.bytes += len(frame)
+        self._batch.messages += 1
+        match message:
+            case m.Insert() | m.Update() | m.Delete():
+                self._change(message)
+            case m.Begin():
+                self._begin(message)
+            case m.Commit():
+                self._commit(message)
+            case m.Relation():
+                self._bindings[message.oid] = self._route(message)
+            case m.Type():
+                if self._on_type is not None:
+                    self._on_type(message.oid)
+            case m.Truncate():
+                self._truncate(message)
+            case m.LogicalMessage():
+                if self._on_message is not None:
+                    self._on_message(message)
+            case m.Origin():
+                pass
+            case _:
+                raise ProtocolError(
+                    f"{type(message).__name__} message in a stream that was started without streaming and two_phase"
+                )
+        name = _KINDS[type(message)]
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    # -- transactions ----------------------------------------------------------------------------------------------
+
+    def _begin(self, message: m.Begin) -> None:
+        if self._transaction is not None:
+            raise ProtocolError("Begin inside a transaction")
+        self._transaction = _Transaction(
+            xid=message.xid,
+            final_lsn=message.final_lsn,
+            commit_time=unix_seconds(message.commit_time),
+            skip=message.final_lsn < self._applied,
+        )
+
+    def _commit(self, message: m.Commit) -> None:
+        transaction = self._current("Commit")
+        self._transaction = None
+        self.received = max(self.received, message.end_lsn)
+        self._reach(message.end_lsn)
+        if not transaction.skip:
+            self._batch.commit_times.append(transaction.commit_time)
+            self._batch.transaction_changes.append(transaction.changes)
+            if len(self._batch.commit_times) >= _MAX_TRANSACTIONS:
+                self._seal()
+
+    def _current(self, what: str) -> _Transaction:
+        if self._transaction is None:
+            raise ProtocolError(f"{what} outside a transaction")
+        return self._transaction
+
+    def _seal(self) -> None:
+        self._sealed.append(self._batch)
+        self._batch = Batch()
+        self._batch_changes = 0
+
+    # -- changes ---------------------------------------------------------------------------------------------------
+
+    def _change(self, message: m.Insert | m.Update | m.Delete) -> None:
+        transaction = self._current(type(message).__name__)
+        if transaction.skip:
+            return
+        try:
+            binding = self._bindings[message.relation]
+        except KeyError:
+            raise ProtocolError(f"change of relation {message.relation} before its Relation message") from None
+        if binding is None:
+            self.ignored_changes += 1
+            return
+        batch = self._batch
+        oid = binding.planned.plan.oid
+        known = batch.bindings.get(oid)
+        if known is not binding:
+            if known is not None:
+                # The plan or the tuple order changed inside the batch: rows of two shapes do not mix.
+                self._seal()
+                batch = self._batch
+            batch.bindings[oid] = binding
+            batch.tables[oid] = TableBatch()
+        if batch.oldest_commit is None:
+            batch.oldest_commit = transaction.commit_time
+        if not batch.xids or batch.xids[-1] != transaction.xid:
+            batch.xids.append(transaction.xid)
+        batch.last_lsn = transaction.final_lsn
+        batch.last_commit = transaction.commit_time
+        transaction.changes += 1
+        try:
+            self._coalesce(batch, batch.tables[oid], oid, binding, message, transaction.xid)
+        except MappingError as error:
+            batch.unmappable.append(
+                Unmappable(binding, error.message, transaction.final_lsn, int(transaction.commit_time))
+            )
+        self._batch_changes += 1
+        if self._batch_changes >= self._batch_rows or batch.bytes >= self._batch_bytes:
+            self._seal()
+
+    def _coalesce(
+        self,
+        batch: Batch,
+        table: TableBatch,
+        oid: int,
+        binding: Binding,
+        message: m.Insert | m.Update | m.Delete,
+        xid: int,
+    ) -> None:
+        if isinstance(message, m.Insert):
+            row = binding.arrange(message.new)
+            batch.inserts[oid] = batch.inserts.get(oid, 0) + 1
+            table.create(binding.point_id(row), row, xid)
+        elif isinstance(message, m.Delete):
+            batch.deletes[oid] = batch.deletes.get(oid, 0) + 1
+            table.delete(binding.point_id(binding.arrange(message.old)), xid)
+        else:
+            batch.updates[oid] = batch.updates.get(oid, 0) + 1
+            self._update(table, binding, message, xid)
+
+    @staticmethod
+    def _update(table: TableBatch, binding: Binding, message: m.Update, xid: int) -> None:
+        new = binding.arrange(message.new)
+        if message.old is None:
+            table.update(binding.point_id(new), new, xid)
+            return
+        old = binding.arrange(message.old)
+        new = _take_from_old(new, old, whole=not message.old_is_key, key=binding.key)
+        old_id: PointId = binding.point_id(old)
+        new_id: PointId = binding.point_id(new)
+        if old_id == new_id:
+            table.update(new_id, new, xid)
+        else:
+            table.move(old_id, new_id, new, xid)
+
+    def _truncate(self, message: m.Truncate) -> None:
+        transaction = self._current("Truncate")
+        if transaction.skip:
+            return
+        ours = [b for oid in message.relations if (b := self._bindings.get(oid)) is not None]
+        if not ours:
+            return
+        # A barrier: what came before is written first, what follows comes after.
+        self._seal()
+        self._batch.truncates = tuple(b.planned.plan.oid for b in ours)
+        self._batch.bindings = {b.planned.plan.oid: b for b in ours}
+        self._batch.oldest_commit = transaction.commit_time
+        self._batch.xids.append(transaction.xid)
+        self._batch.last_lsn = transaction.final_lsn
+        self._batch.last_commit = transaction.commit_time
+        self._seal()
+
+
+def _take_from_old(new: Row, old: Row, *, whole: bool, key: tuple[int, ...]) -> Row:
+    """Take UNCHANGED values from the old tuple: all of them if it is the whole row (R20), else the key's (R24).
+
+    Columns of a key tuple that are not part of the key are NULL without meaning it (R27), so they are never read.
+    """
+    if UNCHANGED not in new:
+        return new
+    if whole:
+        return fill(new, old)
+    row = list(new)
+    for i in key:
+        if row[i] is UNCHANGED:
+            row[i] = old[i]
+    return row

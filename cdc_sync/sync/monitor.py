@@ -1,0 +1,83 @@
+"""Watching the source: slot, retained WAL, the server's position, and the tables' columns, every few seconds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from cdc_sync.config import Settings
+from cdc_sync.errors import SourceError
+from cdc_sync.ops.logging import get_logger
+from cdc_sync.ops.metrics import Metrics
+from cdc_sync.ops.status import StatusBoard
+from cdc_sync.postgres.connect import PgConnection, connect
+from cdc_sync.postgres.watch import SourcePosition, column_signatures, source_position
+from cdc_sync.sync.relations import Relations
+from cdc_sync.sync.stream import Positions
+
+log = get_logger(__name__)
+
+#: Seconds between two looks.
+INTERVAL_SECONDS = 5.0
+
+
+class SourceMonitor:
+    """Polls over a connection of its own; a source that is away is somebody else's concern."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        board: StatusBoard,
+        positions: Positions,
+        relations: Relations,
+        on_look: Callable[[SourcePosition, dict[int, str]], None],
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._board = board
+        self._positions = positions
+        self._relations = relations
+        self._on_look = on_look
+        self._connection: PgConnection | None = None
+
+    async def run(self) -> None:
+        """Poll until cancelled."""
+        try:
+            while True:
+                try:
+                    position, signatures = await asyncio.to_thread(self._look)
+                except SourceError as error:
+                    log.debug("monitor_failed", kind=error.kind.value, error=error.message)
+                else:
+                    self._publish(position)
+                    self._on_look(position, signatures)
+                await asyncio.sleep(INTERVAL_SECONDS)
+        finally:
+            self._close()
+
+    def _look(self) -> tuple[SourcePosition, dict[int, str]]:
+        try:
+            if self._connection is None:
+                self._connection = connect(self._settings.source, application_name="cdc_sync watch")
+            oids = [planned.plan.oid for planned in self._relations.tables]
+            return (
+                source_position(self._connection, self._settings.source.slot),
+                column_signatures(self._connection, oids),
+            )
+        except SourceError:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _publish(self, position: SourcePosition) -> None:
+        self._positions.server_end = max(self._positions.server_end, int(position.current))
+        if position.restart is not None:
+            self._metrics.slot_retained_wal_bytes.set(max(0, position.current - position.restart))
+        self._metrics.slot_active.set(1 if position.active else 0)
+        self._metrics.set_wal_status(position.wal_status)
+        self._metrics.slot_safe_wal_bytes.set(position.safe_wal_bytes)

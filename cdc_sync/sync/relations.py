@@ -1,0 +1,111 @@
+"""The tables of the pipeline as the stream sees them, and which of them must be read again.
+
+DDL says nothing in the stream by itself (R30), and rows that exist get no message when a column is added with a default or
+dropped. So a table's points can be of older columns than the table. Each table has a *synced* column list: that of its first
+copy, or of its last resync. Whatever is written by other columns, or found in the catalog with other columns, makes the table
+stale; a stale table is read again as a whole by :mod:`cdc_sync.sync.resync`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cdc_sync.config import Settings
+from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.mapping.table import PgType
+from cdc_sync.ops.logging import get_logger
+from cdc_sync.ops.metrics import Metrics
+from cdc_sync.pgoutput.messages import Relation
+from cdc_sync.postgres.catalog import TypeResolver
+from cdc_sync.postgres.connect import connect
+from cdc_sync.qdrant.sink import PipelineState
+from cdc_sync.sync.gather import Batch
+from cdc_sync.sync.planning import fingerprint
+from cdc_sync.sync.routing import Binding, PlannedTable, bind
+
+log = get_logger(__name__)
+
+
+class Relations:
+    """Routes Relation messages to planned tables, and keeps book of stale ones."""
+
+    def __init__(self, tables: Sequence[PlannedTable], settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._planned = {planned.plan.oid: planned for planned in tables}
+        self._synced: dict[int, TablePlan] = {p.plan.oid: p.plan for p in tables}
+        self._bindings: dict[int, Binding] = {}
+        self._types: dict[tuple[int, int], PgType] = {}
+        self._ignored: set[int] = set()
+        self.stale: set[int] = set()
+        for planned in tables:
+            for column in planned.table.columns:
+                self._types[column.type.oid, column.type.typmod] = column.type
+
+    @property
+    def tables(self) -> tuple[PlannedTable, ...]:
+        """The tables with the plans in force."""
+        return tuple(self._planned.values())
+
+    def compare(self, state: PipelineState) -> None:
+        """Mark tables whose columns are not those their collection was filled by."""
+        for known in state.tables:
+            for planned in self._planned.values():
+                if planned.name == known.table and known.plan_fingerprint != fingerprint(planned):
+                    self._mark(planned, "columns changed while the pipeline was down")
+
+    def route(self, relation: Relation) -> Binding | None:
+        """Bind a Relation message; None for a table that is not configured. Raises as :func:`bind`."""
+        planned = self._planned.get(relation.oid)
+        if planned is None:
+            if relation.oid not in self._ignored:
+                self._ignored.add(relation.oid)
+                log.info("relation_ignored", table=f"{relation.namespace}.{relation.name}")
+            return None
+        known = self._bindings.get(relation.oid)
+        if known is not None and known.relation == relation:
+            return known
+        binding = bind(planned, relation, self._resolve)
+        self._bindings[relation.oid] = binding
+        if binding.replanned:
+            self._planned[relation.oid] = binding.planned
+            self._metrics.add_table(planned.name).schema_changes["applied"].inc()
+            log.info("columns_changed", table=planned.name, columns=len(relation.columns))
+        return binding
+
+    def forget_type(self, oid: int) -> None:
+        """A Type message came: what is known of that OID may be out of date (R13)."""
+        for key in [key for key in self._types if key[0] == oid]:
+            del self._types[key]
+
+    def note(self, batch: Batch) -> None:
+        """Mark tables that the batch wrote by other columns than those they are synced to."""
+        for oid, binding in batch.bindings.items():
+            synced = self._synced.get(oid)
+            if synced is not None and binding.planned.plan.columns != synced.columns:
+                self._mark(binding.planned, "rows were written by other columns")
+
+    def mark(self, oid: int, reason: str) -> None:
+        """Mark a table stale."""
+        self._mark(self._planned[oid], reason)
+
+    def synced(self, planned: PlannedTable) -> None:
+        """The table was read again as a whole, by this plan."""
+        self._planned[planned.plan.oid] = planned
+        self._synced[planned.plan.oid] = planned.plan
+        # Whatever Relation message comes next is bound to the new plan.
+        self._bindings.pop(planned.plan.oid, None)
+        self.stale.discard(planned.plan.oid)
+
+    def _mark(self, planned: PlannedTable, reason: str) -> None:
+        if planned.plan.oid not in self.stale:
+            self.stale.add(planned.plan.oid)
+            log.info("resync_wanted", table=planned.name, reason=reason)
+
+    def _resolve(self, oid: int, typmod: int) -> PgType:
+        known = self._types.get((oid, typmod))
+        if known is None:
+            # Rare (a column was added or retyped), so the loop may wait for it.
+            with connect(self._settings.source, application_name="cdc_sync types") as connection:
+                known = self._types[oid, typmod] = TypeResolver(connection).resolve(oid, typmod)
+        return known

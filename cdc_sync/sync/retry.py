@@ -1,0 +1,62 @@
+"""Retrying: every retry of the daemon goes through here, and only the policy table decides."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_never
+from tenacity.wait import wait_base, wait_random_exponential
+
+from cdc_sync.errors import CdcSyncError, Retry, SinkError
+
+T = TypeVar("T")
+
+#: Exponential backoff with full jitter: between nothing and this, doubling from the first to the second.
+FIRST_BACKOFF_SECONDS = 0.1
+MAX_BACKOFF_SECONDS = 10.0
+
+
+class _Backoff(wait_base):
+    """Full jitter, and never sooner than the server asked for."""
+
+    def __init__(self) -> None:
+        self._jitter = wait_random_exponential(multiplier=FIRST_BACKOFF_SECONDS, max=MAX_BACKOFF_SECONDS)
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        wait = self._jitter(retry_state)
+        error = retry_state.outcome.exception() if retry_state.outcome is not None else None
+        if isinstance(error, SinkError) and error.retry_after_seconds is not None:
+            wait = max(wait, error.retry_after_seconds)
+        return wait
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the policy says to try again by itself."""
+    return isinstance(error, CdcSyncError) and error.policy.retry is Retry.TIMED
+
+
+async def retrying(
+    operation: Callable[[], Awaitable[T]], on_retry: Callable[[CdcSyncError, float], None]
+) -> T:
+    """Run ``operation`` until it succeeds or fails for good.
+
+    Transient kinds are retried without end; ``on_retry(error, seconds until the next try)`` is called before each wait.
+    Everything else is raised as it is.
+    """
+
+    def before_sleep(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        if isinstance(error, CdcSyncError):
+            on_retry(error, state.next_action.sleep if state.next_action is not None else 0.0)
+
+    async for attempt in AsyncRetrying(
+        retry=retry_if_exception(is_transient),
+        wait=_Backoff(),
+        stop=stop_never,
+        before_sleep=before_sleep,
+        reraise=True,
+    ):
+        with attempt:
+            return await operation()
+    raise AssertionError("unreachable: retries never stop by themselves")

@@ -1,0 +1,285 @@
+"""Streaming: one connection to the slot, from START_REPLICATION until it ends, by whatever cause.
+
+Three loops share the connection on one event loop:
+
+- the reader feeds frames to the gatherer, and pauses while a full batch waits (memory is bounded, invariant 6);
+- the writer takes what is there as soon as the sink is idle (natural batching), applies it, and moves the position;
+- the clock confirms the position when it has moved, at most every :data:`CONFIRM_SECONDS`, and in any case often enough for
+  ``wal_sender_timeout``, also while the reader pauses (R1, R2).
+
+On any end the batch in flight is finished before the session ends, never cancelled half-way: the next session sends the same
+changes again, and no two requests for one point may be in flight together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cdc_sync.errors import ErrorKind, SourceError
+from cdc_sync.ops.logging import get_logger
+from cdc_sync.ops.metrics import Metrics, Trigger
+from cdc_sync.pgoutput.lsn import Lsn
+from cdc_sync.postgres.replication import ReplicationConnection
+from cdc_sync.sync.gather import Batch, Gatherer
+
+log = get_logger(__name__)
+
+#: Least time between two confirmations: each is a message, and for an embedded database a flush to disk.
+CONFIRM_SECONDS = 0.25
+#: Least time between two answers to keepalives that ask for one (a server that is answered at once may ask at once).
+_REPLY_SECONDS = 0.1
+#: How much one read takes from the connection before others get a turn.
+_READ_FRAMES = 512
+_READ_BYTES = 1 << 20
+_IDLE_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class Positions:
+    """Where the pipeline stands; they only grow.
+
+    ``received``: end of what came over the wire. ``applied``: everything before it has been completed by Qdrant, an exclusive
+    bound. ``confirmed``: what Postgres was told. ``server_end``: the server's end of WAL as far as known.
+    """
+
+    received: int = 0
+    applied: int = 0
+    confirmed: int = 0
+    server_end: int = 0
+
+
+class BatchWriter(Protocol):
+    """What the stream needs of the applier."""
+
+    async def apply(self, batch: Batch) -> None: ...
+
+
+@dataclass(slots=True)
+class StreamSession:
+    """One life of the replication connection. :meth:`run` returns after ``stop`` is set, and raises what ended it else.
+
+    ``between(batch)`` is called with the applier at rest after each batch, and with None now and then when there is
+    nothing to write; it may hold the stream at that point.
+    """
+
+    connection: ReplicationConnection
+    gatherer: Gatherer
+    applier: BatchWriter
+    positions: Positions
+    metrics: Metrics
+    make_durable: Callable[[], Awaitable[None]]
+    stop: asyncio.Event
+    status_seconds: float
+    heartbeat: Callable[[str], None]
+    between: Callable[[Batch | None], Awaitable[None]]
+    let_go_seconds: float = 30.0
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _space: asyncio.Event = field(default_factory=asyncio.Event)
+    _in_flight: Batch | None = None
+    _in_flight_since: float = 0.0
+    _last_status: float = 0.0
+    _last_durable: float = 0.0
+    _ending: bool = False
+    _let_go: bool = False
+
+    async def run(self) -> None:
+        """Stream until stopped. Raises :class:`SourceError` when the connection ends, and what the applier raises."""
+        reader = asyncio.create_task(self._read(), name="reader")
+        writer = asyncio.create_task(self._write(), name="writer")
+        clock = asyncio.create_task(self._keep_time(), name="clock")
+        stopped = asyncio.create_task(self.stop.wait(), name="stop")
+        tasks = {reader, writer, clock, stopped}
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._ending = True
+            for task in (reader, clock, stopped):
+                task.cancel()
+            await self._finish(writer, reader, clock, stopped)
+        for task in (writer, reader, clock):
+            if task.done() and not task.cancelled():
+                task.result()
+
+    async def _finish(self, writer: asyncio.Task[None], *others: asyncio.Task[object]) -> None:
+        """Wait for the batch in flight. If this is cancelled (the grace period is over) the writer goes too."""
+        self._news.set()
+        if self._let_go:
+            self.connection.close()
+        try:
+            await asyncio.wait({writer})
+        except asyncio.CancelledError:
+            writer.cancel()
+            raise
+        finally:
+            await asyncio.gather(writer, *others, return_exceptions=True)
+        with contextlib.suppress(Exception):
+            # The connection may be gone; what was not confirmed is sent again.
+            await self._confirm(force=True)
+
+    # -- reader ----------------------------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        gatherer = self.gatherer
+        while True:
+            self.heartbeat("reader")
+            if gatherer.full:
+                await self._pause()
+                continue
+            started = time.perf_counter()
+            frames = self.connection.read(_READ_FRAMES, _READ_BYTES)
+            if not frames:
+                self.metrics.stage_seconds["receive_wait"].inc(time.perf_counter() - started)
+                await self._wait_readable()
+                continue
+            size = 0
+            for frame in frames:
+                gatherer.feed(frame)
+                size += len(frame)
+            self.metrics.received_bytes.inc(size)
+            self.metrics.stage_seconds["decode"].inc(time.perf_counter() - started)
+            self._receive()
+            if gatherer.ready:
+                self._news.set()
+            # The writer and the clock get their turn even when there is always more to read.
+            await asyncio.sleep(0)
+
+    def _receive(self) -> None:
+        gatherer = self.gatherer
+        self.positions.received = max(self.positions.received, gatherer.received)
+        self.positions.server_end = max(self.positions.server_end, gatherer.server_end)
+        for kind, count in gatherer.counts.items():
+            self.metrics.received_messages[kind].inc(count)
+        gatherer.counts.clear()
+        if gatherer.reply_requested and time.monotonic() - self._last_status >= _REPLY_SECONDS:
+            gatherer.reply_requested = False
+            self._send_status("requested")
+
+    async def _pause(self) -> None:
+        started = time.perf_counter()
+        self._space.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._space.wait(), _IDLE_SECONDS)
+        self.metrics.stage_seconds["buffer_wait"].inc(time.perf_counter() - started)
+
+    async def _wait_readable(self) -> None:
+        """Wait until the socket is readable, at most a second: TLS may hold bytes that the socket does not show (R4)."""
+        started = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        descriptor = self.connection.fileno()
+        loop.add_reader(descriptor, readable.set)
+        try:
+            async with asyncio.timeout(_IDLE_SECONDS):
+                await readable.wait()
+        except TimeoutError:
+            pass
+        finally:
+            loop.remove_reader(descriptor)
+        self.metrics.stage_seconds["receive_wait"].inc(time.perf_counter() - started)
+
+    # -- writer ----------------------------------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        while not self._ending:
+            self.heartbeat("writer")
+            if not self.gatherer.ready:
+                self._news.clear()
+                try:
+                    await asyncio.wait_for(self._news.wait(), _IDLE_SECONDS)
+                except TimeoutError:
+                    await self.between(None)
+                continue
+            batch = self.gatherer.take()
+            self._space.set()
+            await self._apply(batch)
+            await self.between(batch)
+
+    async def _apply(self, batch: Batch) -> None:
+        if not batch.empty:
+            self._in_flight, self._in_flight_since = batch, time.monotonic()
+            started = time.perf_counter()
+            try:
+                await self.applier.apply(batch)
+            finally:
+                self._in_flight = None
+            self.metrics.stage_seconds["sink_wait"].inc(time.perf_counter() - started)
+            self.metrics.batch_changes["stream"].observe(sum(len(t) for t in batch.tables.values()))
+            self.metrics.batch_bytes["stream"].observe(batch.bytes)
+        if batch.end_lsn is not None:
+            self.positions.applied = max(self.positions.applied, batch.end_lsn)
+        self._observe(batch)
+        if time.monotonic() - self._last_durable >= CONFIRM_SECONDS:
+            await self._confirm()
+
+    def _observe(self, batch: Batch) -> None:
+        if not batch.commit_times:
+            return
+        now = time.time()
+        self.metrics.transactions.inc(len(batch.commit_times))
+        for commit_time in batch.commit_times:
+            self.metrics.end_to_end_latency_seconds.observe(max(0.0, now - commit_time))
+        for changes in batch.transaction_changes:
+            self.metrics.transaction_changes.observe(changes)
+
+    # -- clock -----------------------------------------------------------------------------------------------------
+
+    async def _keep_time(self) -> None:
+        while True:
+            self.heartbeat("clock")
+            before = time.monotonic()
+            await asyncio.sleep(CONFIRM_SECONDS)
+            self.metrics.event_loop_delay_seconds.observe(max(0.0, time.monotonic() - before - CONFIRM_SECONDS))
+            await self._confirm()
+            if time.monotonic() - self._last_status >= self.status_seconds:
+                self._send_status("timer")
+            self._publish()
+            if self._stalled_seconds > self.let_go_seconds:
+                # A consumer that answers and does not advance holds up a fast shutdown of Postgres (R7).
+                self._let_go = True
+                raise SourceError(
+                    ErrorKind.SOURCE_UNAVAILABLE,
+                    f"let go of the slot: Qdrant has not completed a batch for {self.let_go_seconds:.0f} s",
+                    "The connection is taken up again once Qdrant has completed it.",
+                )
+
+    @property
+    def _stalled_seconds(self) -> float:
+        return time.monotonic() - self._in_flight_since if self._in_flight is not None else 0.0
+
+    async def _confirm(self, force: bool = False) -> None:
+        """Tell Postgres how far it may forget, once that is safe from a power loss too."""
+        applied = self.positions.applied
+        if applied <= self.positions.confirmed:
+            return
+        self._last_durable = time.monotonic()
+        await self.make_durable()
+        self.positions.confirmed = max(self.positions.confirmed, applied)
+        self._send_status("progress")
+        self.metrics.checkpoint_writes["ok"].inc()
+        self.metrics.checkpoint_last_success_timestamp_seconds.set(time.time())
+        if force:
+            log.debug("position_confirmed", lsn=str(Lsn(self.positions.confirmed)))
+
+    def _send_status(self, trigger: Trigger) -> None:
+        self.connection.send_status(self.connection.received_lsn, self.positions.confirmed)
+        self._last_status = time.monotonic()
+        self.metrics.status_updates[trigger].inc()
+
+    def _publish(self) -> None:
+        p = self.positions
+        oldest = self._in_flight.oldest_commit if self._in_flight is not None else None
+        if oldest is None:
+            oldest = self.gatherer.oldest_commit
+        self.metrics.lag_seconds.set(max(0.0, time.time() - oldest) if oldest is not None else 0.0)
+        self.metrics.lag_bytes["receive"].set(max(0, p.server_end - p.received))
+        self.metrics.lag_bytes["apply"].set(max(0, p.received - p.applied))
+        self.metrics.lag_bytes["acknowledge"].set(max(0, p.applied - p.confirmed))
+        in_flight = self._in_flight.bytes if self._in_flight is not None else 0
+        self.metrics.buffer_bytes.set(self.gatherer.buffered_bytes + in_flight)
+        if self.gatherer.clock_offset_seconds is not None:
+            self.metrics.source_clock_offset_seconds.set(self.gatherer.clock_offset_seconds)

@@ -1,0 +1,72 @@
+"""Fixtures that give tests a Qdrant server: the test server of this repository, or a real one.
+
+With CDC_SYNC_TEST_QDRANT_URL (gRPC address, `http(s)://host:6334`) and optionally
+CDC_SYNC_TEST_QDRANT_API_KEY set, the fixture `qdrant` uses that server.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.qdrant_control import Faults, QdrantProcess, QdrantTarget
+
+__all__ = ["Faults", "QdrantProcess", "QdrantTarget", "qdrant", "qdrant_private", "qdrant_session"]
+
+_URL = "CDC_SYNC_TEST_QDRANT_URL"
+_API_KEY = "CDC_SYNC_TEST_QDRANT_API_KEY"
+
+
+@pytest.fixture(scope="session")
+def qdrant_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QdrantTarget]:
+    """The server all tests of the session share; use `qdrant` instead."""
+    url = os.environ.get(_URL)
+    if url:
+        target = QdrantTarget(url, os.environ.get(_API_KEY) or None)
+    else:
+        target = QdrantProcess(tmp_path_factory.mktemp("qdrant"))
+    try:
+        yield target
+    finally:
+        target.close()
+
+
+def _collections(target: QdrantTarget) -> set[str]:
+    client = target.client()
+    try:
+        return {collection.name for collection in client.get_collections().collections}
+    finally:
+        client.close()
+
+
+@pytest.fixture
+def qdrant(qdrant_session: QdrantTarget) -> Iterator[QdrantTarget]:
+    """A running server. Collections made during the test, and scripted faults, are removed after
+    it.
+    """
+    before = _collections(qdrant_session)
+    if qdrant_session.faults is not None:
+        qdrant_session.faults.clear_log()
+    yield qdrant_session
+    if qdrant_session.faults is not None:
+        qdrant_session.faults.clear()
+    client = qdrant_session.client()
+    for name in _collections(qdrant_session) - before:
+        client.delete_collection(name)
+
+
+@pytest.fixture
+def qdrant_private(tmp_path: Path) -> Iterator[QdrantProcess]:
+    """A test server of the test's own, to be killed, restarted and given faults. Skipped where a
+    real one is asked for.
+    """
+    if os.environ.get(_URL):
+        pytest.skip(f"needs scripted faults or kill -9, which the server of {_URL} has not")
+    target = QdrantProcess(tmp_path / "qdrant")
+    try:
+        yield target
+    finally:
+        target.close()

@@ -1,0 +1,5 @@
+"""The pytest plugin of this repository: loads the fixture modules."""
+
+from __future__ import annotations
+
+pytest_plugins = ["tests.support.fix_postgres", "tests.support.fix_qdrant", "tests.support.fix_pipeline"]
