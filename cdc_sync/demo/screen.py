@@ -31,15 +31,16 @@ _PLAIN_WIDTH: Final = 110
 class Reading:
     """One look at everything: the writer, Postgres, Qdrant, and the distance between the two.
 
-    ``lag_bytes`` is WAL not yet confirmed; ``lag_seconds`` the age of the oldest commit of the
-    writer that is not. ``changes_per_second`` are the writer's. ``elapsed_seconds`` counts from the
-    writer's start.
+    ``applied`` counts changes that the pipeline has written to Qdrant. ``lag_bytes`` is WAL not yet
+    confirmed; ``lag_seconds`` the age of the writer's oldest commit that is not in Qdrant yet.
+    ``changes_per_second`` are the writer's. ``elapsed_seconds`` counts from the writer's start.
     """
 
     state: str
     tally: Tally
     rows: int
     points: int
+    applied: int
     lag_bytes: int
     lag_seconds: float
     changes_per_second: float
@@ -167,18 +168,20 @@ class _PlainWatch:
     def __init__(self, screen: Screen) -> None:
         self._screen = screen
         self._printed_at = float("-inf")
+        self._printed: tuple[object, ...] = ()
 
     def __call__(self, reading: Reading) -> None:
         now = time.monotonic()
-        if now - self._printed_at < PLAIN_INTERVAL:
-            return
-        self._printed_at = now
         tally = reading.tally
+        news = (reading.state, tally, reading.rows, reading.points, reading.applied)
+        if now - self._printed_at < PLAIN_INTERVAL or news == self._printed:
+            return
+        self._printed_at, self._printed = now, news
         self._screen.note(
             f"{reading.elapsed_seconds:5.1f} s  {reading.state}"
             f"  +{tally.inserted} ~{tally.metadata} v{tally.vectors}"
             f" >{tally.moved} -{tally.deleted}"
-            f"  rows {reading.rows}  points {reading.points}"
+            f"  rows {reading.rows}  points {reading.points}  applied {reading.applied}"
             f"  lag {_bytes(reading.lag_bytes)}, {reading.lag_seconds:.2f} s"
             f"  {reading.changes_per_second:.0f} changes/s"
         )
@@ -197,10 +200,10 @@ def _reading_table(reading: Reading) -> Table:
     cells = (
         ("inserted", f"{tally.inserted}", "rows in Postgres", f"{reading.rows}"),
         ("metadata updated", f"{tally.metadata}", "points in Qdrant", f"{reading.points}"),
-        ("vectors updated", f"{tally.vectors}", "lag", _bytes(reading.lag_bytes)),
+        ("vectors updated", f"{tally.vectors}", "WAL not confirmed", _bytes(reading.lag_bytes)),
         ("moved to another key", f"{tally.moved}", "lag", f"{reading.lag_seconds:.2f} s"),
-        ("deleted", f"{tally.deleted}", "changes", f"{reading.changes_per_second:.0f}/s"),
-        ("rolled back", f"{tally.rolled_back}", "transactions", f"{tally.transactions}"),
+        ("deleted", f"{tally.deleted}", "changes written", f"{reading.changes_per_second:.0f}/s"),
+        ("rolled back", f"{tally.rolled_back}", "applied", f"{reading.applied}"),
     )
     for row in cells:
         table.add_row(*row)

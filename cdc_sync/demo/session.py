@@ -17,7 +17,7 @@ from cdc_sync.demo.dataset import Dataset, Query
 from cdc_sync.demo.screen import Reading, Screen
 from cdc_sync.demo.table import VECTOR, Hit, count_rows, search_postgres
 from cdc_sync.demo.verdict import Verdict, compare, read_rows
-from cdc_sync.demo.writer import Tally, Writer
+from cdc_sync.demo.writer import Writer
 from cdc_sync.errors import CdcSyncError, ErrorKind
 from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.qdrant.sink import TableWriter
@@ -78,7 +78,7 @@ class Session:
             if keep is not None:
                 keep()
                 with contextlib.suppress(asyncio.CancelledError):
-                    await self._watch(Tally, time.monotonic())
+                    await self._watch(writer, keep=True)
         return verdict
 
     @contextlib.asynccontextmanager
@@ -90,11 +90,12 @@ class Session:
             yield
         finally:
             stop.set()
-            done, _ = await asyncio.wait({running}, timeout=_STOP_SECONDS)
-            if not done:
-                running.cancel()
-            # What it raised has been raised already by whoever was waiting for it.
-            await asyncio.gather(running, return_exceptions=True)
+            await asyncio.wait({running}, timeout=_STOP_SECONDS)
+            running.cancel()
+            (outcome,) = await asyncio.gather(running, return_exceptions=True)
+        # Reached only if nothing else went wrong; otherwise that is the error to show.
+        if isinstance(outcome, Exception):
+            raise outcome
 
     async def _copy(self) -> None:
         """Wait for the first copy, showing how many points there are."""
@@ -103,8 +104,8 @@ class Session:
             begin, copied = time.monotonic(), 0
             while self._state() != "streaming":
                 await self._pause()
-                if self._rows_copied() > copied:
-                    begin, copied = time.monotonic(), self._rows_copied()
+                if (now_copied := self._table_count("rows_copied")) > copied:
+                    begin, copied = time.monotonic(), now_copied
                     progress(min(copied, total - 1))
                 self._check_patience(begin, "copied the table")
             progress(await self._points().count())
@@ -122,51 +123,49 @@ class Session:
         begin = time.monotonic()
         writer.start()
         try:
-            await self._watch(lambda: writer.tally, begin, writer)
+            await self._watch(writer)
         finally:
             writer.stop()
             await asyncio.to_thread(writer.join, _STOP_SECONDS)
         tally = writer.tally
         self._screen.note(
-            f"{tally.transactions} transactions: {tally.inserted} inserted, {tally.metadata} metadata"
-            f" updates, {tally.vectors} vector updates, {tally.moved} moved, {tally.deleted} deleted;"
-            f" {tally.rolled_back} rolled back. Confirmed"
-            f" {time.monotonic() - begin:.1f} s after the start"
+            f"{tally.transactions} transactions, {tally.rolled_back} of them or parts rolled back:"
+            f" {tally.inserted} rows inserted, {tally.metadata} metadata updates,"
+            f" {tally.vectors} vector updates, {tally.moved} moved, {tally.deleted} deleted."
+            f" All confirmed {time.monotonic() - begin:.1f} s after the start"
         )
 
-    async def _watch(
-        self, tally: Callable[[], Tally], begin: float, writer: Writer | None = None
-    ) -> None:
-        """Show readings until the writer has ended and all is confirmed; without a writer, until
-        cancelled.
-        """
+    async def _watch(self, writer: Writer, keep: bool = False) -> None:
+        """Show readings until the writer has ended and all is confirmed; to keep on, for ever."""
         rate = _Rate()
-        waiting_since: float | None = None
+        begin = time.monotonic()
+        ended_at: float | None = None
         with self._screen.watch() as show:
             while True:
-                writing = writer is None or writer.running
+                # In this order: once it has ended, its marks are all there.
+                writing, marks = writer.running, list(writer.marks)
                 lag_bytes, confirmed, rows = await asyncio.to_thread(self._look)
                 now = time.monotonic()
-                marks = list(writer.marks) if writer is not None else []
-                waiting = [mark for mark in marks if mark.lsn > confirmed]
-                counts = tally()
+                applied = self._pipeline.positions.applied
+                tally = writer.tally
                 show(
                     Reading(
                         state=self._state(),
-                        tally=counts,
+                        tally=tally,
                         rows=rows,
                         points=await self._points().count(),
+                        applied=self._table_count("changes_applied"),
                         lag_bytes=lag_bytes,
-                        lag_seconds=now - waiting[0].at if waiting else 0.0,
-                        changes_per_second=rate.of(counts.changes, now),
+                        lag_seconds=next((now - m.at for m in marks if m.lsn > applied), 0.0),
+                        changes_per_second=rate.of(tally.changes, now),
                         elapsed_seconds=now - begin,
                     )
                 )
-                if not writing:
-                    if not waiting:
+                if not writing and not keep:
+                    ended_at = now if ended_at is None else ended_at
+                    if writer.last_lsn is None or confirmed >= writer.last_lsn:
                         return
-                    waiting_since = now if waiting_since is None else waiting_since
-                    self._check_patience(waiting_since, "confirmed the writer's last commit")
+                    self._check_patience(ended_at, "confirmed the writer's last commit")
                 await self._pause()
 
     def _look(self) -> tuple[int, Lsn, int]:
@@ -176,7 +175,7 @@ class Session:
             raise CdcSyncError(
                 ErrorKind.SLOT_LOST, f"The replication slot {self._settings.source.slot} is gone."
             )
-        return int(found[0]), Lsn.parse(found[1]), count_rows(self._connection)
+        return max(0, int(found[0])), Lsn.parse(found[1]), count_rows(self._connection)
 
     async def _compare(self) -> Verdict:
         expected = await asyncio.to_thread(read_rows, self._connection)
@@ -188,9 +187,9 @@ class Session:
     def _state(self) -> str:
         return str(self._pipeline.board.snapshot()["state"])
 
-    def _rows_copied(self) -> int:
+    def _table_count(self, field: str) -> int:
         tables = cast("list[dict[str, object]]", self._pipeline.board.snapshot()["tables"])
-        return sum(cast(int, table["rows_copied"]) for table in tables)
+        return sum(cast(int, table[field]) for table in tables)
 
     async def _pause(self) -> None:
         """Wait a moment; raise what has ended the pipeline, if it has ended."""

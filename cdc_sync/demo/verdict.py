@@ -86,10 +86,7 @@ def json_value(value: object) -> Json:
         case Decimal():
             return _number(value)
         case datetime():
-            moment = value.astimezone(UTC)
-            return moment.strftime("%Y-%m-%dT%H:%M:%S") + (
-                f".{moment.microsecond:06d}Z" if moment.microsecond else "Z"
-            )
+            return value.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
         case list():
             return [json_value(each) for each in value]
         case dict():

@@ -43,9 +43,9 @@ _METADATA_UPDATES: Final = tuple(
         "tags = tags || ARRAY['demo::touched', NULL, 'quote\" and , comma']",
         "homepage = CASE WHEN homepage IS NULL THEN 'https://example.org/' || name END",
         "essential = NOT essential",
-        "priority = CASE priority WHEN 'optional' THEN 'extra' ELSE 'optional' END::package_priority",
+        "priority = CASE WHEN essential THEN 'optional' ELSE 'extra' END::package_priority",
         "relations = coalesce(relations, '{}') || jsonb_build_object('demo', ARRAY[id, 0, NULL])",
-        "relations = relations || jsonb_build_object('nested', jsonb_build_array(ratio, essential))",
+        "relations = relations || jsonb_build_object('also', jsonb_build_array(ratio, essential))",
         "tags = NULL, ratio = NULL, released = NULL, download_size = NULL",
         "description = description || E'\\n\\n' || repeat(summary || '. ', 40)",
     )
@@ -209,7 +209,7 @@ class Writer:
             return
         self._count.transactions += 1
         self.tally = replace(self._count)
-        found = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+        found = connection.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
         assert found is not None
         self.marks.append(Mark(Lsn.parse(found[0]), time.monotonic()))
 

@@ -163,9 +163,7 @@ class WireCodec:
         return self._entries(row, tag(field))
 
     def vectors(self, row: Row) -> bytes | None:
-        """Return a serialized ``Vectors`` of the vectors that are known and not NULL; None if there
-        are none.
-        """
+        """Return a serialized ``Vectors`` of the known vectors that are not NULL, or None."""
         self._check_width(row)
         parts = []
         for field in self._vectors:
@@ -204,7 +202,7 @@ class WireCodec:
         return any(row[field.position] is UNCHANGED for field in self._vectors)
 
     def known_fields(self, row: Row) -> set[str]:
-        """Return the payload fields whose state the row tells, those that NULL leaves out included."""
+        """Return the payload fields whose state the row tells, those left out for NULL included."""
         self._check_width(row)
         known = {
             str(field.column.field)

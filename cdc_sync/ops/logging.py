@@ -65,7 +65,10 @@ _context: contextvars.ContextVar[Mapping[str, object]] = contextvars.ContextVar(
 
 
 class EventLogger:
-    """A logger of events. ``**fields`` are JSON values; anything else is written as ``str()`` has it."""
+    """A logger of events.
+
+    ``**fields`` are JSON values; anything else is written as ``str()`` has it.
+    """
 
     __slots__ = ("_logger",)
 

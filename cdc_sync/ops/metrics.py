@@ -46,7 +46,7 @@ Stage = Literal["receive_wait", "decode", "transform", "buffer_wait", "sink_wait
 Phase = Literal["snapshot", "stream"]
 ToastResolution = Literal["kept", "refetched", "failed"]
 FilterReason = Literal["not_selected", "table_stopped", "replayed"]
-SchemaOutcome = Literal["applied", "refused"]
+SchemaOutcome = Literal["applied", "refused", "resynced"]
 ChunkState = Literal["pending", "running", "done", "failed"]
 SinkOperation = Literal[
     "upsert", "overwrite_payload", "delete", "retrieve", "scroll", "count", "clear", "state"
@@ -335,6 +335,9 @@ class Metrics:
         )
         self.dead_letters = make.counter(
             "dead_letters", "Rows that could not be written.", ("table", "kind")
+        )
+        self.dead_letter_failures = make.counter(
+            "dead_letter_failures", "Dead letters that could not even be kept."
         )
         self.dead_letters_pending = make.gauge(
             "dead_letters_pending", "Dead letters waiting.", ("table",)

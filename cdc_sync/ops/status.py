@@ -267,8 +267,8 @@ class StatusBoard:
     def retire(self, task: str) -> None:
         """Say that a loop has ended as it should."""
         with self._lock:
-            self._heartbeats.pop(task, None)
-        if self._metrics is not None:
+            known = self._heartbeats.pop(task, None) is not None
+        if known and self._metrics is not None:
             self._metrics.loop_heartbeat_timestamp_seconds.remove(task)
 
     def supervisor_died(self, message: str) -> None:
@@ -293,8 +293,10 @@ class StatusBoard:
         with self._lock:
             facts, now = self._facts, self._monotonic()
             positions = {
-                key: None if (lsn := facts.positions.get(key)) is None else str(Lsn(lsn))
-                for key in Positions.__annotations__
+                "server": _lsn(facts.positions.get("server")),
+                "received": _lsn(facts.positions.get("received")),
+                "applied": _lsn(facts.positions.get("applied")),
+                "acknowledged": _lsn(facts.positions.get("acknowledged")),
             }
             return {
                 "format": 1,
@@ -351,8 +353,12 @@ class StatusBoard:
 def _end_check(name: str, end: _End) -> Check:
     if end.up:
         return Check(name, True)
-    return Check(name, False, end.error or ("not reachable" if end.up is False else "not tried
-    yet"))
+    reason = "not tried yet" if end.up is None else "not reachable"
+    return Check(name, False, end.error or reason)
+
+
+def _lsn(position: int | None) -> str | None:
+    return None if position is None else str(Lsn(position))
 
 
 def _timestamp(seconds: float) -> str:

@@ -52,8 +52,8 @@ _POOLER_REMEDY: Final = (
 _REFUSALS: Final[tuple[tuple[str, ErrorKind, str | None], ...]] = (
     (
         (
-            "unsupported startup parameter|replication connections? (is|are) not|pgbouncer|supavisor"
-            "|tenant or user not found|no such database|pooler"
+            "unsupported startup parameter|replication connections? (is|are) not|no such database"
+            "|pgbouncer|supavisor|tenant or user not found|pooler"
         ),
         ErrorKind.CONFIG,
         _POOLER_REMEDY,

@@ -91,7 +91,10 @@ def read_publication(conn: PgConnection, name: str) -> Publication | None:
         }
     except psycopg.Error as exc:
         raise translate(exc, f"reading publication {name}") from exc
-    return Publication(*row, tables)
+    published, all_tables, inserts, updates, deletes, truncates, via_root = row
+    return Publication(
+        published, all_tables, inserts, updates, deletes, truncates, via_root, tables
+    )
 
 
 def create_publication_sql(
@@ -147,14 +150,16 @@ def _identity_needs_generated(table: Table, server_version: int) -> bool:
     )
 
 
-def create_publication(conn: PgConnection, name: str, tables: Sequence[Wanted]) -> None:
+def create_publication(
+    conn: PgConnection, name: str, tables: Sequence[Wanted], server: ServerInfo
+) -> None:
     """Create the publication.
 
     Raises :class:`SourceError`: SOURCE_PERMISSION with the exact SQL and who must run it when the
     role may not; PUBLICATION_UNUSABLE when the server refuses the statement. One that another
     process created meanwhile is left as it is: check it afterwards.
     """
-    statement = create_publication_sql(name, tables, server_version=conn.info.server_version)
+    statement = create_publication_sql(name, tables, server_version=server.version_num)
     try:
         conn.execute(statement.encode())
     except psycopg.errors.DuplicateObject:

@@ -94,7 +94,6 @@ class ReplicationConnection:
         # Highest LSN in the header of any frame, as its eight big-endian bytes: they compare as the
         # numbers do, and cutting them out costs less than unpacking every header.
         self._received = bytes(8)
-        self._floor = 0
         self._last_write = 0
         self._last_flush = 0
         #: The server's ``wal_sender_timeout`` in seconds; 0 means none.
@@ -140,7 +139,7 @@ class ReplicationConnection:
     @property
     def received_lsn(self) -> Lsn:
         """The highest position received, which a status may not exceed."""
-        return Lsn(max(int.from_bytes(self._received), self._floor))
+        return Lsn.from_bytes(self._received)
 
     def identify(self) -> SystemIdentity:
         """Run IDENTIFY_SYSTEM. Raises :class:`SourceError` CONFIG behind a pooler (R66)."""
@@ -193,8 +192,8 @@ class ReplicationConnection:
             ErrorKind.SLOT_BUSY,
             f"slot {name} could not be made within {seconds:g} s: its creation waits for the write"
             f" transactions that are open: {shown}",
-            "End them (SELECT pg_terminate_backend(pid); ROLLBACK PREPARED 'gid';), or wait: it is tried"
-            " again.",
+            "End them (SELECT pg_terminate_backend(pid); ROLLBACK PREPARED 'gid';), or wait: it is"
+            " tried again.",
         )
 
     def _creation_error(self, exc: psycopg.Error, name: str) -> SourceError:
@@ -202,8 +201,8 @@ class ReplicationConnection:
         remedy = None
         if exc.sqlstate == "53400":
             remedy = (
-                "Drop a slot that nobody uses (SELECT slot_name, active FROM pg_replication_slots;), or"
-                " ALTER SYSTEM SET max_replication_slots = 20; and restart Postgres."
+                "Drop a slot that nobody uses (SELECT slot_name, active FROM pg_replication_slots;),"
+                " or ALTER SYSTEM SET max_replication_slots = 20; and restart Postgres."
             )
         elif exc.sqlstate == "55000":
             error.kind = ErrorKind.SOURCE_SETTING
@@ -218,16 +217,14 @@ class ReplicationConnection:
         self,
         slot: str,
         publication: str,
-        *,
         options: StreamOptions | None = None,
+        *,
         server_version: int | None = None,
-        confirmed: int = 0,
     ) -> None:
-        """Start streaming where the slot stands (R46: position 0/0, the server knows better).
+        """Start streaming where the slot stands (R46: from 0/0, since the server knows better).
 
-        ``confirmed`` is the slot's confirmed position, which may be reported again before anything
-        is received. Raises :class:`SourceError`: SLOT_ACTIVE, SLOT_LOST (gone, invalidated, or WAL
-        removed), PUBLICATION_UNUSABLE, SOURCE_SETTING (it belongs to another database).
+        Raises :class:`SourceError`: SLOT_ACTIVE, SLOT_LOST (gone, invalidated, or its WAL removed),
+        PUBLICATION_UNUSABLE, SOURCE_SETTING (the slot belongs to another database).
         """
         validate_slot_name(slot)
         self._slot, self._publication = slot, publication
@@ -240,7 +237,6 @@ class ReplicationConnection:
         if result.status != _COPY_BOTH:
             raise self._stream_error(result_error(self._conn, result))
         self._streaming = True
-        self._floor = confirmed
         self._pgconn.nonblocking = 1
 
     def fileno(self) -> int:
@@ -264,9 +260,10 @@ class ReplicationConnection:
         end of the stream are returned first, the error is raised by the next call:
 
         - SOURCE_UNAVAILABLE: shutdown, lost connection, or terminated by an administrator, which is
-          also what an active consumer of a slot gets when the slot is invalidated: look at the slot
-        - PUBLICATION_UNUSABLE: the publication does not exist at this point of the WAL. 18 only warns
-          and skips the changes; that is an error here, and frames of that read are withheld (R9)
+          also what the active consumer of a slot gets when the slot is invalidated: look at it
+        - PUBLICATION_UNUSABLE: the publication does not exist at this point of the WAL. Postgres 18
+          only warns and skips the changes; that is an error here, and the frames of that read are
+          withheld (R9)
         - PROTOCOL and others: the server fails to decode (R8)
         """
         if self._error is not None:
@@ -365,7 +362,7 @@ class ReplicationConnection:
             ErrorKind.PUBLICATION_UNUSABLE,
             f"publication {self._publication} does not exist where slot {self._slot} stands in the"
             f" WAL: {reason}",
-            "A publication made now is not seen by changes older than itself, so the slot cannot go on:"
+            "Changes older than a publication do not see it, so the slot cannot go on with a new one:"
             f" drop slot {self._slot} and copy anew with --migration.restart.",
         )
 
@@ -375,19 +372,20 @@ class ReplicationConnection:
             self._error = self._publication_missing(reason)
 
     def send_status(self, write: int, flush: int, reply: bool = False) -> None:
-        """Report positions: ``write`` received, ``flush`` durable in the sink (also sent as
-        applied).
+        """Report positions: ``write`` received, ``flush`` durable in the sink (also sent as applied).
 
-        Never waits. Both only grow and lie at or below what was received; anything else would make
-        the server forget changes, so it raises :class:`ProtocolError` and sends nothing (R45). Also
-        raises :class:`SourceError` once the connection is lost.
+        Never waits. The server checks nothing and would forget changes, so what it hears never
+        exceeds what this connection has received: positions known from an earlier one are cut to
+        that (R45). Raises :class:`ProtocolError` for ``flush`` beyond ``write`` and for positions
+        that go back, :class:`SourceError` once the connection is lost.
         """
-        if write > self.received_lsn or flush > write or flush < self._last_flush:
+        received = self.received_lsn
+        if flush > write or min(write, received) < self._last_write or flush < self._last_flush:
             raise ProtocolError(
-                f"refused to report write {Lsn(write)}, flush {Lsn(flush)}: received"
-                f" {self.received_lsn}, last flush {Lsn(self._last_flush)}"
+                f"refused to report write {Lsn(write)}, flush {Lsn(flush)} after write"
+                f" {Lsn(self._last_write)}, flush {Lsn(self._last_flush)}"
             )
-        write = max(write, self._last_write)
+        write, flush = min(write, received), min(flush, received)
         status = encode_status(write, flush, flush, postgres_time(time.time()), reply)
         try:
             self._pgconn.put_copy_data(status)

@@ -128,8 +128,7 @@ def slot_active(name: str, pid: int | None, application: str | None = None) -> S
     return SourceError(
         ErrorKind.SLOT_ACTIVE,
         f"slot {name} is used by {holder}",
-        "Wait until it lets go, which it does at the latest wal_sender_timeout after it died; or stop"
-        " that process.",
+        "Wait until it lets go (a dead one does after wal_sender_timeout), or stop that process.",
     )
 
 

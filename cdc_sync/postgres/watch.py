@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import psycopg
 
@@ -26,6 +27,9 @@ _POSITION = """
 """
 
 
+WalStatus: TypeAlias = Literal["reserved", "extended", "unreserved", "lost"]
+
+
 @dataclass(frozen=True, slots=True)
 class SourcePosition:
     """The server's end of WAL, and the slot's hold on it. Slot fields are None when there is no such slot.
@@ -35,7 +39,7 @@ class SourcePosition:
 
     current: Lsn
     restart: Lsn | None
-    wal_status: str | None
+    wal_status: WalStatus | None
     safe_wal_bytes: int | None
     active: bool | None
     xmin: int

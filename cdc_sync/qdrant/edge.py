@@ -9,7 +9,7 @@ from typing import Final
 
 import qdrant_edge as edge
 
-from cdc_sync.errors import ErrorKind, SinkError
+from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SinkError
 from cdc_sync.mapping.plan import (
     Datatype,
     Metric,
@@ -52,7 +52,13 @@ _DEFAULT_FULL_SCAN_THRESHOLD: Final = 10_000
 
 
 def edge_config(plan: TablePlan) -> edge.EdgeConfig:
-    """The configuration of the plan's shard."""
+    """The configuration of the plan's shard. Raises ConfigError without vectors, which Edge cannot do."""
+    if not plan.vectors:
+        raise ConfigError(
+            f"Table {plan.qualified_name} has no vector column, and an embedded database takes no "
+            "collection without vectors.",
+            "Leave the table out, or use a Qdrant server.",
+        )
     dense = {v.name: _params(v) for v in plan.vectors if v.kind is not VectorKind.SPARSE}
     sparse = {
         v.name: edge.EdgeSparseVectorParams() for v in plan.vectors if v.kind is VectorKind.SPARSE
@@ -178,7 +184,7 @@ class EdgeSink:
                 continue
             try:
                 self._database.update(name, operation)
-            except SinkError:
+            except CdcSyncError:
                 raise
             except Exception as exc:  # the engine raises nothing more precise
                 raise SinkError(

@@ -73,6 +73,7 @@ class EdgeDatabase:
         self._lock: IO[str] | None = None
         self._shards: dict[str, edge.EdgeShard] = {}
         self._dirty: set[str] = set()
+        self._closed = False
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in the database's thread. When cancelled, it is awaited to its end first."""
@@ -224,6 +225,9 @@ class EdgeDatabase:
 
     async def close(self) -> None:
         """Flush, close all shards, release the lock. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             await self.run(self._close)
         finally:

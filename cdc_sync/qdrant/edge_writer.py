@@ -9,7 +9,7 @@ from typing import Final, TypeAlias, TypeVar
 
 import qdrant_edge as edge
 
-from cdc_sync.errors import ErrorKind, MappingError, SinkError
+from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError, SinkError
 from cdc_sync.mapping.plan import NAMESPACE_FIELD, TablePlan
 from cdc_sync.mapping.python import PythonCodec
 from cdc_sync.mapping.vectors import SparseValue
@@ -145,7 +145,7 @@ class EdgeWriter:
         try:
             for operation in operations(items):
                 self._database.update(self._plan.collection, operation)
-        except SinkError:
+        except CdcSyncError:
             raise
         except Exception as exc:  # the engine raises nothing more precise
             if not _INVALID.search(str(exc)):
@@ -160,7 +160,7 @@ class EdgeWriter:
     def _update(self, operation: edge.UpdateOperation) -> None:
         try:
             self._database.update(self._plan.collection, operation)
-        except SinkError:
+        except CdcSyncError:
             raise
         except Exception as exc:  # the engine raises nothing more precise
             raise self._unknown(exc) from exc
@@ -177,7 +177,7 @@ class EdgeWriter:
         """Remove every point of the table, in small steps."""
         while ids := await self._database.run(self._some_ids):
             await self._database.run(
-                self._update, edge.UpdateOperation.delete_points(list[edge.PointId](ids))
+                self._update, edge.UpdateOperation.delete_points(list(ids))
             )
 
     def _some_ids(self) -> list[PointId]:

@@ -28,7 +28,9 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 #: Reads rows by key as they are now, once the given transactions are visible (R84); blocking.
-FetchRows = Callable[[TablePlan, str | None, Sequence[Sequence[RawValue]], Collection[int]], list[Row]]
+FetchRows = Callable[
+    [TablePlan, str | None, Sequence[Sequence[RawValue]], Collection[int]], list[Row]
+]
 
 
 class Applier:
@@ -118,7 +120,9 @@ class Applier:
         """Read rows by key as they are now. A row that is gone needs nothing: the event that took it will come."""
         planned = binding.planned
         pending: list[tuple[PointId, Pending]] = [(i, table.pending[i]) for i in ids]
-        keys = [[change.row[k] for k in binding.key] for _, change in pending if change.row is not None]
+        keys = [
+            [change.row[k] for k in binding.key] for _, change in pending if change.row is not None
+        ]
         xids = {change.xid for _, change in pending}
         rows = await self._retry(
             lambda: asyncio.to_thread(self._fetch, planned.plan, planned.row_filter, keys, xids)

@@ -11,7 +11,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ class Backfill:
         sink: Sink,
         metrics: Metrics,
         on_chunk: Callable[[PlannedTable, ChunkResult], None],
-        on_refused: Callable[[PlannedTable, Sequence[tuple[str, str]]], "asyncio.Future[None]"],
+        on_refused: Callable[[PlannedTable, Sequence[tuple[str, str]]], Awaitable[None]],
     ) -> None:
         self._settings = settings
         self._sink = sink
@@ -142,7 +142,7 @@ class Backfill:
         self._metrics.snapshot_chunk_duration_seconds.observe(result.seconds)
 
     async def _copy_here(
-        self, tasks: Sequence[CopyTask], done: Callable[[ChunkResult], "asyncio.Future[None]"]
+        self, tasks: Sequence[CopyTask], done: Callable[[ChunkResult], Awaitable[None]]
     ) -> None:
         if not tasks:
             return
@@ -157,7 +157,7 @@ class Backfill:
             connection.close()
 
     async def _copy_in_processes(
-        self, tasks: Sequence[CopyTask], done: Callable[[ChunkResult], "asyncio.Future[None]"]
+        self, tasks: Sequence[CopyTask], done: Callable[[ChunkResult], Awaitable[None]]
     ) -> None:
         left = list(tasks)
         losses = 0
@@ -181,7 +181,7 @@ class Backfill:
         self,
         pool: ProcessPoolExecutor,
         tasks: Sequence[CopyTask],
-        done: Callable[[ChunkResult], "asyncio.Future[None]"],
+        done: Callable[[ChunkResult], Awaitable[None]],
     ) -> list[CopyTask]:
         """Run tasks in a pool; returns those that were not copied because a worker died."""
         loop = asyncio.get_running_loop()

@@ -10,7 +10,7 @@ import traceback
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ExitCode
-from cdc_sync.ops.http import HttpServer
+from cdc_sync.ops.http import start_http_server
 from cdc_sync.ops.logging import configure_logging, get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.notify import Notifier
@@ -28,12 +28,16 @@ def run_pipeline(settings: Settings, *, restart: bool = False) -> int:
     """
     configure_logging(settings.log)
     metrics = Metrics()
-    board = StatusBoard()
-    server = HttpServer(settings.http, metrics, board) if settings.http.enabled else None
+    board = StatusBoard(
+        settings.pipeline.name,
+        slot=settings.source.slot,
+        publication=settings.source.publication,
+        metrics=metrics,
+    )
+    server = start_http_server(settings.http, board, metrics)
     try:
         if server is not None:
-            server.start()
-            log.info("http_listening", host=settings.http.host, port=server.port)
+            log.info("http_listening", host=server.host, port=server.port)
         asyncio.run(_run(Pipeline(settings, metrics=metrics, board=board), restart))
     finally:
         if server is not None:

@@ -51,7 +51,8 @@ class DeadLetterOffice:
             return
         when = datetime.fromtimestamp(commit_time or time.time(), UTC).isoformat()
         letters = [
-            DeadLetter(self._pipeline, table, key, str(Lsn(lsn)), when, reason) for key, reason in refused
+            DeadLetter(self._pipeline, table, key, str(Lsn(lsn)), when, reason)
+            for key, reason in refused
         ]
         try:
             await self._store.park(letters)

@@ -14,9 +14,10 @@ Severity = Literal["ok", "warning", "error"]
 class Finding:
     """One thing that was looked at.
 
-    ``subject`` is what was looked at ("server", "public.items", "slot"), ``message`` how it is, ``remedy`` what to do
-    (exact SQL where SQL is the remedy, may span lines; empty when there is nothing to do). ``kind`` is given for
-    errors: it decides the exit code. No text holds row values or secrets.
+    ``subject`` is what was looked at ("server", "public.items", "slot"), ``message`` how it is,
+    ``remedy`` what to do (exact SQL where SQL is the remedy, may span lines; empty when there is
+    nothing to do). ``kind`` is given for errors: it decides the exit code. No text holds row values
+    or secrets.
     """
 
     severity: Severity

@@ -281,7 +281,9 @@ class Gatherer:
         try:
             binding = self._bindings[message.relation]
         except KeyError:
-            raise ProtocolError(f"change of relation {message.relation} before its Relation message") from None
+            raise ProtocolError(
+                f"change of relation {message.relation} before its Relation message"
+            ) from None
         if binding is None:
             self.ignored_changes += 1
             return
@@ -306,7 +308,9 @@ class Gatherer:
             self._coalesce(batch, batch.tables[oid], oid, binding, message, transaction.xid)
         except MappingError as error:
             batch.unmappable.append(
-                Unmappable(binding, error.message, transaction.final_lsn, int(transaction.commit_time))
+                Unmappable(
+                    binding, error.message, transaction.final_lsn, int(transaction.commit_time)
+                )
             )
         self._batch_changes += 1
         if self._batch_changes >= self._batch_rows or batch.bytes >= self._batch_bytes:

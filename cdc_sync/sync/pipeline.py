@@ -21,6 +21,7 @@ from cdc_sync import __version__
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SinkError, SourceError
 from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.mapping.values import needs_text
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics, State
 from cdc_sync.ops.status import StatusBoard
@@ -29,9 +30,9 @@ from cdc_sync.postgres.connect import PgConnection, connect
 from cdc_sync.postgres.preflight import preflight_source
 from cdc_sync.postgres.publication import create_publication
 from cdc_sync.postgres.refetch import fetch_rows
-from cdc_sync.postgres.replication import CreatedSlot, ReplicationConnection
+from cdc_sync.postgres.replication import CreatedSlot, ReplicationConnection, StreamOptions
 from cdc_sync.postgres.slot import drop_slot, read_slot
-from cdc_sync.postgres.snapshot import SnapshotHolder
+from cdc_sync.postgres.snapshot import SnapshotHolder, TableRewrittenError
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import PipelineState, Sink, TableState
 from cdc_sync.rows import RawValue, Row
@@ -59,11 +60,24 @@ class Pipeline:
     """One slot, one publication, some tables. :meth:`run` is called once."""
 
     def __init__(
-        self, settings: Settings, *, metrics: Metrics | None = None, board: StatusBoard | None = None
+        self,
+        settings: Settings,
+        *,
+        metrics: Metrics | None = None,
+        board: StatusBoard | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics if metrics is not None else Metrics()
-        self.board = board if board is not None else StatusBoard()
+        self.board = (
+            board
+            if board is not None
+            else StatusBoard(
+                settings.pipeline.name,
+                slot=settings.source.slot,
+                publication=settings.source.publication,
+                metrics=self.metrics,
+            )
+        )
         self.positions = Positions()
         self._sink: Sink | None = None
         self._plan: PipelinePlan | None = None
@@ -166,11 +180,18 @@ class Pipeline:
 
     def _announce(self, plan: PipelinePlan) -> None:
         source = self.settings.source
-        self.metrics.set_pipeline(slot=source.slot, publication=source.publication, database=plan.server.database, protocol=1)
+        self.metrics.set_pipeline(
+            slot=source.slot,
+            publication=source.publication,
+            database=plan.server.database,
+            protocol=1,
+        )
         for planned in plan.tables:
             self.metrics.add_table(planned.name)
             self.board.table(planned.name).update(
-                collection=planned.plan.collection, state="pending"
+                collection=planned.plan.collection,
+                state="pending",
+                rows_estimated=_estimated_rows(planned),
             )
             for warning in planned.warnings:
                 log.warning("plan_warning", table=planned.name, warning=warning)
@@ -261,16 +282,25 @@ class Pipeline:
             try:
                 lsn = await self._until(lambda: self._copy_from_new_slot(plan), "source")
                 break
-            except _SnapshotLost as lost:
-                log.warning("snapshot_lost", error=str(lost))
+            except (_SnapshotLost, TableRewrittenError) as lost:
+                log.warning("copy_abandoned", reason=str(lost))
                 await asyncio.sleep(1)
                 for planned in plan.tables:
                     await self._until(self.sink.writer(planned.plan).clear, "sink")
+                plan = await self._replan()
         done = dataclasses.replace(self._record(plan, copied=True), slot_lsn=lsn)
         await self._until(lambda: self.sink.make_durable(), "sink")
         await self._until(lambda: self.sink.state.save(done), "sink")
         self.positions.applied = self.positions.confirmed = lsn
         log.info("copy_completed", tables=len(plan.tables), lsn=str(Lsn(lsn)))
+
+    async def _replan(self) -> PipelinePlan:
+        """Read the catalog again: a table was rewritten or changed before its copy could begin (R54)."""
+        plan = self._plan = await self._until(lambda: self._in_thread(self._make_plan), "source")
+        self._relations = Relations(plan.tables, self.settings, self.metrics)
+        for planned in plan.tables:
+            await self._until(lambda p=planned: self.sink.ensure_collection(p.plan), "sink")  # type: ignore[misc]
+        return plan
 
     async def _check_collections(self, plan: PipelinePlan, state: PipelineState | None) -> None:
         """Refuse collections with points that no run of this pipeline has written."""
@@ -290,7 +320,9 @@ class Pipeline:
         source = self.settings.source
         with connect(source) as connection:
             if plan.publication is None:
-                create_publication(connection, source.publication, plan.published_columns)
+                create_publication(
+                    connection, source.publication, plan.published_columns, plan.server
+                )
                 log.info("publication_created", publication=source.publication)
             if read_slot(connection, source.slot) is not None:
                 drop_slot(connection, source.slot)
@@ -322,7 +354,7 @@ class Pipeline:
                 self.board.table(planned.name).update(state="copying")
             totals = await backfill.copy(plan.tables, holder.snapshot_id)
             for planned in plan.tables:
-                self.board.table(planned.name).update(state="copied")
+                self.board.table(planned.name).update(state="catching_up")
                 log.info(
                     "table_copied",
                     table=planned.name,
@@ -331,6 +363,7 @@ class Pipeline:
                     refused=totals[planned.plan.oid].refused,
                 )
         except SourceError as error:
+            replication.close()
             await self._in_thread(self._abandon_slot)
             if error.kind is ErrorKind.SOURCE_UNAVAILABLE:
                 raise _SnapshotLost(error.message) from error
@@ -357,8 +390,7 @@ class Pipeline:
             drop_slot(connection, self.settings.source.slot)
 
     def _on_chunk(self, planned: PlannedTable, result: ChunkResult) -> None:
-        self.board.table(planned.name).add_rows(result.rows)
-        self.board.heartbeat("copy")
+        self.board.table(planned.name).add(rows_copied=result.rows)
 
     async def _park_copied(self, planned: PlannedTable, refused: Sequence[tuple[str, str]]) -> None:
         assert self._dead_letters is not None
@@ -388,7 +420,7 @@ class Pipeline:
         assert self._dead_letters is not None
         applier = Applier(self.sink, self._fetch, self._dead_letters, self.metrics, self._on_stall)
         assert self._relations is not None
-        self._resync = Resync(
+        resync = self._resync = Resync(
             self.settings,
             self.sink,
             self._relations,
@@ -397,9 +429,14 @@ class Pipeline:
             self._until,
         )
         monitor = SourceMonitor(
-            self.settings, self.metrics, self.board, self.positions, self._relations, self._resync.observe
+            self.settings,
+            self.metrics,
+            self.board,
+            self.positions,
+            self._relations,
+            resync.observe,
         )
-        await self._until(lambda: self._in_thread(self._resync.open), "source")
+        await self._until(lambda: self._in_thread(resync.open), "source")
         watching = asyncio.create_task(monitor.run())
         try:
             while not self._stop.is_set():
@@ -430,17 +467,27 @@ class Pipeline:
                 make_durable=self.sink.make_durable,
                 stop=self._stop,
                 status_seconds=min(status_seconds, self.settings.pipeline.status_interval_seconds),
-                heartbeat=self.board.heartbeat,
+                board=self.board,
                 between=self._between,
             )
             self._state("streaming")
             for planned in self.tables:
                 self.board.table(planned.name).update(state="streaming")
-            self.metrics.source_up.set(1)
+            self.board.set_source(True)
             await session.run()
             await self._in_thread(connection.stop)
         finally:
             connection.close()
+
+    @property
+    def _binary(self) -> bool:
+        """Whether the stream can be binary.
+
+        A type without binary output below an array, composite or range would stop the server's decoding for good (R12).
+        """
+        return not any(
+            needs_text(column.type) for planned in self.tables for column in planned.table.columns
+        )
 
     def _start_stream(self) -> tuple[ReplicationConnection, float]:
         source = self.settings.source
@@ -456,7 +503,9 @@ class Pipeline:
                 )
             timeout = connection.wal_sender_timeout_seconds
             connection.start(
-                source.slot, source.publication, confirmed=self.positions.applied
+                source.slot,
+                source.publication,
+                options=StreamOptions(binary=self._binary),
             )
         except BaseException:
             connection.close()
@@ -481,14 +530,14 @@ class Pipeline:
             self._resync.recent.add(xid)
         self._relations.note(batch)
         for oid, table in batch.tables.items():
-            self.board.table(batch.bindings[oid].planned.name).add_changes(len(table))
+            self.board.table(batch.bindings[oid].planned.name).add(changes_applied=len(table))
         self.board.positions(
             received=self.positions.received,
             applied=self.positions.applied,
-            confirmed=self.positions.confirmed,
+            acknowledged=self.positions.confirmed,
             server=self.positions.server_end,
         )
-        self.metrics.sink_up.set(1)
+        self.board.set_sink(True)
 
     def _fetch(
         self,
@@ -522,14 +571,14 @@ class Pipeline:
 
     def _on_stall(self, error: CdcSyncError, seconds: float) -> None:
         if isinstance(error, SinkError):
-            self.metrics.sink_up.set(0)
+            self.board.set_sink(False, error.message)
             self.metrics.sink_retries[error.kind].inc()
         elif isinstance(error, SourceError) and error.kind is ErrorKind.SOURCE_UNAVAILABLE:
-            self.metrics.source_up.set(0)
+            self.board.set_source(False, error.message)
         self.metrics.count_error(error.kind)
-        self.board.error(error)
-        self.board.heartbeat("writer")
-        log.warning("retrying", kind=error.kind.value, error=error.message, seconds=round(seconds, 2))
+        log.warning(
+            "retrying", kind=error.kind.value, error=error.message, seconds=round(seconds, 2)
+        )
 
     async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.to_thread(function, *arguments)
@@ -548,9 +597,13 @@ class Pipeline:
         return False
 
     def _state(self, state: State) -> None:
-        self.metrics.set_state(state)
         self.board.set_state(state)
         log.info("state", state=state)
+
+
+def _estimated_rows(planned: PlannedTable) -> int | None:
+    estimates = [leaf.estimated_rows for leaf in planned.table.leaves]
+    return None if any(e < 0 for e in estimates) else round(sum(estimates))
 
 
 class _SnapshotLost(Exception):

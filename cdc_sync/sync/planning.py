@@ -12,7 +12,7 @@ from cdc_sync.mapping.ids import plan_fingerprint
 from cdc_sync.mapping.planner import PlanOptions, build_plan
 from cdc_sync.mapping.table import Table
 from cdc_sync.postgres.catalog import ServerInfo, find_table, server_info
-from cdc_sync.postgres.connect import Connection
+from cdc_sync.postgres.connect import PgConnection
 from cdc_sync.postgres.publication import Publication, check_publication, read_publication
 from cdc_sync.sync.routing import PlannedTable
 
@@ -109,7 +109,9 @@ def _check_distinct(planned: Sequence[PlannedTable]) -> None:
     collections: dict[str, list[PlannedTable]] = {}
     for table in planned:
         if table.table.oid in oids:
-            raise ConfigError(f"table {table.name} is configured twice", "Remove one of its [[tables]] entries.")
+            raise ConfigError(
+                f"table {table.name} is configured twice", "Remove one of its [[tables]] entries."
+            )
         oids[table.table.oid] = table.name
         collections.setdefault(table.plan.collection, []).append(table)
     for collection, tables in collections.items():

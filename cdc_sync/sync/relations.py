@@ -29,7 +29,9 @@ log = get_logger(__name__)
 class Relations:
     """Routes Relation messages to planned tables, and keeps book of stale ones."""
 
-    def __init__(self, tables: Sequence[PlannedTable], settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, tables: Sequence[PlannedTable], settings: Settings, metrics: Metrics
+    ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._planned = {planned.plan.oid: planned for planned in tables}

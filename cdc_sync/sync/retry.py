@@ -21,7 +21,9 @@ class _Backoff(wait_base):
     """Full jitter, and never sooner than the server asked for."""
 
     def __init__(self) -> None:
-        self._jitter = wait_random_exponential(multiplier=FIRST_BACKOFF_SECONDS, max=MAX_BACKOFF_SECONDS)
+        self._jitter = wait_random_exponential(
+            multiplier=FIRST_BACKOFF_SECONDS, max=MAX_BACKOFF_SECONDS
+        )
 
     def __call__(self, retry_state: RetryCallState) -> float:
         wait = self._jitter(retry_state)

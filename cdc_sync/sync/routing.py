@@ -82,7 +82,12 @@ def bind(planned: PlannedTable, relation: Relation, resolve: ResolveType) -> Bin
     if replanned:
         plan = replan(plan, found, planned.options)
         planned = PlannedTable(
-            planned.table, plan, planned.options, planned.row_filter, planned.ignored, planned.warnings
+            planned.table,
+            plan,
+            planned.options,
+            planned.row_filter,
+            planned.ignored,
+            planned.warnings,
         )
     places = {c.name: i for i, c in enumerate(relation.columns)}
     order = tuple(places[c.name] for c in plan.columns)

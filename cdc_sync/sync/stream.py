@@ -23,6 +23,7 @@ from typing import Protocol
 from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics, Trigger
+from cdc_sync.ops.status import StatusBoard
 from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.postgres.replication import ReplicationConnection
 from cdc_sync.sync.gather import Batch, Gatherer
@@ -75,7 +76,7 @@ class StreamSession:
     make_durable: Callable[[], Awaitable[None]]
     stop: asyncio.Event
     status_seconds: float
-    heartbeat: Callable[[str], None]
+    board: StatusBoard
     between: Callable[[Batch | None], Awaitable[None]]
     let_go_seconds: float = 30.0
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -117,6 +118,8 @@ class StreamSession:
             raise
         finally:
             await asyncio.gather(writer, *others, return_exceptions=True)
+            for task in ("reader", "writer", "clock"):
+                self.board.retire(task)
         with contextlib.suppress(Exception):
             # The connection may be gone; what was not confirmed is sent again.
             await self._confirm(force=True)
@@ -126,7 +129,7 @@ class StreamSession:
     async def _read(self) -> None:
         gatherer = self.gatherer
         while True:
-            self.heartbeat("reader")
+            self.board.heartbeat("reader")
             if gatherer.full:
                 await self._pause()
                 continue
@@ -186,7 +189,7 @@ class StreamSession:
 
     async def _write(self) -> None:
         while not self._ending:
-            self.heartbeat("writer")
+            self.board.heartbeat("writer")
             if not self.gatherer.ready:
                 self._news.clear()
                 try:
@@ -201,6 +204,8 @@ class StreamSession:
 
     async def _apply(self, batch: Batch) -> None:
         if not batch.empty:
+            # How long Qdrant takes says nothing about whether this loop lives.
+            self.board.retire("writer")
             self._in_flight, self._in_flight_since = batch, time.monotonic()
             started = time.perf_counter()
             try:
@@ -230,10 +235,12 @@ class StreamSession:
 
     async def _keep_time(self) -> None:
         while True:
-            self.heartbeat("clock")
+            self.board.heartbeat("clock")
             before = time.monotonic()
             await asyncio.sleep(CONFIRM_SECONDS)
-            self.metrics.event_loop_delay_seconds.observe(max(0.0, time.monotonic() - before - CONFIRM_SECONDS))
+            self.metrics.event_loop_delay_seconds.observe(
+                max(0.0, time.monotonic() - before - CONFIRM_SECONDS)
+            )
             await self._confirm()
             if time.monotonic() - self._last_status >= self.status_seconds:
                 self._send_status("timer")
@@ -266,7 +273,9 @@ class StreamSession:
             log.debug("position_confirmed", lsn=str(Lsn(self.positions.confirmed)))
 
     def _send_status(self, trigger: Trigger) -> None:
-        self.connection.send_status(self.connection.received_lsn, self.positions.confirmed)
+        # A batch of the last session may have been completed since: a connection reports only what came over itself.
+        received = self.connection.received_lsn
+        self.connection.send_status(received, min(self.positions.confirmed, received))
         self._last_status = time.monotonic()
         self.metrics.status_updates[trigger].inc()
 
@@ -275,7 +284,10 @@ class StreamSession:
         oldest = self._in_flight.oldest_commit if self._in_flight is not None else None
         if oldest is None:
             oldest = self.gatherer.oldest_commit
-        self.metrics.lag_seconds.set(max(0.0, time.time() - oldest) if oldest is not None else 0.0)
+        self.board.set_lag(
+            lag_bytes=max(0, p.server_end - p.confirmed),
+            seconds=max(0.0, time.time() - oldest) if oldest is not None else 0.0,
+        )
         self.metrics.lag_bytes["receive"].set(max(0, p.server_end - p.received))
         self.metrics.lag_bytes["apply"].set(max(0, p.received - p.applied))
         self.metrics.lag_bytes["acknowledge"].set(max(0, p.applied - p.confirmed))

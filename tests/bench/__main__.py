@@ -15,7 +15,6 @@ import json
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -172,7 +171,11 @@ class Bench:
 
 
 def measure(
-    rows: int, rounds: int, limit: Callable[[], None], ours: Callable[[], None], names: tuple[str, str]
+    rows: int,
+    rounds: int,
+    limit: Callable[[], None],
+    ours: Callable[[], None],
+    names: tuple[str, str],
 ) -> list[Figure]:
     limit()  # once to warm caches on both sides
     limits, own = [], []
@@ -194,33 +197,31 @@ def measure(
 
 
 def run(rows: int, dim: int, rounds: int) -> list[Figure]:
-    with tempfile.TemporaryDirectory(prefix="cdc-sync-bench-") as directory:
-        server = PostgresServer(find_binaries(18), Path(directory) / "pg")
-        with server:
-            bench = Bench(server, rows, dim)
-            return [
-                *measure(
-                    rows,
-                    rounds,
-                    lambda: bench.drain(bench.insert_slot, None),
-                    lambda: bench.apply_stream(bench.insert_slot),
-                    (f"stream, {dim}-d inserts: drain limit", "  ours into a null sink"),
-                ),
-                *measure(
-                    rows,
-                    rounds,
-                    lambda: bench.drain(bench.update_slot, None),
-                    lambda: bench.apply_stream(bench.update_slot),
-                    ("stream, metadata-only updates: drain limit", "  ours into a null sink"),
-                ),
-                *measure(
-                    rows,
-                    rounds,
-                    bench.copy_drain,
-                    bench.copy_apply,
-                    (f"copy, {dim}-d, one connection: copy limit", "  ours into a null sink"),
-                ),
-            ]
+    with PostgresServer(find_binaries(18)) as server:
+        bench = Bench(server, rows, dim)
+        return [
+            *measure(
+                rows,
+                rounds,
+                lambda: bench.drain(bench.insert_slot, None),
+                lambda: bench.apply_stream(bench.insert_slot),
+                (f"stream, {dim}-d inserts: drain limit", "  ours into a null sink"),
+            ),
+            *measure(
+                rows,
+                rounds,
+                lambda: bench.drain(bench.update_slot, None),
+                lambda: bench.apply_stream(bench.update_slot),
+                ("stream, metadata-only updates: drain limit", "  ours into a null sink"),
+            ),
+            *measure(
+                rows,
+                rounds,
+                bench.copy_drain,
+                bench.copy_apply,
+                (f"copy, {dim}-d, one connection: copy limit", "  ours into a null sink"),
+            ),
+        ]
 
 
 def table(figures: list[Figure]) -> str:

@@ -33,7 +33,9 @@ def test_copy_then_every_kind_of_change(
     create_docs(database)
     synced = sync_table(database, "docs", target=target)
     with database.connect(autocommit=False) as connection:
-        connection.execute("INSERT INTO docs VALUES (100, 'new', 1, '{}', 'null', %s, NULL)", (vector(1536, 9),))
+        connection.execute(
+            "INSERT INTO docs VALUES (100, 'new', 1, '{}', 'null', %s, NULL)", (vector(1536, 9),)
+        )
         connection.execute("UPDATE docs SET note = 'changed' WHERE id = 1")
         connection.execute("UPDATE docs SET emb = %s WHERE id = 2", (vector(1536, 77),))
         connection.execute("UPDATE docs SET emb = NULL WHERE id = 3")

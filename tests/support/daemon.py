@@ -158,7 +158,9 @@ class Daemon:
     @property
     def port(self) -> int:
         if self._port is None:
-            self.wait(lambda: any(e.get("event") == "http_listening" for e in self.events()), "http")
+            self.wait(
+                lambda: any(e.get("event") == "http_listening" for e in self.events()), "http"
+            )
             self._port = next(
                 int(e["port"]) for e in self.events() if e.get("event") == "http_listening"
             )
@@ -166,7 +168,9 @@ class Daemon:
 
     def get(self, path: str) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{self.port}{path}", timeout=10
+            ) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -186,13 +190,19 @@ class Daemon:
                 total += float(value)
         return total
 
-    def wait(self, condition: Callable[[], bool], what: str, timeout: float = READY_SECONDS) -> None:
+    def wait(
+        self, condition: Callable[[], bool], what: str, timeout: float = READY_SECONDS
+    ) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             if not self.running:
-                raise AssertionError(f"the daemon ended while waiting for {what}:\n{self.log()[-4000:]}")
+                raise AssertionError(
+                    f"the daemon ended while waiting for {what}:\n{self.log()[-4000:]}"
+                )
             if time.monotonic() > deadline:
-                raise AssertionError(f"{what} did not come within {timeout} s:\n{self.log()[-4000:]}")
+                raise AssertionError(
+                    f"{what} did not come within {timeout} s:\n{self.log()[-4000:]}"
+                )
             time.sleep(0.05)
 
     def wait_state(self, state: str, timeout: float = READY_SECONDS) -> None:

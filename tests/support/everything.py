@@ -229,7 +229,8 @@ _COMPUTED: Final[dict[str, tuple[str, str]]] = {
         "text",
         (
             "CASE WHEN mod(hashint8extended(s.n, 903), 20) = 0"
-            " THEN (SELECT string_agg(md5((s.n * 101 + g)::text), '') FROM generate_series(1, 100) g)"
+            " THEN (SELECT string_agg(md5((s.n * 101 + g)::text), '')"
+            " FROM generate_series(1, 100) g)"
             " WHEN mod(hashint8extended(s.n, 903), 20) = 1 THEN NULL"
             " ELSE repeat('lorem ipsum ', abs(mod(hashint8extended(s.n, 904), 9))::int) END"
         ),
@@ -240,7 +241,8 @@ _COMPUTED: Final[dict[str, tuple[str, str]]] = {
     "created_at": (
         "timestamptz",
         (
-            "CASE abs(mod(hashint8extended(s.n, 907), 17)) WHEN 0 THEN NULL WHEN 1 THEN 'infinity'::timestamptz"
+            "CASE abs(mod(hashint8extended(s.n, 907), 17)) WHEN 0 THEN NULL"
+            " WHEN 1 THEN 'infinity'::timestamptz"
             " ELSE to_timestamp(abs(mod(hashint8extended(s.n, 908), 4000000000)) + 0.000123) END"
         ),
     ),
@@ -276,7 +278,7 @@ class EverythingTable:
 
     @property
     def key_expressions(self) -> tuple[str, ...]:
-        """The key's values as expressions over ``s.k``, a bigint that is not negative; one to one."""
+        """The key's values as expressions over ``s.k``, a bigint >= 0; one to one."""
         match self.key:
             case "bigint":
                 return ("s.k",)

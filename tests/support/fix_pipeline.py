@@ -101,8 +101,6 @@ def sync_table(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SyncT
             stack.callback(daemon.close)
             if start:
                 daemon.start()
-            return Synced(
-                database, table, collection, daemon, url, qdrant, compare_options or {}
-            )
+            return Synced(database, table, collection, daemon, url, qdrant, compare_options or {})
 
         yield make

@@ -35,11 +35,7 @@ def qdrant_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QdrantT
 
 
 def _collections(target: QdrantTarget) -> set[str]:
-    client = target.client()
-    try:
-        return {collection.name for collection in client.get_collections().collections}
-    finally:
-        client.close()
+    return {collection.name for collection in target.client().get_collections().collections}
 
 
 @pytest.fixture
@@ -53,9 +49,8 @@ def qdrant(qdrant_session: QdrantTarget) -> Iterator[QdrantTarget]:
     yield qdrant_session
     if qdrant_session.faults is not None:
         qdrant_session.faults.clear()
-    client = qdrant_session.client()
     for name in _collections(qdrant_session) - before:
-        client.delete_collection(name)
+        qdrant_session.client().delete_collection(name)
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def parser(type_: OracleType, numeric_as_string: bool = False, nested: bool = Fa
         if type_.kind == "r":
             return lambda text: _range(text, element)
         if type_.kind == "m":
-            return lambda text: [_range(one, element) for one in _RANGE.findall(text)]
+            return lambda text: [element(one) for one in _RANGE.findall(text)]
         delimiter = type_.element.delimiter
         return lambda text: _array(text, delimiter, element)
     if type_.kind == "c":

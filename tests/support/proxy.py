@@ -56,12 +56,14 @@ class _Pipe:
 
     def write(self, limit: int | None) -> int:
         """Send what is held and due, at most ``limit`` bytes; return how many went."""
-        due, data = self.held.popleft()
+        due, data = self.held[0]
         part = data if limit is None else data[:limit]
         sent = self.sink.send(part) if part else 0
         self.held_bytes -= sent
         if sent < len(data):
-            self.held.appendleft((due, data[sent:]))
+            self.held[0] = (due, data[sent:])
+        else:
+            self.held.popleft()
         return sent
 
 
@@ -181,6 +183,9 @@ class TcpProxy:
         """Refuse new connections, as a host without a listener does; open ones go on."""
         with self._lock:
             if self._listener is not None:
+                # For their clients these are open already.
+                while self._accept_one(self._listener):
+                    pass
                 self._listener.close()
                 self._listener = None
         self._wake()
@@ -322,11 +327,12 @@ class TcpProxy:
             pipe.finished = True
             pipe.sink.shutdown(socket.SHUT_WR)
 
-    def _accept_one(self, listener: socket.socket) -> None:
+    def _accept_one(self, listener: socket.socket) -> bool:
+        """Accept a connection if one waits; return whether one did."""
         try:
             client, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
-            return
+            return False
         self._accepted += 1
         try:
             # Blocks the thread for a moment; upstreams are on this machine.
@@ -334,11 +340,12 @@ class TcpProxy:
         except OSError:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.close()
-            return
+            return True
         for side in (client, server):
             side.setblocking(False)
             side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connections.append(_Connection(client, server))
+        return True
 
     def _drop(self, connection: _Connection) -> None:
         if connection in self._connections:

@@ -20,6 +20,11 @@ from tests.support.qdrant_server import CONTROL, OBSERVER
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CALL_TIMEOUT = 20.0
+_RECONNECT = [
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
 
 
 class Faults:
@@ -29,9 +34,9 @@ class Faults:
 
     def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
         if credentials is None:
-            self._channel = grpc.insecure_channel(address)
+            self._channel = grpc.insecure_channel(address, options=_RECONNECT)
         else:
-            self._channel = grpc.secure_channel(address, credentials)
+            self._channel = grpc.secure_channel(address, credentials, options=_RECONNECT)
         self._call = self._channel.unary_unary(CONTROL)
 
     def _command(self, name: str, *arguments: object, **keywords: object) -> Any:
@@ -108,7 +113,7 @@ class Faults:
         self.add(operation, "hold", times=times)
 
     def crash(self, operation: str, *, applied: bool) -> None:
-        """The process kills itself (SIGKILL) on the next such request, before or after applying it."""
+        """The process kills itself on the next such request, before or after applying it."""
         self.add(operation, "crash_after_apply" if applied else "crash_before_apply")
 
     def release(self) -> None:
@@ -189,6 +194,7 @@ class QdrantTarget:
         self.api_key = api_key
         self.faults = faults
         self._clients: list[QdrantClient] = []
+        self._observer: QdrantClient | None = None
 
     @property
     def script(self) -> Faults:
@@ -197,7 +203,16 @@ class QdrantTarget:
             raise RuntimeError("a real Qdrant server has no scripted faults; use qdrant_private")
         return self.faults
 
-    def client(self, *, observer: bool = True, timeout: int = 60) -> QdrantClient:
+    def client(self) -> QdrantClient:
+        """The client for assertions: its requests meet no faults and are not logged.
+
+        Made once and closed with the target: do not close it.
+        """
+        if self._observer is None:
+            self._observer = self.new_client(observer=True)
+        return self._observer
+
+    def new_client(self, *, observer: bool = False, timeout: int = 60) -> QdrantClient:
         """A new client, closed with the target. With ``observer`` its requests meet no faults and
         are not logged.
         """
@@ -214,6 +229,7 @@ class QdrantTarget:
             check_compatibility=False,
             timeout=timeout,
             headers=headers,
+            grpc_options=dict(_RECONNECT),
         )
         self._clients.append(client)
         return client
@@ -234,10 +250,14 @@ class QdrantTarget:
         """Start again on the same data and port after :meth:`kill`."""
         raise RuntimeError("only a private test server can be restarted; use qdrant_private")
 
-    def close(self) -> None:
+    def _close_clients(self) -> None:
         for client in self._clients:
             client.close()
         self._clients.clear()
+        self._observer = None
+
+    def close(self) -> None:
+        self._close_clients()
         if self.faults is not None:
             self.faults.close()
 
@@ -328,10 +348,12 @@ class QdrantProcess(QdrantTarget):
         self._reap()
 
     def restart(self) -> None:
-        """Kill if it runs, then start on the same data and port. Scripted faults and the request
-        log are gone.
+        """Kill if it runs, then start on the same data and port.
+
+        Clients made before are closed; scripted faults and the request log are gone.
         """
         self.kill()
+        self._close_clients()
         self._start()
 
     def close(self) -> None:

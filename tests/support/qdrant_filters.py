@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Callable, Iterable
 
 import qdrant_edge as edge
+from numpy import bool_
 from qdrant_client import grpc as q
 
 from tests.support.qdrant_convert import point_key
@@ -87,7 +88,8 @@ def _field(message: q.FieldCondition) -> edge.FieldCondition:
 _MATCHES: dict[str, Callable[[q.Match], edge.MatchType]] = {
     "keyword": lambda match: edge.MatchValue(match.keyword),
     "integer": lambda match: edge.MatchValue(match.integer),
-    "boolean": lambda match: edge.MatchValue(match.boolean),
+    # The engine's binding takes a bool for the integer 0 or 1, but not a NumPy one.
+    "boolean": lambda match: edge.MatchValue(bool_(match.boolean)),  # type: ignore[arg-type]
     "text": lambda match: edge.MatchText(match.text),
     "text_any": lambda match: edge.MatchTextAny(match.text_any),
     "phrase": lambda match: edge.MatchPhrase(match.phrase),

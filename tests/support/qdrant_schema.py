@@ -7,7 +7,7 @@ from __future__ import annotations
 import qdrant_edge as edge
 from qdrant_client import grpc as q
 
-from tests.support.qdrant_convert import PLACEHOLDER, Json, json_value, payload_value
+from tests.support.qdrant_convert import PLACEHOLDER, json_value
 from tests.support.qdrant_status import validation, wrong_input
 
 _DISTANCES = {
@@ -258,7 +258,3 @@ def payload_index(
             )
         return info, edge.IntegerIndexParams(lookup=params.lookup, range=params.range)
     return info, schema
-
-
-def metadata_of(values: dict[str, Json]) -> dict[str, q.Value]:
-    return {key: payload_value(value) for key, value in values.items()}

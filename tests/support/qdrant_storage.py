@@ -293,7 +293,7 @@ class Registry:
         _write_atomically(self._root / "aliases.json", json.dumps(self._aliases).encode())
 
     def set_lag(self, seconds: float) -> None:
-        """Delay between the acknowledgement of a write that is not waited for and its application."""
+        """Delay between the acknowledgement of a `wait=false` write and its application."""
         with self._lock:
             self._lag = seconds
             for collection in self._collections.values():

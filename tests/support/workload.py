@@ -62,7 +62,8 @@ def load(connection: Connection, table: EverythingTable, rows: int, seed: int = 
     )
     with connection.transaction():
         connection.execute(
-            f"CREATE TEMP TABLE staged (k int8, n int8, embedding vector({table.dim})) ON COMMIT DROP"
+            "CREATE TEMP TABLE staged"
+            f" (k int8, n int8, embedding vector({table.dim})) ON COMMIT DROP"
         )
         for start in range(0, rows, _LOAD_BATCH):
             count = min(_LOAD_BATCH, rows - start)
@@ -289,7 +290,8 @@ class Writer:
         columns = self._table.insert_columns()
         connection.execute(
             f"INSERT INTO {self._table.name} ({', '.join(columns)})"
-            f" SELECT {', '.join(columns.values())} FROM (SELECT %(k)s::int8 AS k, %(n)s::int8 AS n,"
+            f" SELECT {', '.join(columns.values())}"
+            " FROM (SELECT %(k)s::int8 AS k, %(n)s::int8 AS n,"
             f" %(v)s::vector({self._table.dim}) AS embedding) s"
             " ON CONFLICT DO NOTHING",
             {
@@ -306,7 +308,8 @@ class Writer:
             source += f", %(v)s::vector({self._table.dim}) AS embedding"
             parameters["v"] = self._vector()
         connection.execute(
-            f"UPDATE {self._table.name} SET ({', '.join(columns)}) = ROW({', '.join(columns.values())})"
+            f"UPDATE {self._table.name} SET ({', '.join(columns)})"
+            f" = ROW({', '.join(columns.values())})"
             f" FROM ({source}) s WHERE {self._key_match}",
             parameters,
         )
@@ -357,7 +360,8 @@ class Writer:
         columns |= others
         taken = self._key_match.replace("%(k)s", "%(new)s")
         connection.execute(
-            f"UPDATE {self._table.name} SET ({', '.join(columns)}) = ROW({', '.join(columns.values())})"
+            f"UPDATE {self._table.name} SET ({', '.join(columns)})"
+            f" = ROW({', '.join(columns.values())})"
             " FROM (SELECT %(new)s::int8 AS k, %(n)s::int8 AS n) s"
             f" WHERE {self._key_match}"
             f" AND NOT EXISTS (SELECT FROM {self._table.name} WHERE {taken})",

@@ -1,0 +1,86 @@
+"""Runs a command and turns whatever happens into a message and an exit code.
+
+Errors of the tree in ``errors.py`` become ``error: ...`` with the remedy, anything else one line
+and exit code 1; the trace only with ``--debug`` or log level debug. Secrets are masked in all of
+it, the command line's own words included: what somebody typed in the wrong place may be one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+
+import typer
+
+from cdc_sync.cli.app import Invocation, app
+from cdc_sync.errors import CdcSyncError, ExitCode
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. ``arguments`` default to ``sys.argv[1:]``."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    invocation = Invocation()
+    try:
+        code = app(args=given, prog_name="cdc-sync", standalone_mode=False, obj=invocation)
+        sys.stdout.flush()
+    except CdcSyncError as error:
+        _trace(invocation)
+        _say("error", error.message)
+        _say("try", error.remedy)
+        return error.policy.exit_code
+    except typer.TyperException as error:
+        return _usage_error(error)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("error", "Interrupted.")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as `head` does. Python would complain at exit.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
+    except Exception as error:  # noqa: BLE001 - the outermost frame: reported, and exit code 1
+        _trace(invocation)
+        _say("error", f"Unexpected {type(error).__name__}: {error}")
+        hint = "Report this." if invocation.debug else "Run again with --debug, and report this."
+        _say("try", hint)
+        return ExitCode.BUG
+    return int(code or ExitCode.OK)
+
+
+def _usage_error(error: typer.TyperException) -> int:
+    _say("error", error.format_message())
+    context = getattr(error, "ctx", None)
+    path = context.command_path if isinstance(context, typer.Context) else "cdc-sync"
+    _say("try", f"{path} --help")
+    return error.exit_code
+
+
+def _trace(invocation: Invocation) -> None:
+    """Show the exception being handled, in debug mode."""
+    if invocation.debug:
+        import traceback
+
+        _write(traceback.format_exc())
+
+
+def _say(label: str, text: str) -> None:
+    """Write ``label: text``; more lines of text are indented below it."""
+    indent = " " * (len(label) + 2)
+    _write(f"{label}: {textwrap.indent(text, indent).removeprefix(indent)}\n")
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads: the exit code still tells
+        sys.stderr.write(_redact(text))
+        sys.stderr.flush()
+
+
+def _redact(text: str) -> str:
+    from cdc_sync.ops.redaction import redact
+
+    return redact(text)

@@ -1,0 +1,214 @@
+"""COPY … (FORMAT binary) into raw rows.
+
+Source: PostgreSQL documentation, "COPY", Binary Format. The server sends a row a message, which
+nothing here relies on.
+"""
+
+from __future__ import annotations
+
+import select
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, cast
+
+import psycopg
+from psycopg import pq
+
+from cdc_sync.errors import ProtocolError
+from cdc_sync.postgres.connect import PgConnection, result_error, translate
+from cdc_sync.rows import Row, TextValue
+
+_SIGNATURE: Final = b"PGCOPY\n\xff\r\n\0"
+_HEADER_BYTES: Final = len(_SIGNATURE) + 8
+_MAX_FIELD_BYTES: Final = 1 << 30
+_TRAILER: Final = -1
+_POLL_MILLISECONDS: Final = 1000
+
+_count_at = cast("Callable[[bytes, int], tuple[int]]", struct.Struct(">h").unpack_from)
+_size_at = cast("Callable[[bytes, int], tuple[int]]", struct.Struct(">i").unpack_from)
+
+
+class CopyParser:
+    """Cuts the bytes of a binary COPY into rows, however they are chunked.
+
+    ``text_columns`` says which columns were selected as text; their values become
+    :class:`TextValue`.
+    """
+
+    def __init__(self, text_columns: Sequence[bool]) -> None:
+        self._columns = len(text_columns)
+        self._text = [position for position, text in enumerate(text_columns) if text]
+        self._rest = b""
+        self._started = False
+        self.finished = False
+
+    def feed(self, data: bytes) -> list[Row]:
+        """Return the rows that are complete. Raises :class:`ProtocolError` for what is no such COPY."""
+        buffer = self._rest + data if self._rest else data
+        position = 0
+        if not self._started:
+            if len(buffer) < _HEADER_BYTES:
+                self._rest = buffer
+                return []
+            position = self._header(buffer)
+            if position > len(buffer):
+                self._rest = buffer
+                return []
+            self._started = True
+        rows, position = self._rows(buffer, position)
+        self._rest = buffer[position:]
+        if self.finished and self._rest:
+            raise ProtocolError(f"COPY: {len(self._rest)} bytes after the trailer")
+        if self._text:
+            self._mark_text(rows)
+        return rows
+
+    def end(self) -> None:
+        """Say that nothing follows. Raises :class:`ProtocolError` if the trailer is missing."""
+        if not self.finished:
+            raise ProtocolError(
+                f"COPY: ended without a trailer, {len(self._rest)} bytes into a row"
+            )
+
+    def _header(self, buffer: bytes) -> int:
+        if not buffer.startswith(_SIGNATURE):
+            raise ProtocolError(
+                "COPY: the data does not start with the signature of the binary format"
+            )
+        (flags,) = _size_at(buffer, len(_SIGNATURE))
+        if flags != 0:
+            raise ProtocolError(f"COPY: unknown flags 0x{flags & 0xFFFFFFFF:08x} in the header")
+        (extension,) = _size_at(buffer, len(_SIGNATURE) + 4)
+        if extension < 0:
+            raise ProtocolError(f"COPY: header extension of {extension} bytes")
+        return _HEADER_BYTES + extension
+
+    # Int16 number of fields (-1: the end), then for each Int32 size (-1: NULL) and that many bytes
+    def _rows(self, buffer: bytes, position: int) -> tuple[list[Row], int]:
+        rows: list[Row] = []
+        columns = range(self._columns)
+        end = len(buffer)
+        start = position
+        try:
+            while not self.finished:
+                start = position
+                (count,) = _count_at(buffer, position)
+                position += 2
+                if count != self._columns:
+                    self._not_a_row(count)
+                    break
+                row: Row = []
+                for _ in columns:
+                    (size,) = _size_at(buffer, position)
+                    position += 4
+                    if size >= 0:
+                        value_end = position + size
+                        row.append(buffer[position:value_end])
+                        position = value_end
+                    elif size == -1:
+                        row.append(None)
+                    else:
+                        raise ProtocolError(f"COPY: a field of {size} bytes")
+                if position > end:
+                    self._check_size(buffer, start)
+                    return rows, start
+                rows.append(row)
+        except struct.error:
+            self._check_size(buffer, start)
+            return rows, start
+        return rows, position
+
+    def _not_a_row(self, count: int) -> None:
+        if count != _TRAILER:
+            raise ProtocolError(
+                f"COPY: a row of {count} fields where {self._columns} were selected"
+            )
+        self.finished = True
+
+    def _check_size(self, buffer: bytes, start: int) -> None:
+        """Refuse to wait for a field that no server can send."""
+        position = start + 2
+        while position + 4 <= len(buffer):
+            (size,) = _size_at(buffer, position)
+            if size > _MAX_FIELD_BYTES:
+                raise ProtocolError(f"COPY: a field of {size} bytes")
+            position += 4 + max(size, 0)
+
+    def _mark_text(self, rows: list[Row]) -> None:
+        for row in rows:
+            for position in self._text:
+                value = row[position]
+                if isinstance(value, bytes):
+                    row[position] = TextValue(value)
+
+
+def copy_rows(
+    conn: PgConnection,
+    query: str,
+    text_columns: Sequence[bool],
+    *,
+    batch_rows: int = 1024,
+    batch_bytes: int = 4 << 20,
+) -> Iterator[list[Row]]:
+    """Run ``COPY (query) TO STDOUT`` and return its rows in batches of about that size, none empty.
+
+    The iterator waits without holding the GIL; it is for one thread at a time. Given up before its
+    end it closes the connection, since the server goes on sending. Raises :class:`SourceError`, and
+    :class:`ProtocolError` for malformed data.
+    """
+    pgconn = conn.pgconn
+    parser = CopyParser(text_columns)
+    try:
+        result = pgconn.exec_(f"COPY ({query}) TO STDOUT (FORMAT binary)".encode())
+    except psycopg.Error as exc:
+        raise translate(exc, "copying rows") from exc
+    if result.status != pq.ExecStatus.COPY_OUT:
+        raise translate(result_error(conn, result), "copying rows")
+    done = False
+    try:
+        while not done:
+            chunks, done = _gather(pgconn, batch_rows, batch_bytes)
+            rows = parser.feed(b"".join(chunks))
+            if rows:
+                if done:
+                    _finish(conn, parser)
+                yield rows
+            elif done:
+                _finish(conn, parser)
+    except psycopg.Error as exc:
+        raise translate(exc, "copying rows") from exc
+    finally:
+        if not done:
+            conn.close()
+
+
+def _gather(
+    pgconn: pq.abc.PGconn, max_chunks: int, max_bytes: int
+) -> tuple[list[memoryview], bool]:
+    """Collect CopyData until it is enough or the copy ends (True)."""
+    chunks: list[memoryview] = []
+    append, get_copy_data = chunks.append, pgconn.get_copy_data
+    poller = select.poll()
+    poller.register(pgconn.socket, select.POLLIN)
+    while max_chunks > 0 and max_bytes > 0:
+        size, data = get_copy_data(1)
+        if size > 0:
+            append(data)
+            max_chunks -= 1
+            max_bytes -= size
+        elif size == 0:
+            poller.poll(_POLL_MILLISECONDS)
+            pgconn.consume_input()
+        else:
+            return chunks, True
+    return chunks, False
+
+
+def _finish(conn: PgConnection, parser: CopyParser) -> None:
+    failure = None
+    while (result := conn.pgconn.get_result()) is not None:
+        if result.status == pq.ExecStatus.FATAL_ERROR:
+            failure = failure or result_error(conn, result)
+    if failure is not None:
+        raise failure
+    parser.end()

@@ -1,0 +1,224 @@
+"""What server, role and tables must offer before a pipeline starts; failures say what to run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import psycopg
+
+from cdc_sync.config import SourceSettings
+from cdc_sync.errors import ErrorKind, SourceError
+from cdc_sync.mapping.table import Column, Table
+from cdc_sync.postgres.catalog import ServerInfo, server_info
+from cdc_sync.postgres.connect import PgConnection, translate
+from cdc_sync.postgres.identifiers import qualified, quote_ident
+from cdc_sync.postgres.pg_types import breaks_binary_stream
+from cdc_sync.postgres.publication import Publication, create_publication_sql, publication_remedy
+from cdc_sync.postgres.slot import free_slots, validate_slot_name
+
+OLDEST_VERSION: Final = 140000
+
+
+def preflight_source(
+    conn: PgConnection,
+    source: SourceSettings,
+    *,
+    tables: Sequence[Table],
+    slot_exists: bool,
+    publication: Publication | None,
+) -> None:
+    """Check everything that can be checked without changing anything.
+
+    Raises the first of :class:`SourceError`: SOURCE_SETTING (version, recovery, ``wal_level``,
+    output plugins, free slots and senders), SOURCE_PERMISSION (REPLICATION, SELECT, USAGE, row
+    level security, the right to create a missing publication), TABLE_UNUSABLE (replica identity).
+    """
+    validate_slot_name(source.slot)
+    server = server_info(conn)
+    check_server(conn, server)
+    check_role(conn)
+    if not slot_exists:
+        check_room(conn)
+    for table in tables:
+        check_identity(table)
+        check_readable(conn, table)
+    if publication is None:
+        check_may_publish(conn, source, tables)
+
+
+def _setting(conn: PgConnection, name: str) -> str | None:
+    row = _row(conn, "SELECT current_setting(%s, true)", (name,))
+    return None if row[0] is None else str(row[0])
+
+
+def _row(
+    conn: PgConnection, query: str, parameters: tuple[str | int, ...] = ()
+) -> tuple[object, ...]:
+    try:
+        row = conn.execute(query.encode(), parameters or None).fetchone()
+    except psycopg.Error as exc:
+        raise translate(exc, "checking the server") from exc
+    assert row is not None
+    return row
+
+
+def check_server(conn: PgConnection, server: ServerInfo) -> None:
+    """Check version, recovery, ``wal_level`` and the allowed output plugins (R64)."""
+    if server.version_num < OLDEST_VERSION:
+        raise _setting_error(
+            f"this is Postgres {server.major}; cdc_sync needs 14 or later",
+            "Upgrade the server.",
+        )
+    if server.in_recovery:
+        raise _setting_error(
+            "this server is a standby in recovery", "Connect to the primary: change source.url."
+        )
+    # From 19 on a server raises its WAL level by itself when a logical slot is made.
+    level = _setting(conn, "effective_wal_level") or _setting(conn, "wal_level")
+    if level != "logical" and server.major < 19:
+        raise _setting_error(
+            f"wal_level is {level}, which logical replication cannot use",
+            "ALTER SYSTEM SET wal_level = logical; then restart Postgres. On managed services:"
+            " rds.logical_replication = 1 (RDS), cloudsql.logical_decoding = on (Cloud SQL).",
+        )
+    allowed = _setting(conn, "output_plugin_libraries")
+    if allowed is not None and "pgoutput" not in (name.strip() for name in allowed.split(",")):
+        raise _setting_error(
+            "output_plugin_libraries does not allow pgoutput",
+            "ALTER SYSTEM SET output_plugin_libraries = 'pgoutput'; SELECT pg_reload_conf();",
+        )
+
+
+def _setting_error(message: str, remedy: str) -> SourceError:
+    return SourceError(ErrorKind.SOURCE_SETTING, message, remedy)
+
+
+def check_role(conn: PgConnection) -> None:
+    """Check that the role may replicate. RDS grants that by membership."""
+    row = _row(
+        conn,
+        "SELECT r.rolname::text, r.rolsuper OR r.rolreplication OR EXISTS ("
+        " SELECT FROM pg_roles m WHERE m.rolname IN ('rds_replication', 'rds_superuser')"
+        " AND pg_has_role(r.oid, m.oid, 'member')) FROM pg_roles r WHERE r.rolname = current_user",
+    )
+    role, allowed = str(row[0]), bool(row[1])
+    if not allowed:
+        raise SourceError(
+            ErrorKind.SOURCE_PERMISSION,
+            f"role {role} may not replicate",
+            f"As a superuser, run: ALTER ROLE {quote_ident(role)} REPLICATION;"
+            f" (on RDS: GRANT rds_replication TO {quote_ident(role)};)",
+        )
+
+
+def check_room(conn: PgConnection) -> None:
+    """Check that a slot can be made and a WAL sender started."""
+    slots, senders = free_slots(conn)
+    for free, name, what in (
+        (slots, "max_replication_slots", "replication slot"),
+        (senders, "max_wal_senders", "WAL sender"),
+    ):
+        if free < 1:
+            raise _setting_error(
+                f"the server has no {what} left ({name} is {_setting(conn, name)})",
+                f"Drop slots nobody uses (SELECT slot_name, active FROM pg_replication_slots;), or"
+                f" ALTER SYSTEM SET {name} = 20; and restart Postgres.",
+            )
+
+
+def check_identity(table: Table) -> None:
+    """Refuse a table whose updates and deletes fail once it is published (R25)."""
+    name = qualified(table.schema, table.name)
+    if table.identity_columns:
+        return
+    remedy = (
+        f"ALTER TABLE {name} ADD PRIMARY KEY (…); or, with a unique index on NOT NULL columns:"
+        f" ALTER TABLE {name} REPLICA IDENTITY USING INDEX …;"
+    )
+    if table.replica_identity == "n" and table.primary_key and not table.deferrable_key:
+        remedy = f"ALTER TABLE {name} REPLICA IDENTITY DEFAULT;"
+    reason = "it has no primary key"
+    if table.replica_identity == "n":
+        reason = "its REPLICA IDENTITY is NOTHING"
+    elif table.replica_identity == "i":
+        reason = "the index of its REPLICA IDENTITY is gone or invalid"
+    elif table.deferrable_key:
+        reason = "its primary key is deferrable"
+    raise SourceError(
+        ErrorKind.TABLE_UNUSABLE,
+        f"table {table.qualified_name} has no replica identity: {reason};"
+        " once published, its updates and deletes would fail",
+        remedy,
+    )
+
+
+_READABLE: Final = """
+SELECT current_user::text, has_schema_privilege(%s, 'USAGE'),
+       has_table_privilege(%s::oid, 'SELECT'), row_security_active(%s::oid)
+"""
+
+
+def check_readable(conn: PgConnection, table: Table) -> None:
+    """Check USAGE and SELECT on the table and its partitions; refuse hidden rows (R86)."""
+    relations = [(table.oid, table.schema, table.name)]
+    if table.partitioned:
+        relations += [(leaf.oid, leaf.schema, leaf.name) for leaf in table.leaves]
+    for oid, schema, name in relations:
+        role, usage, select, row_security = _row(conn, _READABLE, (schema, oid, oid))
+        grantee = quote_ident(str(role))
+        missing = []
+        if not usage:
+            missing.append(f"GRANT USAGE ON SCHEMA {quote_ident(schema)} TO {grantee};")
+        if not select:
+            missing.append(f"GRANT SELECT ON {qualified(schema, name)} TO {grantee};")
+        if missing:
+            raise SourceError(
+                ErrorKind.SOURCE_PERMISSION,
+                f"role {role} may not read {schema}.{name} (reading by blocks needs SELECT on the whole"
+                " table, not on columns only)",
+                "As its owner, run:\n" + "\n".join(missing),
+            )
+        if row_security:
+            raise SourceError(
+                ErrorKind.SOURCE_PERMISSION,
+                f"row level security applies to role {role} on {schema}.{name}: the copy would miss"
+                " rows that the stream sends",
+                f"As a superuser, run: ALTER ROLE {grantee} BYPASSRLS;",
+            )
+
+
+_MAY_PUBLISH: Final = """
+SELECT current_user::text, has_database_privilege(current_database(), 'CREATE'),
+       ARRAY(SELECT c.relname::text FROM pg_class c
+              WHERE c.oid = ANY (%s::oid[]) AND NOT pg_has_role(c.relowner, 'USAGE'))
+"""
+
+
+def check_may_publish(conn: PgConnection, source: SourceSettings, tables: Sequence[Table]) -> None:
+    """Check that the role may create the publication, which is absent: CREATE, and ownership."""
+    try:
+        row = conn.execute(_MAY_PUBLISH, ([table.oid for table in tables],)).fetchone()
+    except psycopg.Error as exc:
+        raise translate(exc, "checking the right to create a publication") from exc
+    assert row is not None
+    role, may_create, foreign = row
+    if may_create and not foreign:
+        return
+    reason = f"does not own {', '.join(foreign)}" if foreign else "has no CREATE on the database"
+    statement = create_publication_sql(
+        source.publication,
+        [(table, None) for table in tables],
+        server_version=conn.info.server_version,
+    )
+    raise SourceError(
+        ErrorKind.SOURCE_PERMISSION,
+        f"publication {source.publication} does not exist, and role {role} may not create it:"
+        f" it {reason}",
+        publication_remedy(statement, conn.info.dbname),
+    )
+
+
+def binary_stream(columns: Sequence[Column]) -> bool:
+    """Whether the stream can be binary: no published column makes the walsender fail on it (R12)."""
+    return not any(breaks_binary_stream(column.type) for column in columns)

@@ -1,0 +1,281 @@
+"""Snapshots: held for the copy, shared with its workers, and the queries that read under them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Self
+
+import psycopg
+from psycopg import pq
+
+from cdc_sync.config import SourceSettings
+from cdc_sync.errors import ErrorKind, SourceError
+from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.mapping.table import Leaf, Table
+from cdc_sync.postgres.connect import PgConnection, connect, result_error, translate
+from cdc_sync.postgres.copy_binary import copy_rows
+from cdc_sync.postgres.identifiers import qualified, quote_ident, quote_literal
+from cdc_sync.postgres.pg_types import sends_binary
+
+__all__ = [
+    "SnapshotHolder",
+    "TableRewrittenError",
+    "TransactionSnapshot",
+    "begin_snapshot",
+    "copy_query",
+    "copy_rows",
+    "import_snapshot",
+    "lock_and_verify",
+    "select_list",
+]
+
+_SNAPSHOT_ID: Final = re.compile(r"[0-9A-F]+-[0-9A-F]+-[0-9]+")
+_BEGIN: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+
+
+class TableRewrittenError(SourceError):
+    """A table is not what was planned: rewritten, truncated or repartitioned since.
+
+    A snapshot older than the rewrite sees it empty, so nothing must be copied under it: read the
+    table anew and take another snapshot (R54).
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionSnapshot:
+    """``pg_current_snapshot()``: which transactions (64-bit ids) a snapshot sees.
+
+    All below ``xmin``, none from ``xmax`` on, and of those between all that are not in ``xip``.
+    """
+
+    xmin: int
+    xmax: int
+    xip: frozenset[int]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``10:20:10,14``. Raises ``ValueError`` for anything else."""
+        xmin, xmax, xip = text.split(":")
+        return cls(int(xmin), int(xmax), frozenset(int(xid) for xid in xip.split(",") if xid))
+
+    def sees(self, xid: int) -> bool:
+        """Whether the effects of a committed transaction are visible."""
+        return xid < self.xmin or (xid < self.xmax and xid not in self.xip)
+
+
+def run_command(conn: PgConnection, command: str, doing: str) -> pq.abc.PGresult:
+    """Run a command as it is, outside of psycopg's own transaction handling."""
+    try:
+        result = conn.pgconn.exec_(command.encode())
+    except psycopg.Error as exc:
+        raise translate(exc, doing) from exc
+    if result.status not in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK):
+        raise translate(result_error(conn, result), doing)
+    return result
+
+
+def begin_snapshot(conn: PgConnection) -> TransactionSnapshot:
+    """Begin a REPEATABLE READ READ ONLY transaction and return its snapshot."""
+    run_command(conn, _BEGIN, "beginning a transaction")
+    return _current(conn)
+
+
+def _current(conn: PgConnection) -> TransactionSnapshot:
+    result = run_command(conn, "SELECT pg_current_snapshot()", "taking a snapshot")
+    value = result.get_value(0, 0)
+    assert value is not None
+    return TransactionSnapshot.parse(value.decode())
+
+
+def import_snapshot(conn: PgConnection, snapshot_id: str) -> None:
+    """Begin a REPEATABLE READ READ ONLY transaction under an exported snapshot.
+
+    It stays good for the transaction after the exporter is gone. The connection must be outside of
+    a transaction. Raises :class:`SourceError` SOURCE_UNAVAILABLE when the snapshot is gone.
+    """
+    if _SNAPSHOT_ID.fullmatch(snapshot_id) is None:
+        raise ValueError(f"not a snapshot's name: {snapshot_id!r}")
+    doing = "importing a snapshot"
+    run_command(conn, _BEGIN, doing)
+    try:
+        run_command(conn, f"SET TRANSACTION SNAPSHOT '{snapshot_id}'", doing)
+    except SourceError as exc:
+        run_command(conn, "ROLLBACK", doing)
+        raise SourceError(
+            ErrorKind.SOURCE_UNAVAILABLE,
+            f"snapshot {snapshot_id} cannot be imported: {exc.message}",
+            "Its exporter has gone; the copy starts again with another snapshot.",
+        ) from exc
+
+
+class SnapshotHolder:
+    """A transaction that keeps a snapshot importable and the tables as they are, until closed.
+
+    Workers import :attr:`snapshot_id` and may come and go meanwhile (R55). The tables are locked in
+    ACCESS SHARE mode, so nobody truncates or rewrites them under the copy; they are compared with
+    what was planned (R54).
+    """
+
+    def __init__(self, conn: PgConnection, snapshot_id: str, snapshot: TransactionSnapshot) -> None:
+        self._conn = conn
+        #: Name for :func:`import_snapshot`.
+        self.snapshot_id = snapshot_id
+        #: What it sees.
+        self.snapshot = snapshot
+
+    @classmethod
+    def imported(
+        cls,
+        source: SourceSettings,
+        snapshot_id: str,
+        tables: Sequence[Table],
+        *,
+        lock_timeout_seconds: float = 60.0,
+    ) -> Self:
+        """Take over the snapshot that slot creation exported; its connection may then be closed.
+
+        ``tables`` must have been read before the slot was made. Raises :class:`SourceError`:
+        SOURCE_UNAVAILABLE when the snapshot is gone or a table stays locked, and
+        :class:`TableRewrittenError`.
+        """
+        return cls._open(source, snapshot_id, tables, lock_timeout_seconds)
+
+    @classmethod
+    def fresh(
+        cls, source: SourceSettings, tables: Sequence[Table], *, lock_timeout_seconds: float = 60.0
+    ) -> Self:
+        """Take a new snapshot, after locking the tables. Errors as :meth:`imported`."""
+        return cls._open(source, None, tables, lock_timeout_seconds)
+
+    @classmethod
+    def _open(
+        cls,
+        source: SourceSettings,
+        snapshot_id: str | None,
+        tables: Sequence[Table],
+        lock_timeout_seconds: float,
+    ) -> Self:
+        conn = connect(source, application_name="cdc_sync snapshot")
+        try:
+            milliseconds = max(1, round(lock_timeout_seconds * 1000))
+            run_command(conn, f"SET lock_timeout = {milliseconds}", "setting lock_timeout")
+            if snapshot_id is None:
+                # LOCK takes no snapshot, so the snapshot of the next statement is newer than the
+                # lock.
+                run_command(conn, _BEGIN, "beginning a transaction")
+            else:
+                import_snapshot(conn, snapshot_id)
+            lock_and_verify(conn, tables)
+            snapshot = _current(conn)
+            result = run_command(conn, "SELECT pg_export_snapshot()", "exporting the snapshot")
+            exported = result.get_value(0, 0)
+            assert exported is not None
+            return cls(conn, exported.decode(), snapshot)
+        except BaseException:
+            conn.close()
+            raise
+
+    def check(self) -> None:
+        """Make sure that the snapshot is still there. Raises :class:`SourceError` otherwise."""
+        run_command(self._conn, "SELECT 1", "looking after the snapshot")
+
+    def close(self) -> None:
+        """Let go of snapshot and locks; may be called twice."""
+        self._conn.close()
+
+
+#: What the lock protects, as the catalog has it now: its functions do not go by the transaction's
+#: snapshot.
+_NOW: Final = """
+SELECT to_regclass(%s)::oid::int8,
+       CASE WHEN %s THEN ARRAY(SELECT t.relid::oid::int8
+                                 FROM pg_partition_tree(%s::oid) t WHERE t.isleaf)
+            ELSE ARRAY[%s::int8] END
+"""
+
+
+def lock_and_verify(conn: PgConnection, tables: Sequence[Table]) -> None:
+    """Lock tables, with their partitions, in ACCESS SHARE mode and compare them with what was read.
+
+    The connection must be in a transaction. Raises :class:`SourceError` SOURCE_UNAVAILABLE when a
+    table stays locked, :class:`TableRewrittenError` when one is another, has other leaf partitions,
+    or other storage (``relfilenode``) than when it was read.
+    """
+    if not tables:
+        return
+    listed = ", ".join(
+        ("" if table.partitioned else "ONLY ") + qualified(table.schema, table.name)
+        for table in tables
+    )
+    run_command(conn, f"LOCK TABLE {listed} IN ACCESS SHARE MODE", "locking the tables")
+    try:
+        for table in tables:
+            _verify(conn, table)
+    except psycopg.Error as exc:
+        raise translate(exc, "comparing tables with what was planned") from exc
+
+
+def _verify(conn: PgConnection, table: Table) -> None:
+    name = qualified(table.schema, table.name)
+    row = conn.execute(_NOW, (name, table.partitioned, table.oid, table.oid)).fetchone()
+    assert row is not None
+    oid, leaves = row
+    if oid != table.oid:
+        raise _rewritten(table, "it was dropped or renamed, and another has its name")
+    if set(leaves) != {leaf.oid for leaf in table.leaves}:
+        raise _rewritten(table, "partitions were attached or detached")
+    filenodes = conn.execute(
+        "SELECT l, pg_relation_filenode(l::oid)::int8 FROM unnest(%s::int8[]) l", (leaves,)
+    ).fetchall()
+    now: dict[int, int | None] = dict(filenodes)
+    for leaf in table.leaves:
+        if now[leaf.oid] != leaf.relfilenode:
+            raise _rewritten(table, f"{leaf.schema}.{leaf.name} was truncated or rewritten")
+
+
+def _rewritten(table: Table, reason: str) -> TableRewrittenError:
+    return TableRewrittenError(
+        ErrorKind.TABLE_UNUSABLE,
+        f"table {table.qualified_name} changed while its copy was being prepared: {reason}",
+        "Start cdc-sync again; it reads the table anew and copies it.",
+    )
+
+
+def select_list(plan: TablePlan) -> tuple[str, tuple[bool, ...]]:
+    """Return the plan's columns as a select list, and which of them are selected as text.
+
+    Text is taken where a type, or one below it, has no binary output function.
+    """
+    text = tuple(not sends_binary(column.type) for column in plan.columns)
+    listed = ", ".join(
+        quote_ident(column.name) + ("::text" if as_text else "")
+        for column, as_text in zip(plan.columns, text, strict=True)
+    )
+    return listed, text
+
+
+def copy_query(
+    plan: TablePlan,
+    leaf: Leaf,
+    start_block: int,
+    end_block: int | None,
+    row_filter: str | None = None,
+) -> tuple[str, tuple[bool, ...]]:
+    """Return the query that reads blocks of a leaf in plan order, and which columns come as text.
+
+    From ``start_block`` up to but not including ``end_block`` (None: to the end, also of what was
+    added since). ``row_filter`` is the publication's. Exact under one snapshot only: an updated row
+    moves.
+    """
+    if start_block < 0 or (end_block is not None and end_block < start_block):
+        raise ValueError(f"not a range of blocks: {start_block} to {end_block}")
+    listed, text = select_list(plan)
+    conditions = [f"ctid >= {quote_literal(f'({start_block},0)')}::tid"]
+    if end_block is not None:
+        conditions.append(f"ctid < {quote_literal(f'({end_block},0)')}::tid")
+    if row_filter is not None:
+        conditions.append(f"({row_filter})")
+    source = f"ONLY {qualified(leaf.schema, leaf.name)}"
+    return f"SELECT {listed} FROM {source} WHERE {' AND '.join(conditions)}", text
