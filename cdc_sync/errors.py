@@ -8,9 +8,9 @@
     ├── SinkError              Qdrant: connection, refusals, collections
     └── StateError             our own records beside the data
 
-Every error carries a :class:`ErrorKind`. :func:`policy` maps the kind to what is done about it; nothing else in the
-program decides about retries or exit codes. Messages are sentences without row values or secrets, and end up in logs
-as they are.
+Every error carries a :class:`ErrorKind`. :func:`policy` maps the kind to what is done about it;
+nothing else in the program decides about retries or exit codes. Messages are sentences without row
+values or secrets, and end up in logs as they are.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class ErrorKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What an error kind means: how it is retried, the exit code if it ends the program, the operator's next step."""
+    """What an error kind means: how it is retried, the exit code if it ends the program, the
+    operator's next step."""
 
     retry: Retry
     exit_code: ExitCode
@@ -84,7 +85,9 @@ _POLICIES: Final[dict[ErrorKind, Policy]] = {
         Retry.TIMED, ExitCode.UNAVAILABLE, "See whether Postgres is up and reachable from here."
     ),
     ErrorKind.SOURCE_AUTH: Policy(
-        Retry.MANUAL, ExitCode.PERMISSION, "Correct user and password, and pg_hba.conf on the server."
+        Retry.MANUAL,
+        ExitCode.PERMISSION,
+        "Correct user and password, and pg_hba.conf on the server.",
     ),
     ErrorKind.SOURCE_PERMISSION: Policy(
         Retry.MANUAL, ExitCode.PERMISSION, "Grant what the message names; it gives the SQL."
@@ -95,7 +98,8 @@ _POLICIES: Final[dict[ErrorKind, Policy]] = {
     ErrorKind.SOURCE_CHANGED: Policy(
         Retry.MANUAL,
         ExitCode.CONFIG,
-        "This is not the database the pipeline was started on; point it back, or copy anew with --migration.restart.",
+        "This is not the database the pipeline was started on; point it back, or copy anew with "
+        "--migration.restart.",
     ),
     ErrorKind.TABLE_UNUSABLE: Policy(
         Retry.MANUAL, ExitCode.CONFIG, "Change the table, or its entry in the configuration."
@@ -104,23 +108,33 @@ _POLICIES: Final[dict[ErrorKind, Policy]] = {
         Retry.MANUAL, ExitCode.CONFIG, "Create or alter the publication with the SQL given."
     ),
     ErrorKind.SLOT_ACTIVE: Policy(
-        Retry.TIMED, ExitCode.TEMPORARY, "Another process uses the slot; this one waits for its turn."
+        Retry.TIMED,
+        ExitCode.TEMPORARY,
+        "Another process uses the slot; this one waits for its turn.",
     ),
     ErrorKind.SLOT_BUSY: Policy(
         Retry.TIMED, ExitCode.TEMPORARY, "Slot creation waits for open transactions; end them."
     ),
     ErrorKind.SLOT_LOST: Policy(
-        Retry.MANUAL, ExitCode.DATA, "Changes since the last confirmed position are gone; copy anew with --migration.restart."
+        Retry.MANUAL,
+        ExitCode.DATA,
+        "Changes since the last confirmed position are gone; copy anew with --migration.restart.",
     ),
-    ErrorKind.PROTOCOL: Policy(Retry.NEVER, ExitCode.BUG, "Report this with the message and the server version."),
+    ErrorKind.PROTOCOL: Policy(
+        Retry.NEVER, ExitCode.BUG, "Report this with the message and the server version."
+    ),
     ErrorKind.MAPPING: Policy(
         Retry.MANUAL, ExitCode.DATA, "Correct the row or the mapping of its column."
     ),
     ErrorKind.SINK_UNAVAILABLE: Policy(
-        Retry.TIMED, ExitCode.UNAVAILABLE, "See whether Qdrant is up and its gRPC port reachable from here."
+        Retry.TIMED,
+        ExitCode.UNAVAILABLE,
+        "See whether Qdrant is up and its gRPC port reachable from here.",
     ),
     ErrorKind.SINK_UNKNOWN: Policy(
-        Retry.TIMED, ExitCode.UNAVAILABLE, "Qdrant did not say whether a write took place; it is sent again."
+        Retry.TIMED,
+        ExitCode.UNAVAILABLE,
+        "Qdrant did not say whether a write took place; it is sent again.",
     ),
     ErrorKind.SINK_RATE_LIMITED: Policy(
         Retry.TIMED, ExitCode.UNAVAILABLE, "Qdrant limits the rate; raise the limit or wait."
@@ -129,19 +143,29 @@ _POLICIES: Final[dict[ErrorKind, Policy]] = {
         Retry.NEVER, ExitCode.DATA, "Qdrant refuses the point; correct the row or the collection."
     ),
     ErrorKind.SINK_AUTH: Policy(
-        Retry.MANUAL, ExitCode.PERMISSION, "Correct the API key; it needs write access to the collections."
+        Retry.MANUAL,
+        ExitCode.PERMISSION,
+        "Correct the API key; it needs write access to the collections.",
     ),
     ErrorKind.COLLECTION_MISMATCH: Policy(
-        Retry.MANUAL, ExitCode.CONFIG, "Choose another collection, or drop this one; it is never changed silently."
+        Retry.MANUAL,
+        ExitCode.CONFIG,
+        "Choose another collection, or drop this one; it is never changed silently.",
     ),
     ErrorKind.COLLECTION_MISSING: Policy(
-        Retry.MANUAL, ExitCode.DATA, "The collection was removed; copy anew with --migration.restart."
+        Retry.MANUAL,
+        ExitCode.DATA,
+        "The collection was removed; copy anew with --migration.restart.",
     ),
     ErrorKind.DEAD_LETTER_LIMIT: Policy(
-        Retry.MANUAL, ExitCode.DATA, "Too many rows could not be written; see the reasons, then restart."
+        Retry.MANUAL,
+        ExitCode.DATA,
+        "Too many rows could not be written; see the reasons, then restart.",
     ),
     ErrorKind.STATE: Policy(
-        Retry.MANUAL, ExitCode.DATA, "The pipeline's own records are damaged or from a newer version."
+        Retry.MANUAL,
+        ExitCode.DATA,
+        "The pipeline's own records are damaged or from a newer version.",
     ),
 }
 
@@ -154,8 +178,8 @@ def policy(kind: ErrorKind) -> Policy:
 class CdcSyncError(Exception):
     """Something the operator can act on.
 
-    ``message`` says what is wrong and where, ``remedy`` what to do next (exact SQL where SQL is the remedy; it may span
-    lines). Without a remedy of its own an error shows the advice of its kind.
+    ``message`` says what is wrong and where, ``remedy`` what to do next (exact SQL where SQL is the
+    remedy; it may span lines). Without a remedy of its own an error shows the advice of its kind.
     """
 
     def __init__(self, kind: ErrorKind, message: str, remedy: str | None = None) -> None:
@@ -176,7 +200,9 @@ class CdcSyncError(Exception):
 class ConfigError(CdcSyncError):
     """Settings that cannot work."""
 
-    def __init__(self, message: str, remedy: str | None = None, kind: ErrorKind = ErrorKind.CONFIG) -> None:
+    def __init__(
+        self, message: str, remedy: str | None = None, kind: ErrorKind = ErrorKind.CONFIG
+    ) -> None:
         super().__init__(kind, message, remedy)
 
     def __reduce__(self) -> tuple[type[CdcSyncError], tuple[str, str, ErrorKind]]:  # type: ignore[override]
@@ -214,7 +240,11 @@ class SinkError(CdcSyncError):
     """
 
     def __init__(
-        self, kind: ErrorKind, message: str, remedy: str | None = None, retry_after_seconds: float | None = None
+        self,
+        kind: ErrorKind,
+        message: str,
+        remedy: str | None = None,
+        retry_after_seconds: float | None = None,
     ) -> None:
         super().__init__(kind, message, remedy)
         self.retry_after_seconds = retry_after_seconds

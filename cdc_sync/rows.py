@@ -2,10 +2,12 @@
 
 A row is a list with one raw value a column. A raw value is one of
 
-- ``bytes``: the type's binary send format (COPY BINARY and pgoutput ``binary 'true'`` carry the same bytes),
+- ``bytes``: the type's binary send format (COPY BINARY and pgoutput ``binary 'true'`` carry the
+  same bytes),
 - :class:`TextValue`: the type's text output, for types that have no binary output function,
 - ``None``: SQL NULL,
-- :data:`UNCHANGED`: pgoutput's ``u``, a TOASTed value the update did not touch; the message does not carry it.
+- :data:`UNCHANGED`: pgoutput's ``u``, a TOASTed value the update did not touch; the message does
+  not carry it.
 
 Source: PostgreSQL documentation, "Logical Replication Message Formats", TupleData.
 """
@@ -33,7 +35,7 @@ class Unchanged(enum.Enum):
 
 UNCHANGED: Final = Unchanged.UNCHANGED
 
-RawValue: TypeAlias = bytes | None | Unchanged
+RawValue: TypeAlias = bytes | Unchanged | None
 Row: TypeAlias = list[RawValue]
 
 #: An unsigned 64-bit integer, or a UUID in its hyphenated lower-case form.

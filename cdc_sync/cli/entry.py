@@ -15,10 +15,14 @@ from collections.abc import Sequence
 
 import typer
 
-from cdc_sync.cli.app import Invocation, app
+# The import of a command's module registers it; the order is the order in the help.
+from cdc_sync.cli import run, check, demo, config_init, config_show, version  # noqa: F401, I001
+from cdc_sync.cli.app import Invocation, app, config_app
 from cdc_sync.errors import CdcSyncError, ExitCode
 
 _INTERRUPTED = 130
+
+app.add_typer(config_app, name="config")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

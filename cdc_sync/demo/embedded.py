@@ -474,8 +474,9 @@ class PostgresServer:
 
     def _escalate(self) -> None:
         """Stop with growing force: a walsender whose client does not read holds up a fast stop."""
+        # Data about to be removed need no shutdown checkpoint.
         modes: tuple[StopMode, ...] = ("fast", "immediate")
-        for mode in modes:
+        for mode in modes[1:] if self._closed and self._temporary else modes:
             with contextlib.suppress(SourceError):
                 self.stop(mode, timeout_seconds=10.0)
                 return

@@ -196,7 +196,7 @@ def _reading_table(reading: Reading) -> Table:
         title=f"{reading.state}, {reading.elapsed_seconds:.0f} s",
     )
     for justify in ("left", "right", "left", "right"):
-        table.add_column(justify=justify, min_width=10)  # type: ignore[arg-type]
+        table.add_column(justify=justify, min_width=10)
     cells = (
         ("inserted", f"{tally.inserted}", "rows in Postgres", f"{reading.rows}"),
         ("metadata updated", f"{tally.metadata}", "points in Qdrant", f"{reading.points}"),

@@ -99,8 +99,8 @@ def load_rows(connection: Connection, dataset: Dataset) -> Iterator[int]:
         for position in range(dataset.first):
             package, vector = dataset.packages[position], dataset.vectors[position]
             copy.write_row(row_values(position + 1, package, vector))
-            if position % 100 == 99:
-                yield position + 1
+            if position % 100 == 0:
+                yield position
     yield dataset.first
 
 

@@ -219,7 +219,7 @@ class Writer:
         # A few rows always stay, however small the table is.
         return self._random.sample(keys, min(self._random.randint(1, most), max(0, len(keys) - 5)))
 
-    # -- actions -----------------------------------------------------------------------------------
+    # -- actions
 
     def _insert(self, connection: psycopg.Connection, with_vector: bool = True) -> None:
         for _ in range(self._random.randint(1, 2)):

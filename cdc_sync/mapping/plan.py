@@ -1,4 +1,5 @@
-"""The plan of a table: what each column becomes in Qdrant. Built once per table, compiled into encoders once."""
+"""The plan of a table: what each column becomes in Qdrant. Built once per table, compiled into
+encoders once."""
 
 from __future__ import annotations
 
@@ -35,9 +36,11 @@ class Datatype(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class VectorPlan:
-    """A vector of the collection. ``name`` is "" for the unnamed vector. ``size`` is None for sparse vectors.
+    """A vector of the collection. ``name`` is "" for the unnamed vector. ``size`` is None for
+    sparse vectors.
 
-    ``hnsw_m`` and ``hnsw_ef_construct`` are set when the source index has other than default values.
+    ``hnsw_m`` and ``hnsw_ef_construct`` are set when the source index has other than default
+    values.
     """
 
     name: str
@@ -80,7 +83,8 @@ class PayloadIndex:
 
 @dataclass(frozen=True, slots=True)
 class ColumnPlan:
-    """What becomes of one column: a vector, a payload field, or only part of the key (both None)."""
+    """What becomes of one column: a vector, a payload field, or only part of the key (both
+    None)."""
 
     name: str
     type: PgType
@@ -92,10 +96,10 @@ class ColumnPlan:
 class TablePlan:
     """What becomes of one table.
 
-    ``columns`` is the order of raw rows (the order in which the copy selects them). ``key`` holds positions in
-    ``columns``, in key order. ``namespace`` is part of every id and is written to the payload field ``_table`` when
-    several tables share a collection. ``drop_nulls`` leaves NULL columns out of the payload;
-    ``numeric_as_string`` writes numeric values as strings always.
+    ``columns`` is the order of raw rows (the order in which the copy selects them). ``key`` holds
+    positions in ``columns``, in key order. ``namespace`` is part of every id and is written to the
+    payload field ``_table`` when several tables share a collection. ``drop_nulls`` leaves NULL
+    columns out of the payload; ``numeric_as_string`` writes numeric values as strings always.
     """
 
     oid: int

@@ -1,4 +1,5 @@
-"""What the mapping needs to know about a source table: plain facts, read from the catalog by ``postgres/catalog.py``."""
+"""What the mapping needs to know about a source table: plain facts, read from the catalog by
+``postgres/catalog.py``."""
 
 from __future__ import annotations
 
@@ -24,10 +25,10 @@ class TypeKind(enum.Enum):
 class PgType:
     """A Postgres type with everything below it resolved.
 
-    ``element`` is the array's element, the domain's base type, or the (multi)range's subtype. ``fields`` are a
-    composite's attributes. ``extension`` is the extension that owns the type ("vector", "postgis", "hstore", ...).
-    ``typmod`` is what the column, or else the domain, declares (-1: nothing). ``has_binary_output`` is false if the
-    type itself has no send function.
+    ``element`` is the array's element, the domain's base type, or the (multi)range's subtype.
+    ``fields`` are a composite's attributes. ``extension`` is the extension that owns the type
+    ("vector", "postgis", "hstore", ...). ``typmod`` is what the column, or else the domain,
+    declares (-1: nothing). ``has_binary_output`` is false if the type itself has no send function.
     """
 
     oid: int
@@ -56,7 +57,8 @@ class PgType:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A live column. ``generated`` is "" (no), "s" (stored) or "v" (virtual); ``storage`` is ``attstorage``."""
+    """A live column. ``generated`` is "" (no), "s" (stored) or "v" (virtual); ``storage`` is
+    ``attstorage``."""
 
     name: str
     attnum: int
@@ -68,7 +70,8 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class IndexColumn:
-    """A key column of an index: ``column`` is None for an expression, whose SQL is then in ``expression``."""
+    """A key column of an index: ``column`` is None for an expression, whose SQL is then in
+    ``expression``."""
 
     column: str | None
     opclass: str
@@ -77,7 +80,8 @@ class IndexColumn:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """An index; ``options`` are its storage parameters (``m``, ``ef_construction``, ``lists``...)."""
+    """An index; ``options`` are its storage parameters (``m``, ``ef_construction``,
+    ``lists``...)."""
 
     name: str
     method: str
@@ -94,7 +98,8 @@ class Index:
 class Leaf:
     """A relation that holds rows of the table: the table itself, or a leaf partition.
 
-    ``pages`` is the actual size in blocks; ``estimated_rows`` the planner's estimate (-1: never analysed).
+    ``pages`` is the actual size in blocks; ``estimated_rows`` the planner's estimate (-1: never
+    analysed).
     """
 
     oid: int
@@ -109,9 +114,10 @@ class Leaf:
 class Table:
     """A table or partitioned table.
 
-    ``replica_identity`` is "d", "n", "f" or "i"; ``identity_columns`` the columns that old-key tuples carry (all of them
-    under "f", none under "n"). ``primary_key`` is in index order and empty when there is none. ``deferrable_key`` says
-    that the primary key constraint is deferrable. ``row_security`` says that policies would apply to the current role.
+    ``replica_identity`` is "d", "n", "f" or "i"; ``identity_columns`` the columns that old-key
+    tuples carry (all of them under "f", none under "n"). ``primary_key`` is in index order and
+    empty when there is none. ``deferrable_key`` says that the primary key constraint is deferrable.
+    ``row_security`` says that policies would apply to the current role.
     """
 
     oid: int

@@ -111,7 +111,7 @@ def declared_dimension(type_: PgType) -> int | None:
     return None
 
 
-# -- components ------------------------------------------------------------------------------------
+# -- components
 
 
 def _dense_binary(component: str) -> Callable[[bytes], Floats]:
@@ -195,7 +195,7 @@ _DENSE_TEXT: Final[Mapping[str, Callable[[bytes], Floats]]] = {
 }
 
 
-# -- vector columns --------------------------------------------------------------------------------
+# -- vector columns
 
 
 def compile_vector(table: str, column: ColumnPlan) -> tuple[VectorReader, VectorReader]:
@@ -245,6 +245,11 @@ class _NotFiniteError(Exception):
     """A vector has components that Qdrant would store without complaint and search wrongly."""
 
 
+@np.errstate(over="ignore", invalid="ignore")
+def _squared_length(components: Floats) -> float:
+    return float(components.dot(components))
+
+
 def _check_finite(components: Floats, metric: Metric) -> None:
     """Refuse NaN and infinities, and under Cosine what cannot be normalised.
 
@@ -252,7 +257,7 @@ def _check_finite(components: Floats, metric: Metric) -> None:
     components from about 1e19 overflow it too; Qdrant, which normalises in float32, would store
     such a vector as zeros.
     """
-    if math.isfinite(components.dot(components)):
+    if math.isfinite(_squared_length(components)):
         return
     if not np.isfinite(components).all():
         raise _NotFiniteError("with components that are not finite")
@@ -348,7 +353,7 @@ def is_empty_array(data: bytes) -> bool:
     return data == b"{}" if isinstance(data, TextValue) else data[:4] == b"\x00\x00\x00\x00"
 
 
-# -- vectors inside arrays and composites ----------------------------------------------------------
+# -- vectors inside arrays and composites
 
 
 def _numbers(components: Floats, count: NonFiniteCount) -> list[JsonValue]:

@@ -263,7 +263,7 @@ class WireCodec:
         )
 
 
-# -- payload ---------------------------------------------------------------------------------------
+# -- payload
 
 
 def _payload_field(
@@ -407,7 +407,7 @@ def _fast_encoder(type_: PgType, key: bytes, options: DecodeOptions) -> _Encoder
     return None
 
 
-# -- vectors ---------------------------------------------------------------------------------------
+# -- vectors
 
 
 def _vector_field(

@@ -69,7 +69,6 @@ class HttpServer:
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()
-        log.info("http_listening", url=self.url)
 
     def stop(self) -> None:
         """Stop answering and free the port."""

@@ -6,7 +6,8 @@ from typing import Self
 
 
 class Lsn(int):
-    """A position in the write-ahead log: an unsigned 64-bit count of bytes, printed as ``X/Y`` in hex.
+    """A position in the write-ahead log: an unsigned 64-bit count of bytes, printed as ``X/Y`` in
+    hex.
 
     Subtraction of two positions gives bytes.
     """

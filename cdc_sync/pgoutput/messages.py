@@ -1,11 +1,12 @@
 """Messages of pgoutput, protocol 1 to 4.
 
-One class a message; field order is wire order. Classes on the hot path are not frozen (a frozen dataclass costs four
-times as much to make); nobody changes a message after decoding.
+One class a message; field order is wire order. Classes on the hot path are not frozen (a frozen
+dataclass costs four times as much to make); nobody changes a message after decoding.
 
-Source: PostgreSQL documentation, "Logical Replication Message Formats"; src/backend/replication/logical/proto.c.
-Times are microseconds since 2000-01-01 UTC. LSNs are plain ``int`` here; :class:`cdc_sync.pgoutput.lsn.Lsn` prints them.
-``xid`` on messages inside a stream block is the (sub)transaction they belong to, else ``None``.
+Source: PostgreSQL documentation, "Logical Replication Message Formats";
+src/backend/replication/logical/proto.c. Times are microseconds since 2000-01-01 UTC. LSNs are plain
+``int`` here; :class:`cdc_sync.pgoutput.lsn.Lsn` prints them. ``xid`` on messages inside a stream
+block is the (sub)transaction they belong to, else ``None``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ ReplicaIdentity: TypeAlias = Literal["d", "n", "f", "i"]
 
 @dataclass(slots=True)
 class Begin:
-    """``B``: the transaction that follows committed at ``final_lsn`` (start of its commit record)."""
+    """``B``: the transaction that follows committed at ``final_lsn`` (start of its commit
+    record)."""
 
     final_lsn: int
     commit_time: int
@@ -69,7 +71,8 @@ class Relation:
 
 @dataclass(slots=True, frozen=True)
 class Type:
-    """``Y``: name of a type with an OID of 10000 or more; for a domain the name of its base type."""
+    """``Y``: name of a type with an OID of 10000 or more; for a domain the name of its base
+    type."""
 
     oid: int
     namespace: str
@@ -88,7 +91,8 @@ class Insert:
 
 @dataclass(slots=True)
 class Update:
-    """``U``: ``old`` is the old key (``old_is_key``, non-key columns ``None`` without meaning) or the whole old row."""
+    """``U``: ``old`` is the old key (``old_is_key``, non-key columns ``None`` without meaning) or
+    the whole old row."""
 
     relation: int
     old: Row | None
@@ -154,7 +158,8 @@ class StreamCommit:
 
 @dataclass(slots=True)
 class StreamAbort:
-    """``A``: ``subxid`` rolled back (the whole transaction if equal to ``xid``); LSN and time with parallel streaming."""
+    """``A``: ``subxid`` rolled back (the whole transaction if equal to ``xid``); LSN and time with
+    parallel streaming."""
 
     xid: int
     subxid: int

@@ -43,7 +43,7 @@ class CopyParser:
         self.finished = False
 
     def feed(self, data: bytes) -> list[Row]:
-        """Return the rows that are complete. Raises :class:`ProtocolError` for what is no such COPY."""
+        """Return the rows that are complete. Raises :class:`ProtocolError` for malformed data."""
         buffer = self._rest + data if self._rest else data
         position = 0
         if not self._started:

@@ -175,8 +175,8 @@ def check_readable(conn: PgConnection, table: Table) -> None:
         if missing:
             raise SourceError(
                 ErrorKind.SOURCE_PERMISSION,
-                f"role {role} may not read {schema}.{name} (reading by blocks needs SELECT on the whole"
-                " table, not on columns only)",
+                f"role {role} may not read {schema}.{name} (reading by blocks needs SELECT on the"
+                " whole table, not on columns only)",
                 "As its owner, run:\n" + "\n".join(missing),
             )
         if row_security:
@@ -220,5 +220,5 @@ def check_may_publish(conn: PgConnection, source: SourceSettings, tables: Sequen
 
 
 def binary_stream(columns: Sequence[Column]) -> bool:
-    """Whether the stream can be binary: no published column makes the walsender fail on it (R12)."""
+    """Whether the stream can be binary: no column makes the walsender fail on it (R12)."""
     return not any(breaks_binary_stream(column.type) for column in columns)

@@ -201,8 +201,8 @@ class ReplicationConnection:
         remedy = None
         if exc.sqlstate == "53400":
             remedy = (
-                "Drop a slot that nobody uses (SELECT slot_name, active FROM pg_replication_slots;),"
-                " or ALTER SYSTEM SET max_replication_slots = 20; and restart Postgres."
+                "Drop a slot that nobody uses (see pg_replication_slots), or"
+                " ALTER SYSTEM SET max_replication_slots = 20; and restart Postgres."
             )
         elif exc.sqlstate == "55000":
             error.kind = ErrorKind.SOURCE_SETTING
@@ -362,7 +362,7 @@ class ReplicationConnection:
             ErrorKind.PUBLICATION_UNUSABLE,
             f"publication {self._publication} does not exist where slot {self._slot} stands in the"
             f" WAL: {reason}",
-            "Changes older than a publication do not see it, so the slot cannot go on with a new one:"
+            "Changes older than a publication do not see it, so a new one does not help the slot:"
             f" drop slot {self._slot} and copy anew with --migration.restart.",
         )
 
@@ -372,7 +372,7 @@ class ReplicationConnection:
             self._error = self._publication_missing(reason)
 
     def send_status(self, write: int, flush: int, reply: bool = False) -> None:
-        """Report positions: ``write`` received, ``flush`` durable in the sink (also sent as applied).
+        """Report positions: ``write`` received, ``flush`` (and apply) durable in the sink.
 
         Never waits. The server checks nothing and would forget changes, so what it hears never
         exceeds what this connection has received: positions known from an earlier one are cut to
@@ -407,6 +407,7 @@ class ReplicationConnection:
         """End the stream: send CopyDone, discard what still comes, wait for the server's answer.
 
         Returns whether it answered in time. Frames discarded are not confirmed, so they come again.
+        Open another connection for that: a walsender does not stream logically twice.
         """
         if not self._streaming or self._error is not None:
             return False

@@ -11,19 +11,23 @@ import psycopg
 from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.postgres.connect import PgConnection, translate
 
-# Columns as they are now: DDL writes no message into the stream until the next change of the table (R30).
+# Columns as they are now: DDL writes no message into the stream until the next change of the table
+# (R30).
 _SIGNATURES = """
     SELECT a.attrelid::oid::int8,
-           md5(string_agg(concat_ws('|', a.attnum, a.attname, a.atttypid, a.atttypmod, a.attgenerated), ',' ORDER BY a.attnum))
+           md5(string_agg(concat_ws('|', a.attnum, a.attname, a.atttypid, a.atttypmod,
+           a.attgenerated), ',' ORDER BY a.attnum))
       FROM pg_catalog.pg_attribute a
      WHERE a.attrelid = ANY(%s::oid[]) AND a.attnum > 0 AND NOT a.attisdropped
      GROUP BY a.attrelid
 """
 
 _POSITION = """
-    SELECT pg_current_wal_flush_lsn()::text, s.restart_lsn::text, s.wal_status, s.safe_wal_size, s.active,
+    SELECT pg_current_wal_flush_lsn()::text, s.restart_lsn::text, s.wal_status, s.safe_wal_size,
+    s.active,
            pg_snapshot_xmin(now.snapshot)::text::int8, pg_snapshot_xmax(now.snapshot)::text::int8
-      FROM (SELECT pg_current_snapshot() AS snapshot) now LEFT JOIN pg_catalog.pg_replication_slots s ON s.slot_name = %s
+      FROM (SELECT pg_current_snapshot() AS snapshot) now LEFT JOIN pg_catalog.pg_replication_slots
+      s ON s.slot_name = %s
 """
 
 
@@ -32,9 +36,11 @@ WalStatus: TypeAlias = Literal["reserved", "extended", "unreserved", "lost"]
 
 @dataclass(frozen=True, slots=True)
 class SourcePosition:
-    """The server's end of WAL, and the slot's hold on it. Slot fields are None when there is no such slot.
+    """The server's end of WAL, and the slot's hold on it. Slot fields are None when there is no
+    such slot.
 
-    ``xmin`` and ``xmax`` (64 bit): every transaction below the first is over, none at or above the second had begun.
+    ``xmin`` and ``xmax`` (64 bit): every transaction below the first is over, none at or above the
+    second had begun.
     """
 
     current: Lsn
@@ -47,7 +53,8 @@ class SourcePosition:
 
 
 def column_signatures(connection: PgConnection, oids: Sequence[int]) -> dict[int, str]:
-    """A text per table that changes when its columns do. Tables that are gone are missing in the result."""
+    """A text per table that changes when its columns do. Tables that are gone are missing in the
+    result."""
     try:
         with connection.cursor() as cursor:
             cursor.execute(_SIGNATURES, (list(oids),))
@@ -78,7 +85,8 @@ def source_position(connection: PgConnection, slot: str) -> SourcePosition:
 
 
 def transaction_horizon(connection: PgConnection) -> int:
-    """The next transaction id (64 bit): every transaction that is running or over has a smaller one."""
+    """The next transaction id (64 bit): every transaction that is running or over has a smaller
+    one."""
     try:
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::int8")

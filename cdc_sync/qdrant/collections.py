@@ -33,7 +33,9 @@ from cdc_sync.qdrant.rpc import (
 
 @dataclass(frozen=True, slots=True)
 class FoundVector:
-    """A vector that a collection has. ``metric`` and ``datatype`` by Qdrant's names, whether or not a plan can have them."""
+    """A vector that a collection has. ``metric`` and ``datatype`` by Qdrant's names, whether or not
+    a plan can have them.
+    """
 
     kind: VectorKind
     size: int | None
@@ -181,7 +183,7 @@ class Collections:
         except RpcFailure as failure:
             if failure.collection_missing:
                 return None
-            raise sink_error(failure, COLLECTION_INFO, f"collection {name}") from failure
+            raise sink_error(failure, f"collection {name}") from failure
         info: q.CollectionInfo = response.result
         return info
 
@@ -199,7 +201,7 @@ class Collections:
         except RpcFailure as failure:
             if "already exists" in failure.details:
                 return False
-            raise sink_error(failure, CREATE_COLLECTION, f"collection {name}") from failure
+            raise sink_error(failure, f"collection {name}") from failure
         return True
 
     async def create_index(self, name: str, index: PayloadIndex) -> None:
@@ -216,7 +218,8 @@ class Collections:
             raise not_completed(response.result.status, CREATE_FIELD_INDEX, target)
 
     async def ensure(self, plan: TablePlan) -> None:
-        """Create the plan's collection, or check the one that exists; then the payload indexes that are absent.
+        """Create the plan's collection, or check the one that exists; then the payload indexes that
+        are absent.
 
         The indexes come before any point, so that Qdrant's graph is built with them in view.
         """
@@ -239,9 +242,9 @@ class Collections:
 def index_path(field: str) -> str | None:
     """A payload field as the JSON path of its index, in the form in which Qdrant lists it.
 
-    Quoted unless it is a plain name, since dots and brackets would mean nesting. None for a field with a quote or
-    backslash in its name: Qdrant's paths have no escapes, so such a field cannot be indexed (it can still be stored).
-    Source: Qdrant, ``lib/segment/src/json_path/parse.rs``.
+    Quoted unless it is a plain name, since dots and brackets would mean nesting. None for a field
+    with a quote or backslash in its name: Qdrant's paths have no escapes, so such a field cannot be
+    indexed (it can still be stored). Source: Qdrant, ``lib/segment/src/json_path/parse.rs``.
     """
     if field and all(c.isalnum() or c in "_-" for c in field):
         return field

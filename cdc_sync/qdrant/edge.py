@@ -52,7 +52,9 @@ _DEFAULT_FULL_SCAN_THRESHOLD: Final = 10_000
 
 
 def edge_config(plan: TablePlan) -> edge.EdgeConfig:
-    """The configuration of the plan's shard. Raises ConfigError without vectors, which Edge cannot do."""
+    """The configuration of the plan's shard. Raises ConfigError without vectors, which Edge cannot
+    do.
+    """
     if not plan.vectors:
         raise ConfigError(
             f"Table {plan.qualified_name} has no vector column, and an embedded database takes no "
@@ -112,7 +114,9 @@ def _objects(value: object) -> dict[str, dict[str, object]]:
 
 
 class EdgeSink:
-    """A :class:`~cdc_sync.qdrant.sink.Sink` in a directory. Made by :func:`cdc_sync.qdrant.open.open_sink`."""
+    """A :class:`~cdc_sync.qdrant.sink.Sink` in a directory. Made by
+    :func:`cdc_sync.qdrant.open.open_sink`.
+    """
 
     def __init__(self, database: EdgeDatabase) -> None:
         self._database = database
@@ -122,7 +126,8 @@ class EdgeSink:
     async def open(cls, path: Path) -> EdgeSink:
         """Open the database at ``path``, which need not exist yet.
 
-        Raises :class:`SinkError` if another process has it open, ConfigError if the path cannot be used.
+        Raises :class:`SinkError` if another process has it open, ConfigError if the path cannot be
+        used.
         """
         database = EdgeDatabase(path)
         try:
@@ -152,7 +157,9 @@ class EdgeSink:
         await self._database.run(lambda: None)
 
     async def inspect(self, plan: TablePlan) -> CollectionState:
-        """Compare the collection with the plan, read-only. Raises COLLECTION_MISMATCH, :class:`StateError`."""
+        """Compare the collection with the plan, read-only. Raises COLLECTION_MISMATCH,
+        :class:`StateError`.
+        """
         return await self._database.run(self._inspect, plan)
 
     def _inspect(self, plan: TablePlan) -> CollectionState:
@@ -201,7 +208,9 @@ class EdgeSink:
         await self._database.run(self._database.flush)
 
     async def optimize(self) -> None:
-        """Index and compact what was loaded. All Python threads stand still meanwhile; see ``edge_database.py``."""
+        """Index and compact what was loaded. All Python threads stand still meanwhile; see
+        ``edge_database.py``.
+        """
         await self._database.run(self._database.optimize)
 
     async def close(self) -> None:

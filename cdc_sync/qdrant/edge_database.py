@@ -8,17 +8,21 @@ Layout under the path of ``qdrant.url = "edge:/path"``:
     state/pipelines/<pipeline>.json    the pipeline's record
     state/dead_letters/<pipeline>.json its dead letters, a list
 
-``<name>`` is the collection's name percent-encoded (everything but letters, digits, ``_``, ``-`` and ``~``; dots too).
-Nothing is created before the first write. Shards have their WAL on: what ``update`` returned from survives a kill, and
-what :meth:`EdgeDatabase.flush` returned from survives a power loss.
+``<name>`` is the collection's name percent-encoded (everything but letters, digits, ``_``, ``-``
+and ``~``; dots too). Nothing is created before the first write. Shards have their WAL on: what
+``update`` returned from survives a kill, and what :meth:`EdgeDatabase.flush` returned from survives
+a power loss.
 
-All calls run in one thread of their own, since the engine serializes them anyway and holds the interpreter lock while
-it updates; steps are kept small (:data:`STEP_POINTS`) so that the event loop gets its turn.
+All calls run in one thread of their own, since the engine serializes them anyway and holds the
+interpreter lock while it updates; steps are kept small (:data:`STEP_POINTS`) so that the event loop
+gets its turn.
 
-**Optimizing**: Edge has no background optimizer, and ``optimize()`` holds the interpreter lock until it is done (25 s
-for 20,000 vectors of 1,536 dimensions), during which no replication connection is served, and Postgres drops one after
-a minute by default. So it never runs by itself: without it, vectors are searched exactly and without HNSW, which is fine up to some
-hundred thousand. :meth:`cdc_sync.qdrant.edge.EdgeSink.optimize` is there for programs that hold no such connection.
+**Optimizing**: Edge has no background optimizer, and ``optimize()`` holds the interpreter lock
+until it is done (25 s for 20,000 vectors of 1,536 dimensions), during which no replication
+connection is served, and Postgres drops one after a minute by default. So it never runs by itself:
+without it, vectors are searched exactly and without HNSW, which is fine up to some hundred
+thousand. :meth:`cdc_sync.qdrant.edge.EdgeSink.optimize` is there for programs that hold no such
+connection.
 """
 
 from __future__ import annotations
@@ -64,7 +68,9 @@ def make_directory(path: Path) -> None:
 
 
 class EdgeDatabase:
-    """An open directory of shards. Only :meth:`run`, :attr:`path` and :meth:`close` are for the event loop's thread."""
+    """An open directory of shards. Only :meth:`run`, :attr:`path` and :meth:`close` are for the
+    event loop's thread.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,7 +96,9 @@ class EdgeDatabase:
         return wrapped.result()
 
     def open(self) -> None:
-        """Take the lock if the database exists; else nothing is done yet. Raises ConfigError, :class:`SinkError`."""
+        """Take the lock if the database exists; else nothing is done yet. Raises ConfigError,
+        :class:`SinkError`.
+        """
         if self.path.exists():
             self.lock()
 
@@ -133,7 +141,9 @@ class EdgeDatabase:
         return collection in self._shards or self.directory(collection).is_dir()
 
     def shard(self, collection: str) -> edge.EdgeShard:
-        """The collection's shard, loaded if it is not yet. Raises COLLECTION_MISSING, :class:`StateError`."""
+        """The collection's shard, loaded if it is not yet. Raises COLLECTION_MISSING,
+        :class:`StateError`.
+        """
         shard = self._shards.get(collection)
         if shard is not None:
             return shard
@@ -147,6 +157,13 @@ class EdgeDatabase:
         try:
             shard = edge.EdgeShard.load(str(directory))
         except Exception as exc:  # the engine raises nothing more precise
+            if "WouldBlock" in str(exc):
+                # Its WAL is locked, though not by us: somebody has loaded the shard by itself.
+                raise SinkError(
+                    ErrorKind.SINK_UNAVAILABLE,
+                    f"Collection {collection} in {self.path} is open in another program.",
+                    "Close the other program.",
+                ) from exc
             raise _damaged(directory, str(exc)) from exc
         self._shards[collection] = shard
         return shard
@@ -165,7 +182,9 @@ class EdgeDatabase:
     def create(
         self, collection: str, config: edge.EdgeConfig, operations: list[edge.UpdateOperation]
     ) -> None:
-        """Create a collection with first operations, all or nothing: it is prepared beside its place and renamed."""
+        """Create a collection with first operations, all or nothing: it is prepared beside its
+        place and renamed.
+        """
         self.lock()
         directory = self.directory(collection)
         prepared = directory.with_name(directory.name + ".new")
@@ -206,7 +225,9 @@ class EdgeDatabase:
             self._dirty.discard(collection)
 
     def optimize(self) -> None:
-        """Index and compact every collection that was loaded. Takes long and stops all Python threads meanwhile."""
+        """Index and compact every collection that was loaded. Takes long and stops all Python
+        threads meanwhile.
+        """
         for collection, shard in self._shards.items():
             self._dirty.add(collection)
             shard.optimize()

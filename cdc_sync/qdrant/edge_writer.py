@@ -22,7 +22,8 @@ from cdc_sync.rows import UNCHANGED, PointId, Row
 Item = TypeVar("Item")
 Refusals: TypeAlias = list[tuple[PointId, str]]
 
-#: What the engine says when a point is invalid, and not the database unwell (``OperationError`` in its source).
+#: What the engine says when a point is invalid, and not the database unwell (``OperationError`` in
+#: its source).
 _INVALID: Final = re.compile(
     "Vector dimension error|Not existing vector name|Wrong usage of (sparse|multi)|Conversion between"
     "|Validation error|Wrong input|Type (inference )?error",
@@ -55,7 +56,9 @@ class EdgeWriter:
         return self._plan
 
     async def apply(self, changes: Changes) -> Applied:
-        """See :meth:`~cdc_sync.qdrant.sink.TableWriter.apply`. Survives a kill at once, a power loss after make_durable."""
+        """See :meth:`~cdc_sync.qdrant.sink.TableWriter.apply`. Survives a kill at once, a power
+        loss after make_durable.
+        """
         require_disjoint(changes)
         refused: Refusals = []
         missing: set[PointId] = set()
@@ -176,9 +179,7 @@ class EdgeWriter:
     async def clear(self) -> None:
         """Remove every point of the table, in small steps."""
         while ids := await self._database.run(self._some_ids):
-            await self._database.run(
-                self._update, edge.UpdateOperation.delete_points(list(ids))
-            )
+            await self._database.run(self._update, edge.UpdateOperation.delete_points(list(ids)))
 
     def _some_ids(self) -> list[PointId]:
         records, _ = self._scroll(STEP_POINTS, None, payload=False, vectors=False)

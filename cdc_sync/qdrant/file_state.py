@@ -1,4 +1,6 @@
-"""The pipeline's records as JSON files beside an embedded database. Every write replaces a whole file, atomically."""
+"""The pipeline's records as JSON files beside an embedded database. Every write replaces a whole
+file, atomically.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from cdc_sync.qdrant.sink import DeadLetter, PipelineState
 
 
 class FileStateStore:
-    """A :class:`~cdc_sync.qdrant.sink.StateStore` in files under ``state/``; see ``edge_database.py`` for the layout."""
+    """A :class:`~cdc_sync.qdrant.sink.StateStore` in files under ``state/``; see
+    ``edge_database.py`` for the layout.
+    """
 
     def __init__(self, database: EdgeDatabase) -> None:
         self._database = database

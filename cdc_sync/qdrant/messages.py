@@ -1,6 +1,8 @@
-"""Requests to Qdrant as protobuf wire bytes, put together from parts that are encoded already; and answers as Python values.
+"""Requests to Qdrant as protobuf wire bytes, put together from parts that are encoded already; and
+answers as Python values.
 
-Field numbers: Qdrant's ``points.proto``, unchanged since 1.14. Wire format: Protocol Buffers documentation, "Encoding".
+Field numbers: Qdrant's ``points.proto``, unchanged since 1.14. Wire format: Protocol Buffers
+documentation, "Encoding".
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def delete(collection: str, ids: Iterable[bytes]) -> bytes:
 
 
 def touch(collection: str, ids: Iterable[bytes]) -> bytes:
-    """SetPayload of nothing on all ids, to be waited for: the barrier after a batch (see ``partials.py``)."""
+    """SetPayload of nothing on all ids, to be waited for: the barrier after a batch (see
+    ``partials.py``).
+    """
     return delimited(1, collection.encode()) + _WAIT + delimited(5, _ids(ids))
 
 
@@ -60,7 +64,9 @@ def overwrite_payload(id_: bytes, payload_entries: bytes) -> bytes:
 
 
 def update_vectors(points: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """PointsUpdateOperation that writes serialized Vectors to serialized ids, other vectors staying."""
+    """PointsUpdateOperation that writes serialized Vectors to serialized ids, other vectors
+    staying.
+    """
     return delimited(
         7, b"".join([delimited(1, delimited(1, id_) + delimited(2, v)) for id_, v in points])
     )

@@ -17,10 +17,12 @@ _FORMS: Final = "Write http://host:6334, https://host:6334, or edge:/path."
 
 
 async def open_sink(settings: QdrantSettings) -> Sink:
-    """Open ``http(s)://host[:port]`` (a server or cluster, gRPC port) or ``edge:/path`` (an embedded database).
+    """Open ``http(s)://host[:port]`` (a server or cluster, gRPC port) or ``edge:/path`` (an
+    embedded database).
 
-    Raises :class:`ConfigError` for other URLs, a missing package or an outdated server, and :class:`SinkError` if the
-    server does not answer, or another process has the embedded database open.
+    Raises :class:`ConfigError` for other URLs, a missing package or an outdated server, and
+    :class:`SinkError` if the server does not answer, or another process has the embedded database
+    open.
     """
     scheme, colon, rest = settings.url.partition(":")
     if colon and scheme == "edge":

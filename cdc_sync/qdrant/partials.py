@@ -1,21 +1,27 @@
 """Partial writes to a server: rows of which some columns are UNCHANGED, whose stored values stay.
 
-Every point takes up to three operations (its payload, its vectors, vectors that became NULL). With ``wait=true`` each
-would cost the server an msync of its own, so they go as one UpdateBatch with ``wait=false`` and a **barrier** after it:
-SetPayload of nothing, with ``wait=true``, on all ids of the batch. Read in the server's source (1.18.3):
+Every point takes up to three operations (its payload, its vectors, vectors that became NULL). With
+``wait=true`` each would cost the server an msync of its own, so they go as one UpdateBatch with
+``wait=false`` and a **barrier** after it: SetPayload of nothing, with ``wait=true``, on all ids of
+the batch. Read in the server's source (1.18.3):
 
-- one worker a shard applies operations strictly in WAL order, and the batch is in every shard's WAL when it is
-  answered, so the barrier, which goes to exactly the shards that hold the ids, runs after it; ``wait=true`` msyncs the
-  WAL before (``collection/src/update_workers/update_worker.rs``);
-- merging an empty payload changes nothing, and points are looked up all the same: a missing one is NOT_FOUND
-  (``shard/src/update.rs``, ``set_payload`` and ``check_unprocessed_points``); there is no validation of emptiness;
-- a storage error during the batch leaves the segment in its failed state, in which every later operation on it fails
-  with INTERNAL, the barrier too (``segment/src/segment/segment_ops.rs``, ``handle_point_version_and_failure``);
-- strict mode, rate limits, permissions and conversions are checked before the WAL and answered to the batch itself.
+- one worker a shard applies operations strictly in WAL order, and the batch is in every shard's WAL
+  when it is answered, so the barrier, which goes to exactly the shards that hold the ids, runs
+  after it; ``wait=true`` msyncs the WAL before
+  (``collection/src/update_workers/update_worker.rs``);
+- merging an empty payload changes nothing, and points are looked up all the same: a missing one is
+  NOT_FOUND (``shard/src/update.rs``, ``set_payload`` and ``check_unprocessed_points``); there is no
+  validation of emptiness;
+- a storage error during the batch leaves the segment in its failed state, in which every later
+  operation on it fails with INTERNAL, the barrier too (``segment/src/segment/segment_ops.rs``,
+  ``handle_point_version_and_failure``);
+- strict mode, rate limits, permissions and conversions are checked before the WAL and answered to
+  the batch itself.
 
-What ``wait=false`` can still hide is a vector whose name, kind or dimension the collection does not have. The encoder
-checks dimensions against the plan and the collection was checked against the plan when the table was opened, so this
-takes a collection that somebody replaces by a different one while we write; whole-point upserts report that.
+What ``wait=false`` can still hide is a vector whose name, kind or dimension the collection does not
+have. The encoder checks dimensions against the plan and the collection was checked against the plan
+when the table was opened, so this takes a collection that somebody replaces by a different one
+while we write; whole-point upserts report that.
 
 Batches of one or two operations are simply sent with ``wait=true``.
 """
@@ -43,13 +49,16 @@ from cdc_sync.qdrant.rpc import (
 )
 from cdc_sync.rows import UNCHANGED, PointId, Row
 
-#: How often a batch is applied again to the points that are left once some turned out to be missing.
+#: How often a batch is applied again to the points that are left once some turned out to be
+#: missing.
 _ROUNDS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """A partial row, encoded: entries of its whole payload, Vectors to write, names of vectors to remove."""
+    """A partial row, encoded: entries of its whole payload, Vectors to write, names of vectors to
+    remove.
+    """
 
     id: PointId
     id_bytes: bytes
@@ -62,7 +71,9 @@ class Partial:
 
 
 def operations(batch: Sequence[Partial]) -> list[bytes]:
-    """The batch as serialized PointsUpdateOperations. Their order is free: no two write the same part of a point."""
+    """The batch as serialized PointsUpdateOperations. Their order is free: no two write the same
+    part of a point.
+    """
     found = [messages.overwrite_payload(one.id_bytes, one.payload) for one in batch]
     vectors = [(one.id_bytes, one.vectors) for one in batch if one.vectors is not None]
     if vectors:
@@ -94,8 +105,8 @@ class PartialWriter:
     ) -> tuple[list[Partial], list[PointId], list[tuple[PointId, str]]]:
         """Encode rows, filling UNCHANGED payload fields from the stored payload.
 
-        Returns the partials, the ids that are missing in Qdrant (or lack a field they would have to keep), and
-        refusals of the mapping.
+        Returns the partials, the ids that are missing in Qdrant (or lack a field they would have to
+        keep), and refusals of the mapping.
         """
         encoded: list[Partial] = []
         gaps: dict[PointId, list[str]] = {}
@@ -138,7 +149,9 @@ class PartialWriter:
         )
 
     async def write(self, batch: Sequence[Partial], lane: int) -> list[PointId]:
-        """Write a batch and return the ids that are missing. Raises :class:`RpcFailure` and :class:`SinkError`."""
+        """Write a batch and return the ids that are missing. Raises :class:`RpcFailure` and
+        :class:`SinkError`.
+        """
         missing: list[PointId] = []
         left: Sequence[Partial] = batch
         for _ in range(_ROUNDS):
@@ -151,7 +164,8 @@ class PartialWriter:
                     raise
             else:
                 return missing
-            # Operations of several points stop at the missing one, so what is present is written again.
+            # Operations of several points stop at the missing one, so what is present is written
+            # again.
             present = await self._present(left, lane)
             missing += [one.id for one in left if one.id not in present]
             left = [one for one in left if one.id in present]
@@ -183,7 +197,9 @@ class PartialWriter:
     async def _stored(
         self, batch: Sequence[Partial], lane: int
     ) -> dict[PointId, Mapping[str, bytes]]:
-        """Payload by id; every value still a serialized Value, so that it goes back exactly as it came."""
+        """Payload by id; every value still a serialized Value, so that it goes back exactly as it
+        came.
+        """
         points = await self._get(batch, lane, with_payload=True)
         return {
             messages.point_id_value(point.id): {
@@ -200,5 +216,5 @@ class PartialWriter:
         try:
             answer = await self._rpc.call(GET, request, lane)
         except RpcFailure as failure:
-            raise sink_error(failure, GET, self._target) from failure
+            raise sink_error(failure, self._target) from failure
         return list(answer.result)

@@ -1,4 +1,6 @@
-"""The pipeline's own records as JSON-like objects, the same on a server and in files. Every record has a version."""
+"""The pipeline's own records as JSON-like objects, the same on a server and in files. Every record
+has a version.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ OLDEST_SERVER = (1, 14)
 
 
 class ServerSink:
-    """A :class:`~cdc_sync.qdrant.sink.Sink` on a server. Made by :func:`cdc_sync.qdrant.open.open_sink`."""
+    """A :class:`~cdc_sync.qdrant.sink.Sink` on a server. Made by
+    :func:`cdc_sync.qdrant.open.open_sink`.
+    """
 
     def __init__(self, rpc: Rpc, settings: QdrantSettings, target: str, version: str) -> None:
         self._rpc = rpc
@@ -30,7 +32,9 @@ class ServerSink:
     async def open(
         cls, settings: QdrantSettings, host: str, port: int, *, secure: bool
     ) -> ServerSink:
-        """Connect. Raises :class:`SinkError` unless the server answers, ConfigError if it is older than 1.14."""
+        """Connect. Raises :class:`SinkError` unless the server answers, ConfigError if it is older
+        than 1.14.
+        """
         target = f"{host}:{port}"
         rpc = Rpc(settings, host, port, secure=secure)
         try:
@@ -66,7 +70,9 @@ class ServerSink:
         await self._rpc.request(HEALTH_CHECK, b"", f"Qdrant at {self._target}")
 
     async def inspect(self, plan: TablePlan) -> CollectionState:
-        """Compare the collection with the plan, read-only. Raises COLLECTION_MISMATCH. ``points`` is exact."""
+        """Compare the collection with the plan, read-only. Raises COLLECTION_MISMATCH. ``points``
+        is exact.
+        """
         info = await self._collections.info(plan.collection)
         if info is None:
             return CollectionState(exists=False)

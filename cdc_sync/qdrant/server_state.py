@@ -1,7 +1,8 @@
 """The pipeline's records on a server: points without vectors in a collection of their own.
 
-A pipeline is one point, a dead letter is one point. Ids are UUIDv5 of what they stand for, so writing again replaces.
-The collection is created by the first write; reading never creates anything.
+A pipeline is one point, a dead letter is one point. Ids are UUIDv5 of what they stand for, so
+writing again replaces. The collection is created by the first write; reading never creates
+anything.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class ServerStateStore:
         except RpcFailure as failure:
             if failure.collection_missing:
                 return None
-            raise sink_error(failure, GET, _TARGET) from failure
+            raise sink_error(failure, _TARGET) from failure
         if not answer.result:
             return None
         record = grpc_to_payload(answer.result[0].payload)
@@ -111,7 +112,7 @@ class ServerStateStore:
             except RpcFailure as failure:
                 if failure.collection_missing:
                     return []
-                raise sink_error(failure, SCROLL, _TARGET) from failure
+                raise sink_error(failure, _TARGET) from failure
             found += [
                 dead_letter(grpc_to_payload(point.payload), f"A dead letter in {_TARGET}")
                 for point in answer.result
@@ -132,7 +133,7 @@ class ServerStateStore:
                 answer = await self._rpc.call(UPSERT, request)
             except RpcFailure as failure:
                 if not failure.collection_missing:
-                    raise sink_error(failure, UPSERT, _TARGET) from failure
+                    raise sink_error(failure, _TARGET) from failure
                 await self._create()
                 answer = await self._rpc.request(UPSERT, request, _TARGET)
             if answer.result.status != q.UpdateStatus.Completed:
@@ -155,7 +156,7 @@ class ServerStateStore:
             except RpcFailure as failure:
                 if failure.collection_missing:
                     return
-                raise sink_error(failure, DELETE, _TARGET) from failure
+                raise sink_error(failure, _TARGET) from failure
             if answer.result.status != q.UpdateStatus.Completed:
                 raise not_completed(answer.result.status, DELETE, _TARGET)
 

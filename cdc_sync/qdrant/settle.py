@@ -11,7 +11,8 @@ from cdc_sync.errors import CdcSyncError, Retry
 async def settle(tasks: Sequence[asyncio.Task[None]]) -> None:
     """Wait until every task has ended, then raise the gravest of their errors.
 
-    Cancellation is handed to the tasks and waited out, so that nothing is under way when this returns or raises.
+    Cancellation is handed to the tasks and waited out, so that nothing is under way when this
+    returns or raises.
     """
     cancelled: asyncio.CancelledError | None = None
     while not all(task.done() for task in tasks):

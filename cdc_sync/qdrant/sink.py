@@ -1,4 +1,5 @@
-"""The seam between the engine and Qdrant: what a sink must do, whether a server or an embedded engine is behind it."""
+"""The seam between the engine and Qdrant: what a sink must do, whether a server or an embedded
+engine is behind it."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from cdc_sync.rows import PointId, Row
 class Changes:
     """Final operations on points of one table. No id occurs twice in it, in whatever list.
 
-    ``upserts``: rows known in full. ``partials``: rows with UNCHANGED values (payload, vectors or both), whose stored
-    values stay as they are. ``deletes``: ids, present or not.
+    ``upserts``: rows known in full. ``partials``: rows with UNCHANGED values (payload, vectors or
+    both), whose stored values stay as they are. ``deletes``: ids, present or not.
     """
 
     upserts: list[tuple[PointId, Row]] = field(default_factory=list)
@@ -31,22 +32,24 @@ class Changes:
 class Applied:
     """Outcome of :meth:`TableWriter.apply`, once Qdrant said Completed to all of it.
 
-    ``missing``: ids of partials whose point does not exist, or lacks a payload field that the row left UNCHANGED; the
-    engine fetches the rows from Postgres and upserts them. ``refused``: points Qdrant takes as invalid, isolated by halving, with its reason;
-    everything else was written.
+    ``missing``: ids of partials whose point does not exist, or lacks a payload field that the row
+    left UNCHANGED; the engine fetches the rows from Postgres and upserts them. ``refused``: points
+    Qdrant takes as invalid, isolated by halving, with its reason; everything else was written.
     """
 
     missing: frozenset[PointId] = frozenset()
     refused: tuple[tuple[PointId, str], ...] = ()
 
 
-#: A vector as stored: dense, multivector (a list of rows), or sparse. Cosine vectors are stored normalised.
+#: A vector as stored: dense, multivector (a list of rows), or sparse. Cosine vectors are stored
+#: normalised.
 StoredVector: TypeAlias = list[float] | list[list[float]] | SparseValue
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPoint:
-    """A point as Qdrant returns it. ``vectors`` by name ("" for the unnamed one) is empty unless asked for."""
+    """A point as Qdrant returns it. ``vectors`` by name ("" for the unnamed one) is empty unless
+    asked for."""
 
     id: PointId
     payload: dict[str, object]
@@ -54,7 +57,8 @@ class StoredPoint:
 
 
 class TableWriter(Protocol):
-    """Writes the points of one table. Made by :meth:`Sink.writer`; holds the compiled encoders of its plan."""
+    """Writes the points of one table. Made by :meth:`Sink.writer`; holds the compiled encoders of
+    its plan."""
 
     @property
     def plan(self) -> TablePlan:
@@ -64,14 +68,15 @@ class TableWriter(Protocol):
     async def apply(self, changes: Changes) -> Applied:
         """Write all changes and return when Qdrant has completed every one.
 
-        Safe to call again with the same changes after any error. Raises :class:`SinkError` with kind SINK_UNAVAILABLE,
-        SINK_UNKNOWN (deadline, INTERNAL, WaitTimeout: may or may not have been written), SINK_RATE_LIMITED, SINK_AUTH
-        or COLLECTION_MISSING. Never retries by itself.
+        Safe to call again with the same changes after any error. Raises :class:`SinkError` with
+        kind SINK_UNAVAILABLE, SINK_UNKNOWN (deadline, INTERNAL, WaitTimeout: may or may not have
+        been written), SINK_RATE_LIMITED, SINK_AUTH or COLLECTION_MISSING. Never retries by itself.
         """
         ...
 
     async def clear(self) -> None:
-        """Remove every point of the table (with a namespace: only those that carry it). Errors as :meth:`apply`."""
+        """Remove every point of the table (with a namespace: only those that carry it). Errors as
+        :meth:`apply`."""
         ...
 
     async def count(self) -> int:
@@ -97,7 +102,8 @@ class TableWriter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CollectionState:
-    """A finding of :meth:`Sink.inspect`: whether the collection exists, and how many points it holds."""
+    """A finding of :meth:`Sink.inspect`: whether the collection exists, and how many points it
+    holds."""
 
     exists: bool
     points: int = 0
@@ -115,10 +121,11 @@ class TableState:
 
 @dataclass(frozen=True, slots=True)
 class PipelineState:
-    """Our record of a pipeline: which slot on which cluster it belongs to, and how far the first copy is.
+    """Our record of a pipeline: which slot on which cluster it belongs to, and how far the first
+    copy is.
 
-    ``system_identifier`` and ``timeline`` as told by IDENTIFY_SYSTEM when the slot was created; ``slot_lsn`` is the
-    slot's consistent point.
+    ``system_identifier`` and ``timeline`` as told by IDENTIFY_SYSTEM when the slot was created;
+    ``slot_lsn`` is the slot's consistent point.
     """
 
     pipeline: str
@@ -132,7 +139,8 @@ class PipelineState:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A row that could not be written. ``key`` is the point id and ``reason`` holds no row values."""
+    """A row that could not be written. ``key`` is the point id and ``reason`` holds no row
+    values."""
 
     pipeline: str
     table: str
@@ -143,7 +151,8 @@ class DeadLetter:
 
 
 class StateStore(Protocol):
-    """The pipeline's records beside the data. Every write is durable when it returns. Errors as for writers, and StateError."""
+    """The pipeline's records beside the data. Every write is durable when it returns. Errors as for
+    writers, and StateError."""
 
     async def load(self, pipeline: str) -> PipelineState | None: ...
 
@@ -169,7 +178,8 @@ class Sink(Protocol):
 
     @property
     def multi_process(self) -> bool:
-        """Whether other processes may open the same sink at the same time (a server: yes; an embedded database: no)."""
+        """Whether other processes may open the same sink at the same time (a server: yes; an
+        embedded database: no)."""
         ...
 
     @property
@@ -187,7 +197,8 @@ class Sink(Protocol):
     async def inspect(self, plan: TablePlan) -> CollectionState:
         """Compare the collection with the plan, read-only.
 
-        Raises :class:`SinkError` COLLECTION_MISMATCH naming the vector, what it has and what the plan wants.
+        Raises :class:`SinkError` COLLECTION_MISMATCH naming the vector, what it has and what the
+        plan wants.
         """
         ...
 
@@ -198,7 +209,8 @@ class Sink(Protocol):
     def writer(self, plan: TablePlan) -> TableWriter: ...
 
     async def make_durable(self) -> None:
-        """Make everything applied so far survive a power loss. Called before positions are confirmed."""
+        """Make everything applied so far survive a power loss. Called before positions are
+        confirmed."""
         ...
 
     async def close(self) -> None: ...

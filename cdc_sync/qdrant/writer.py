@@ -1,9 +1,9 @@
 """Writes the points of one table to a Qdrant server.
 
-A batch is cut into requests over disjoint ids, which a few lanes send side by side; a lane encodes its next request
-when its last one is answered, so encoding and the server's work overlap. The ``timeout`` field of update requests is
-left unset: past it a server says WaitTimeout, which tells no more than the deadline of the call, and servers before
-1.17 ignore it.
+A batch is cut into requests over disjoint ids, which a few lanes send side by side; a lane encodes
+its next request when its last one is answered, so encoding and the server's work overlap. The
+``timeout`` field of update requests is left unset: past it a server says WaitTimeout, which tells
+no more than the deadline of the call, and servers before 1.17 ignore it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from cdc_sync.qdrant.rpc import (
     DELETE,
     QUERY,
     SCROLL,
-    UPDATE_BATCH,
     UPSERT,
     Method,
     Rpc,
@@ -79,7 +78,9 @@ class ServerWriter:
         return self._plan
 
     async def apply(self, changes: Changes) -> Applied:
-        """See :meth:`~cdc_sync.qdrant.sink.TableWriter.apply`. SINK_REFUSED if strict mode's limits are reached."""
+        """See :meth:`~cdc_sync.qdrant.sink.TableWriter.apply`. SINK_REFUSED if strict mode's limits
+        are reached.
+        """
         require_disjoint(changes)
         jobs = deque(self._cut(changes))
         outcome = _Outcome()
@@ -107,7 +108,8 @@ class ServerWriter:
             while jobs:
                 await jobs.popleft()(lane, outcome)
         except BaseException:
-            # The batch is going to be applied again as a whole: the other lanes need not start more of it.
+            # The batch is going to be applied again as a whole: the other lanes need not start more
+            # of it.
             jobs.clear()
             raise
 
@@ -127,12 +129,12 @@ class ServerWriter:
                 outcome.refused.append((id_, exc.message))
                 continue
             if request and size + len(point) > self._settings.request_bytes:
-                await self._divide(request, send, UPSERT, outcome)
+                await self._divide(request, send, outcome)
                 request, size = [], 0
             request.append((id_, point))
             size += len(point)
         if request:
-            await self._divide(request, send, UPSERT, outcome)
+            await self._divide(request, send, outcome)
 
     async def _partial(
         self, rows: Sequence[tuple[PointId, Row]], lane: int, outcome: _Outcome
@@ -148,28 +150,29 @@ class ServerWriter:
         size = 0
         for one in encoded:
             if request and size + len(one) > self._settings.request_bytes:
-                await self._divide(request, send, UPDATE_BATCH, outcome)
+                await self._divide(request, send, outcome)
                 request, size = [], 0
             request.append((one.id, one))
             size += len(one)
         if request:
-            await self._divide(request, send, UPDATE_BATCH, outcome)
+            await self._divide(request, send, outcome)
 
     async def _delete(self, ids: Sequence[PointId], lane: int, outcome: _Outcome) -> None:
         async def send(some: Sequence[tuple[PointId, bytes]]) -> None:
             request = messages.delete(self._plan.collection, [id_ for _, id_ in some])
             await self._update(DELETE, request, lane)
 
-        await self._divide([(id_, self._codec.point_id(id_)) for id_ in ids], send, DELETE, outcome)
+        await self._divide([(id_, self._codec.point_id(id_)) for id_ in ids], send, outcome)
 
     async def _divide(
         self,
         items: Sequence[tuple[PointId, Item]],
         send: Callable[[Sequence[tuple[PointId, Item]]], Coroutine[None, None, None]],
-        method: Method[object],
         outcome: _Outcome,
     ) -> None:
-        """Send items, halving them as long as Qdrant takes something in them as invalid, or the whole as too large."""
+        """Send items, halving them as long as Qdrant takes something in them as invalid, or the
+        whole as too large.
+        """
         try:
             await send(items)
         except RpcFailure as failure:
@@ -177,10 +180,10 @@ class ServerWriter:
                 outcome.refused.append((items[0][0], reason(failure.details)))
             elif (failure.invalid or failure.too_large) and len(items) > 1:
                 half = len(items) // 2
-                await self._divide(items[:half], send, method, outcome)
-                await self._divide(items[half:], send, method, outcome)
+                await self._divide(items[:half], send, outcome)
+                await self._divide(items[half:], send, outcome)
             else:
-                raise sink_error(failure, method, self._target) from failure
+                raise sink_error(failure, self._target) from failure
 
     async def _update(
         self, method: Method[q.PointsOperationResponse], request: bytes, lane: int
@@ -192,8 +195,9 @@ class ServerWriter:
     async def clear(self) -> None:
         """Remove every point of the table, by ids, page by page.
 
-        Deleting by filter would be one operation, but one that can outlast any deadline and then never completes; and
-        servers from 1.16 to 1.18 evaluate the filter again when they replay their WAL.
+        Deleting by filter would be one operation, but one that can outlast any deadline and then
+        never completes; and servers from 1.16 to 1.18 evaluate the filter again when they replay
+        their WAL.
         """
         while True:
             ids, _ = await self._scroll_page(_DELETE_IDS, None)

@@ -1,8 +1,9 @@
 """The applier: writes batches, one after the other, and knows when one is really there.
 
-One batch is in flight at a time and no point id stands in two of its requests, so changes of one point are never in
-flight together (invariant 2). An unknown outcome sends the same batch again before anything newer (invariant 1); that is
-harmless, because an upsert carries the whole point and partials carry final values (invariant 3).
+One batch is in flight at a time and no point id stands in two of its requests, so changes of one
+point are never in flight together (invariant 2). An unknown outcome sends the same batch again
+before anything newer (invariant 1); that is harmless, because an upsert carries the whole point and
+partials carry final values (invariant 3).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Applier:
     async def apply(self, batch: Batch) -> None:
         """Write the whole batch; returns when Qdrant has completed all of it.
 
-        Transient failures are retried without end. Raises what is not transient, with nothing in flight any more.
+        Transient failures are retried without end. Raises what is not transient, with nothing in
+        flight any more.
         """
         if batch.truncates:
             for oid in batch.truncates:
@@ -81,7 +83,7 @@ class Applier:
             writer = self._writers[plan] = self._sink.writer(plan)
         return writer
 
-    # -- steps -----------------------------------------------------------------------------------------------------
+    # -- steps
 
     async def _apply_table(self, batch: Batch, binding: Binding, table: TableBatch) -> None:
         changes, rootless = table.split()
@@ -117,7 +119,8 @@ class Applier:
     async def _fetch_points(
         self, binding: Binding, table: TableBatch, ids: Sequence[PointId]
     ) -> list[tuple[PointId, Row]]:
-        """Read rows by key as they are now. A row that is gone needs nothing: the event that took it will come."""
+        """Read rows by key as they are now. A row that is gone needs nothing: the event that took
+        it will come."""
         planned = binding.planned
         pending: list[tuple[PointId, Pending]] = [(i, table.pending[i]) for i in ids]
         keys = [

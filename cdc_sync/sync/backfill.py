@@ -1,7 +1,8 @@
 """Backfill: copying tables under one snapshot, in chunks, by several worker processes.
 
-The snapshot is held by a connection of the daemon (:class:`SnapshotHolder`) for as long as the copy runs, so a worker that
-dies is replaced and its chunk copied again, which is harmless: the same rows give the same points.
+The snapshot is held by a connection of the daemon (:class:`SnapshotHolder`) for as long as the copy
+runs, so a worker that dies is replaced and its chunk copied again, which is harmless: the same rows
+give the same points.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from cdc_sync.sync.routing import PlannedTable
 
 log = get_logger(__name__)
 
-#: Rows a chunk, about: small enough to spread evenly and to lose little with a worker, large enough not to be all overhead.
+#: Rows a chunk, about: small enough to spread evenly and to lose little with a worker, large enough
+#: not to be all overhead.
 CHUNK_ROWS = 5_000
 _MIN_CHUNK_PAGES = 16
 _MAX_CHUNK_PAGES = 4_096
 
-#: Times a chunk may be lost to dying workers before the copy gives up: a chunk that kills its worker would do so for ever.
+#: Times a chunk may be lost to dying workers before the copy gives up: a chunk that kills its
+#: worker would do so for ever.
 _MAX_CHUNK_LOSSES = 5
 
 
@@ -173,7 +176,8 @@ class Backfill:
                     raise CdcSyncError(
                         ErrorKind.SOURCE_UNAVAILABLE,
                         f"copy workers died {losses} times, last with {len(left)} chunks to go",
-                        "See the system's log for the reason (out of memory?); fewer workers need less memory.",
+                        "See the system's log for the reason (out of memory?); fewer workers need "
+                        "less memory.",
                     )
                 log.warning("copy_workers_lost", chunks_left=len(left), times=losses)
 
@@ -200,7 +204,8 @@ class Backfill:
                     except SourceError as error:
                         if error.kind is not ErrorKind.SOURCE_UNAVAILABLE:
                             raise
-                        # A cut connection: the snapshot may still be there, so the chunk is tried again.
+                        # A cut connection: the snapshot may still be there, so the chunk is tried
+                        # again.
                         lost.append(task)
                         continue
                     await done(result)
@@ -226,14 +231,16 @@ _PR_SET_PDEATHSIG = 1
 def _start_worker(daemon_pid: int) -> None:
     # Ctrl-C goes to the whole process group; the daemon decides when workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A worker must not outlive a killed daemon: it would write rows of an old snapshot over those of the next copy.
+    # A worker must not outlive a killed daemon: it would write rows of an old snapshot over those
+    # of the next copy.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != daemon_pid:
         os._exit(1)
 
 
 def _stop_pool(pool: ProcessPoolExecutor) -> None:
-    """Stop without waiting for chunks in progress: their points are written again by the next copy."""
+    """Stop without waiting for chunks in progress: their points are written again by the next
+    copy."""
     processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:

@@ -1,4 +1,5 @@
-"""``check``: everything that has to be right before the pipeline can run. Changes nothing on either side."""
+"""``check``: everything that has to be right before the pipeline can run. Changes nothing on either
+side."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from cdc_sync.sync.planning import PipelinePlan, plan_pipeline
 
 
 def run_checks(settings: Settings) -> list[Finding]:
-    """Look at both sides; returns findings in the order in which they were looked at. Raises nothing of CdcSyncError."""
+    """Look at both sides; returns findings in the order in which they were looked at. Raises
+    nothing of CdcSyncError."""
     findings: list[Finding] = []
     plan = _check_source(settings, findings)
     asyncio.run(_check_sink(settings, plan, findings))

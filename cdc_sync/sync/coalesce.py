@@ -8,9 +8,9 @@ A batch holds one pending change a point id. The rules, for a change that comes 
     partial  over a partial  both merged, the later one wins a column
     partial  over a delete   its missing values are not in Qdrant: the row is fetched from Postgres
 
-A partial is a row with UNCHANGED values. Either the values are in the stored point, which keeps them (an update in
-place), or the point is new and they must be fetched (``rootless``: the key changed, or a row filter turned an update into
-an insert).
+A partial is a row with UNCHANGED values. Either the values are in the stored point, which keeps
+them (an update in place), or the point is new and they must be fetched (``rootless``: the key
+changed, or a row filter turned an update into an insert).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from cdc_sync.rows import UNCHANGED, PointId, Row
 
 @dataclass(slots=True)
 class Pending:
-    """The final operation on one point. ``row`` is None for a delete; ``xid`` is the last transaction that wrote it."""
+    """The final operation on one point. ``row`` is None for a delete; ``xid`` is the last
+    transaction that wrote it."""
 
     row: Row | None
     xid: int
@@ -73,7 +74,8 @@ class TableBatch:
         self._replace(point_id, Pending(None, xid))
 
     def move(self, old_id: PointId, new_id: PointId, row: Row, xid: int) -> None:
-        """The key changed: the old point goes, the new one carries what is known, of the old point too."""
+        """The key changed: the old point goes, the new one carries what is known, of the old point
+        too."""
         before = self.pending.get(old_id)
         if before is not None and before.row is not None:
             row = fill(row, before.row)
@@ -86,7 +88,8 @@ class TableBatch:
         self.pending[point_id] = change
 
     def split(self) -> tuple[Changes, list[PointId]]:
-        """Return the changes that can be written as they are, and the ids whose rows must be fetched first."""
+        """Return the changes that can be written as they are, and the ids whose rows must be
+        fetched first."""
         changes = Changes()
         fetch: list[PointId] = []
         for point_id, change in self.pending.items():

@@ -1,7 +1,8 @@
 """Copying one chunk: a pure function of connection, snapshot, chunk and plan, whoever runs it.
 
-Sharing of work: :mod:`cdc_sync.sync.backfill` cuts tables into chunks and has them copied, by worker processes on one
-exported snapshot, or in the daemon's own process where the sink can be opened only once.
+Sharing of work: :mod:`cdc_sync.sync.backfill` cuts tables into chunks and has them copied, by
+worker processes on one exported snapshot, or in the daemon's own process where the sink can be
+opened only once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from cdc_sync.sync.retry import retrying
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A range of blocks of one leaf: from ``start_block``, up to but not including ``end_block`` (None: to the end)."""
+    """A range of blocks of one leaf: from ``start_block``, up to but not including ``end_block``
+    (None: to the end)."""
 
     table_oid: int
     leaf: Leaf
@@ -48,7 +50,8 @@ class CopyTask:
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
-    """What became of a chunk. ``refused``: point ids (or a note where there is none) and reasons, for the dead letters."""
+    """What became of a chunk. ``refused``: point ids (or a note where there is none) and reasons,
+    for the dead letters."""
 
     chunk: Chunk
     rows: int
@@ -61,7 +64,8 @@ class ChunkResult:
 async def copy_chunk(connection: PgConnection, writer: TableWriter, task: CopyTask) -> ChunkResult:
     """Copy the chunk over a connection that has imported the snapshot.
 
-    The next rows are read while the last ones are written. Transient sink errors are retried without end.
+    The next rows are read while the last ones are written. Transient sink errors are retried
+    without end.
     """
     started = time.monotonic()
     plan = task.plan
@@ -88,7 +92,8 @@ async def copy_chunk(connection: PgConnection, writer: TableWriter, task: CopyTa
         try:
             applied = await retrying(lambda c=changes: writer.apply(c), on_retry)  # type: ignore[misc]
         finally:
-            # The thread cannot be cancelled; the connection is used by nobody else until it is done.
+            # The thread cannot be cancelled; the connection is used by nobody else until it is
+            # done.
             rows = await reading
         refused += [(str(i), reason) for i, reason in applied.refused]
     return ChunkResult(
@@ -114,7 +119,8 @@ def _upserts(
 
 
 class _Worker:
-    """What a worker process keeps between chunks: one connection on the snapshot, one channel to Qdrant."""
+    """What a worker process keeps between chunks: one connection on the snapshot, one channel to
+    Qdrant."""
 
     def __init__(self, task: CopyTask) -> None:
         self.snapshot = task.snapshot

@@ -21,10 +21,11 @@ log = get_logger(__name__)
 
 
 def run_pipeline(settings: Settings, *, restart: bool = False) -> int:
-    """Run until SIGTERM or SIGINT; returns the exit code. Raises :class:`CdcSyncError` for what needs somebody to act.
+    """Run until SIGTERM or SIGINT; returns the exit code. Raises :class:`CdcSyncError` for what
+    needs somebody to act.
 
-    The first signal drains: the batch in flight is finished and confirmed. A second one exits at once, which is safe: what
-    was not confirmed is sent again.
+    The first signal drains: the batch in flight is finished and confirmed. A second one exits at
+    once, which is safe: what was not confirmed is sent again.
     """
     configure_logging(settings.log)
     metrics = Metrics()
@@ -65,7 +66,8 @@ async def _run(pipeline: Pipeline, restart: bool) -> None:
     try:
         await pipeline.run(stop, restart=restart)
     except CdcSyncError as error:
-        log.error("failed", kind=error.kind.value, error=error.message, remedy=error.remedy)
+        # Said in words, not by a traceback: the cause is outside of the program.
+        log.error("failed", kind=error.kind.value, error=error.message, remedy=error.remedy)  # noqa: TRY400
         raise
     finally:
         for received in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

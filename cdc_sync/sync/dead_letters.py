@@ -1,4 +1,5 @@
-"""Dead letters: rows that cannot be written are kept with their reason, and the rest goes on (invariant 8)."""
+"""Dead letters: rows that cannot be written are kept with their reason, and the rest goes on
+(invariant 8)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ log = get_logger(__name__)
 
 
 class DeadLetterOffice:
-    """Parks dead letters durably, releases those whose rows were written after all, and stops at the limit."""
+    """Parks dead letters durably, releases those whose rows were written after all, and stops at
+    the limit."""
 
     def __init__(self, store: StateStore, pipeline: str, limit: int, metrics: Metrics) -> None:
         self._store = store
@@ -46,7 +48,8 @@ class DeadLetterOffice:
         commit_time: float,
         kind: ErrorKind = ErrorKind.SINK_REFUSED,
     ) -> None:
-        """Keep (key, reason) pairs of a table. Raises DEAD_LETTER_LIMIT when the limit is passed (they are kept even so)."""
+        """Keep (key, reason) pairs of a table. Raises DEAD_LETTER_LIMIT when the limit is passed
+        (they are kept even so)."""
         if not refused:
             return
         when = datetime.fromtimestamp(commit_time or time.time(), UTC).isoformat()

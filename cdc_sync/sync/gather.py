@@ -1,8 +1,9 @@
 """Gathering: from frames of the stream to coalesced batches. No I/O.
 
-The gatherer follows transactions and keeps, for each batch, the position that is reached once the batch is written:
-the end of the last transaction that is complete in it, or a later keepalive position with no transaction open (R43). A
-batch that ends inside a transaction does not move the position past it (R41, R42).
+The gatherer follows transactions and keeps, for each batch, the position that is reached once the
+batch is written: the end of the last transaction that is complete in it, or a later keepalive
+position with no transaction open (R43). A batch that ends inside a transaction does not move the
+position past it (R41, R42).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from cdc_sync.errors import MappingError, ProtocolError
 from cdc_sync.pgoutput import messages as m
 from cdc_sync.pgoutput.decode import Decoder
 from cdc_sync.pgoutput.envelope import XLOG_HEADER_BYTES, decode_keepalive, unix_seconds
-from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.rows import UNCHANGED, PointId, Row
 from cdc_sync.sync.coalesce import TableBatch, fill
 from cdc_sync.sync.routing import Binding
@@ -63,10 +63,11 @@ class Unmappable:
 class Batch:
     """What is written at once.
 
-    ``end_lsn``: the position reached when it is written, None if it holds no end of a transaction. ``truncates``: OIDs of
-    tables to clear; such a batch holds nothing else. ``commit_times``: Unix seconds, one a transaction completed in it.
-    ``oldest_commit``: Unix seconds of the first transaction that has changes in it. ``xids``: transactions with changes in it. ``last_lsn`` and ``last_commit`` describe the last
-    transaction seen, for dead letters.
+    ``end_lsn``: the position reached when it is written, None if it holds no end of a transaction.
+    ``truncates``: OIDs of tables to clear; such a batch holds nothing else. ``commit_times``: Unix
+    seconds, one a transaction completed in it. ``oldest_commit``: Unix seconds of the first
+    transaction that has changes in it. ``xids``: transactions with changes in it. ``last_lsn`` and
+    ``last_commit`` describe the last transaction seen, for dead letters.
     """
 
     tables: dict[int, TableBatch] = field(default_factory=dict)
@@ -104,8 +105,9 @@ class _Transaction:
 class Gatherer:
     """Turns CopyData frames into batches.
 
-    ``route(relation)`` binds a Relation message, or returns None for a table that is not ours. ``applied`` is the exclusive
-    bound of what is already written: a transaction is skipped iff its commit LSN is below it (R44).
+    ``route(relation)`` binds a Relation message, or returns None for a table that is not ours.
+    ``applied`` is the exclusive bound of what is already written: a transaction is skipped iff its
+    commit LSN is below it (R44).
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class Gatherer:
         self.counts: dict[MessageKind, int] = {}
         self.ignored_changes = 0
 
-    # -- what the engine asks --------------------------------------------------------------------------------------
+    # -- what the engine asks
 
     @property
     def in_transaction(self) -> bool:
@@ -178,7 +180,7 @@ class Gatherer:
             self._seal()
         return self._sealed.popleft()
 
-    # -- frames ----------------------------------------------------------------------------------------------------
+    # -- frames
 
     def feed(self, frame: bytes) -> None:
         """Take one CopyData frame. Raises :class:`ProtocolError` and what ``route`` raises."""
@@ -197,7 +199,8 @@ class Gatherer:
         self.reply_requested |= keepalive.reply_requested
         self.counts["keepalive"] = self.counts.get("keepalive", 0) + 1
         self.clock_offset_seconds = unix_seconds(keepalive.send_time) - time.time()
-        # With no transaction open, everything before walEnd has been received; an open one commits at or after it.
+        # With no transaction open, everything before walEnd has been received; an open one commits
+        # at or after it.
         if self._transaction is None:
             self._reach(keepalive.wal_end)
 
@@ -234,12 +237,13 @@ class Gatherer:
                 pass
             case _:
                 raise ProtocolError(
-                    f"{type(message).__name__} message in a stream that was started without streaming and two_phase"
+                    f"{type(message).__name__} message in a stream that was started without "
+                    "streaming and two_phase"
                 )
         name = _KINDS[type(message)]
         self.counts[name] = self.counts.get(name, 0) + 1
 
-    # -- transactions ----------------------------------------------------------------------------------------------
+    # -- transactions
 
     def _begin(self, message: m.Begin) -> None:
         if self._transaction is not None:
@@ -272,7 +276,7 @@ class Gatherer:
         self._batch = Batch()
         self._batch_changes = 0
 
-    # -- changes ---------------------------------------------------------------------------------------------------
+    # -- changes
 
     def _change(self, message: m.Insert | m.Update | m.Delete) -> None:
         transaction = self._current(type(message).__name__)
@@ -292,7 +296,8 @@ class Gatherer:
         known = batch.bindings.get(oid)
         if known is not binding:
             if known is not None:
-                # The plan or the tuple order changed inside the batch: rows of two shapes do not mix.
+                # The plan or the tuple order changed inside the batch: rows of two shapes do not
+                # mix.
                 self._seal()
                 batch = self._batch
             batch.bindings[oid] = binding
@@ -370,9 +375,11 @@ class Gatherer:
 
 
 def _take_from_old(new: Row, old: Row, *, whole: bool, key: tuple[int, ...]) -> Row:
-    """Take UNCHANGED values from the old tuple: all of them if it is the whole row (R20), else the key's (R24).
+    """Take UNCHANGED values from the old tuple: all of them if it is the whole row (R20), else the
+    key's (R24).
 
-    Columns of a key tuple that are not part of the key are NULL without meaning it (R27), so they are never read.
+    Columns of a key tuple that are not part of the key are NULL without meaning it (R27), so they
+    are never read.
     """
     if UNCHANGED not in new:
         return new

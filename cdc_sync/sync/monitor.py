@@ -1,4 +1,5 @@
-"""Watching the source: slot, retained WAL, the server's position, and the tables' columns, every few seconds."""
+"""Watching the source: slot, retained WAL, the server's position, and the tables' columns, every
+few seconds."""
 
 from __future__ import annotations
 

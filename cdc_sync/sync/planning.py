@@ -1,4 +1,5 @@
-"""Planning: from the configuration and the catalog to the tables of the pipeline. Changes nothing."""
+"""Planning: from the configuration and the catalog to the tables of the pipeline. Changes
+nothing."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def plan_options(settings: TableSettings) -> PlanOptions:
 def plan_pipeline(connection: PgConnection, settings: Settings) -> PipelinePlan:
     """Read the catalog and plan every table.
 
-    Raises :class:`SourceError`, :class:`MappingError` or :class:`ConfigError` naming the table and the remedy.
+    Raises :class:`SourceError`, :class:`MappingError` or :class:`ConfigError` naming the table and
+    the remedy.
     """
     server = server_info(connection)
     publication = read_publication(connection, settings.source.publication)
@@ -94,7 +96,8 @@ def plan_table(table: Table, options: PlanOptions, publication: Publication | No
 
 
 def fingerprint(planned: PlannedTable) -> str:
-    """``configuration:schema``: which configuration and which columns a collection was filled by."""
+    """``configuration:schema``: which configuration and which columns a collection was filled
+    by."""
     configuration = hashlib.sha256(repr(planned.options).encode()).hexdigest()[:16]
     return f"{configuration}:{plan_fingerprint(planned.plan)}"
 
@@ -121,7 +124,8 @@ def _check_distinct(planned: Sequence[PlannedTable]) -> None:
         namespaces = {t.plan.namespace for t in tables}
         if None in namespaces or len(namespaces) < len(tables):
             raise ConfigError(
-                f"tables {names} share the collection {collection!r}: equal keys would overwrite each other's points",
+                f"tables {names} share the collection {collection!r}: equal keys would overwrite "
+                "each other's points",
                 "Give each of them a different namespace, or a collection of its own.",
             )
         if any(t.plan.vectors != tables[0].plan.vectors for t in tables):

@@ -1,9 +1,10 @@
 """The tables of the pipeline as the stream sees them, and which of them must be read again.
 
-DDL says nothing in the stream by itself (R30), and rows that exist get no message when a column is added with a default or
-dropped. So a table's points can be of older columns than the table. Each table has a *synced* column list: that of its first
-copy, or of its last resync. Whatever is written by other columns, or found in the catalog with other columns, makes the table
-stale; a stale table is read again as a whole by :mod:`cdc_sync.sync.resync`.
+DDL says nothing in the stream by itself (R30), and rows that exist get no message when a column is
+added with a default or dropped. So a table's points can be of older columns than the table. Each
+table has a *synced* column list: that of its first copy, or of its last resync. Whatever is written
+by other columns, or found in the catalog with other columns, makes the table stale; a stale table
+is read again as a whole by :mod:`cdc_sync.sync.resync`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Relations:
                     self._mark(planned, "columns changed while the pipeline was down")
 
     def route(self, relation: Relation) -> Binding | None:
-        """Bind a Relation message; None for a table that is not configured. Raises as :func:`bind`."""
+        """Bind a Relation message; None for a table that is not configured. Raises as
+        :func:`bind`."""
         planned = self._planned.get(relation.oid)
         if planned is None:
             if relation.oid not in self._ignored:

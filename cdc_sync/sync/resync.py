@@ -1,10 +1,12 @@
 """Resync: reading tables again as a whole under the running stream.
 
-The applier stands still, a snapshot S is taken, the tables are copied under S, and the stream goes on.
-That is exact iff every transaction applied so far, be it in part, is visible in S (design, section 5.4): a commit is streamed before it is
-visible, so a snapshot in which an applied transaction is still running is thrown away and taken again. What was applied by an
-earlier life of the daemon is not known by id; all of that had begun before this life did, so the first resync waits until
-every transaction of that time is over. Everything later than S comes by the stream and is written over the copy.
+The applier stands still, a snapshot S is taken, the tables are copied under S, and the stream goes
+on. That is exact iff every transaction applied so far, be it in part, is visible in S (design,
+section 5.4): a commit is streamed before it is visible, so a snapshot in which an applied
+transaction is still running is thrown away and taken again. What was applied by an earlier life of
+the daemon is not known by id; all of that had begun before this life did, so the first resync waits
+until every transaction of that time is over. Everything later than S comes by the stream and is
+written over the copy.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class RecentTransactions:
         self._applied.add(xid)
 
     def all_visible(self, xmin: int, xmax: int, running: frozenset[int]) -> bool:
-        """Whether everything applied is visible in the snapshot. Forgets what every later snapshot will see too."""
+        """Whether everything applied is visible in the snapshot. Forgets what every later snapshot
+        will see too."""
         if xmin < self._horizon:
             return False
         invisible = set()
@@ -74,7 +77,7 @@ class Resync:
         relations: Relations,
         metrics: Metrics,
         backfill: Backfill,
-        retry: Callable[[Callable[[], Awaitable[None]], str], Awaitable[None]],
+        retry: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]],
     ) -> None:
         self._settings = settings
         self._sink = sink
@@ -86,7 +89,8 @@ class Resync:
         self.recent: RecentTransactions | None = None
 
     def open(self) -> None:
-        """Read the horizon of this life and the tables' columns. Blocking. Raises :class:`SourceError`."""
+        """Read the horizon of this life and the tables' columns. Blocking. Raises
+        :class:`SourceError`."""
         with connect(self._settings.source, application_name="cdc_sync watch") as connection:
             if self.recent is None:
                 self.recent = RecentTransactions(transaction_horizon(connection))
@@ -107,7 +111,7 @@ class Resync:
         """Read all stale tables again. The applier must be at rest until this returns."""
         stale = sorted(self._relations.stale)
         for oid in stale:
-            await self._retry(lambda oid=oid: self._table(oid), "source")  # type: ignore[misc]
+            await self._retry(lambda oid=oid: self._table(oid))  # type: ignore[misc]
 
     async def _table(self, oid: int) -> None:
         planned = await asyncio.to_thread(self._plan, oid)

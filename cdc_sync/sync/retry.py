@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -12,7 +13,8 @@ from cdc_sync.errors import CdcSyncError, Retry, SinkError
 
 T = TypeVar("T")
 
-#: Exponential backoff with full jitter: between nothing and this, doubling from the first to the second.
+#: Exponential backoff with full jitter: between nothing and this, doubling from the first to the
+#: second.
 FIRST_BACKOFF_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 10.0
 
@@ -39,12 +41,14 @@ def is_transient(error: BaseException) -> bool:
 
 
 async def retrying(
-    operation: Callable[[], Awaitable[T]], on_retry: Callable[[CdcSyncError, float], None]
+    operation: Callable[[], Awaitable[T]],
+    on_retry: Callable[[CdcSyncError, float], None],
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> T:
     """Run ``operation`` until it succeeds or fails for good.
 
-    Transient kinds are retried without end; ``on_retry(error, seconds until the next try)`` is called before each wait.
-    Everything else is raised as it is.
+    Transient kinds are retried without end; ``on_retry(error, seconds until the next try)`` is
+    called before each wait. Everything else is raised as it is, and so is what ``sleep`` raises.
     """
 
     def before_sleep(state: RetryCallState) -> None:
@@ -57,6 +61,7 @@ async def retrying(
         wait=_Backoff(),
         stop=stop_never,
         before_sleep=before_sleep,
+        sleep=sleep,
         reraise=True,
     ):
         with attempt:

@@ -1,8 +1,9 @@
 """Routing: from a relation of the stream to the plan of a table.
 
-A Relation message describes the tuples that follow it. Its columns may be fewer, more or in another order than those of the
-plan, so each message gets a :class:`Binding` which brings tuples into plan order. Most Relation messages repeat what is known
-(R15); a real difference gives a new plan from that point of the stream on.
+A Relation message describes the tuples that follow it. Its columns may be fewer, more or in another
+order than those of the plan, so each message gets a :class:`Binding` which brings tuples into plan
+order. Most Relation messages repeat what is known (R15); a real difference gives a new plan from
+that point of the stream on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from cdc_sync.rows import PointId, Row
 class PlannedTable:
     """A table of the pipeline with its plan.
 
-    ``ignored``: columns the table has and the plan leaves out. ``row_filter``: the publication's, as SQL.
+    ``ignored``: columns the table has and the plan leaves out. ``row_filter``: the publication's,
+    as SQL.
     """
 
     table: Table
@@ -43,9 +45,9 @@ class PlannedTable:
 class Binding:
     """How tuples of one Relation message become rows in plan order.
 
-    ``order`` gives for each plan column its place in the tuple, or is None when tuples are in plan order as they come.
-    ``types`` are the columns' types by which the plan was made; ``replanned`` says that the plan differs from the one
-    before the message.
+    ``order`` gives for each plan column its place in the tuple, or is None when tuples are in plan
+    order as they come. ``types`` are the columns' types by which the plan was made; ``replanned``
+    says that the plan differs from the one before the message.
     """
 
     planned: PlannedTable
@@ -67,8 +69,9 @@ ResolveType = Callable[[int, int], PgType]
 def bind(planned: PlannedTable, relation: Relation, resolve: ResolveType) -> Binding:
     """Bind a Relation message to its table, with a new plan where the columns really differ.
 
-    ``resolve`` gives the type for an OID and a type modifier. Raises :class:`SourceError` when the replica identity no
-    longer covers the key (R22), :class:`MappingError` when the new columns cannot be mapped.
+    ``resolve`` gives the type for an OID and a type modifier. Raises :class:`SourceError` when the
+    replica identity no longer covers the key (R22), :class:`MappingError` when the new columns
+    cannot be mapped.
     """
     _check_identity(planned, relation)
     plan = planned.plan
@@ -78,7 +81,7 @@ def bind(planned: PlannedTable, relation: Relation, resolve: ResolveType) -> Bin
         columns = [c for c in columns if c.name in wanted]
     found = [(c.name, resolve(c.type_oid, c.type_modifier)) for c in columns]
     known = {c.name: c.type for c in plan.columns}
-    replanned = {name: type_ for name, type_ in found} != known
+    replanned = dict(found) != known
     if replanned:
         plan = replan(plan, found, planned.options)
         planned = PlannedTable(
@@ -107,7 +110,8 @@ def _check_identity(planned: PlannedTable, relation: Relation) -> None:
     if relation.replica_identity == "n":
         raise SourceError(
             ErrorKind.TABLE_UNUSABLE,
-            f"table {planned.name} now has REPLICA IDENTITY NOTHING: its updates and deletes cannot be followed",
+            f"table {planned.name} now has REPLICA IDENTITY NOTHING: its updates and deletes "
+            "cannot be followed",
             f"Run: ALTER TABLE {table} REPLICA IDENTITY DEFAULT;",
         )
     identity = {column.name for column in relation.columns if column.key}
@@ -118,5 +122,6 @@ def _check_identity(planned: PlannedTable, relation: Relation) -> None:
             ErrorKind.TABLE_UNUSABLE,
             f"the replica identity of table {planned.name} no longer covers its key column"
             f"{'s' if len(missing) > 1 else ''} {', '.join(missing)}",
-            f"Run: ALTER TABLE {table} REPLICA IDENTITY DEFAULT; or name the identity's columns as the key.",
+            f"Run: ALTER TABLE {table} REPLICA IDENTITY DEFAULT; or name the identity's columns as "
+            "the key.",
         )

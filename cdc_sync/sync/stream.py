@@ -2,13 +2,17 @@
 
 Three loops share the connection on one event loop:
 
-- the reader feeds frames to the gatherer, and pauses while a full batch waits (memory is bounded, invariant 6);
-- the writer takes what is there as soon as the sink is idle (natural batching), applies it, and moves the position;
-- the clock confirms the position when it has moved, at most every :data:`CONFIRM_SECONDS`, and in any case often enough for
+- the reader feeds frames to the gatherer, and pauses while a full batch waits (memory is bounded,
+  invariant 6);
+- the writer takes what is there as soon as the sink is idle (natural batching), applies it, and
+  moves the position;
+- the clock confirms the position when it has moved, at most every :data:`CONFIRM_SECONDS`, and in
+  any case often enough for
   ``wal_sender_timeout``, also while the reader pauses (R1, R2).
 
-On any end the batch in flight is finished before the session ends, never cancelled half-way: the next session sends the same
-changes again, and no two requests for one point may be in flight together.
+On any end the batch in flight is finished before the session ends, never cancelled half-way: the
+next session sends the same changes again, and no two requests for one point may be in flight
+together.
 """
 
 from __future__ import annotations
@@ -30,9 +34,11 @@ from cdc_sync.sync.gather import Batch, Gatherer
 
 log = get_logger(__name__)
 
-#: Least time between two confirmations: each is a message, and for an embedded database a flush to disk.
+#: Least time between two confirmations: each is a message, and for an embedded database a flush to
+#: disk.
 CONFIRM_SECONDS = 0.25
-#: Least time between two answers to keepalives that ask for one (a server that is answered at once may ask at once).
+#: Least time between two answers to keepalives that ask for one (a server that is answered at once
+#: may ask at once).
 _REPLY_SECONDS = 0.1
 #: How much one read takes from the connection before others get a turn.
 _READ_FRAMES = 512
@@ -44,8 +50,9 @@ _IDLE_SECONDS = 1.0
 class Positions:
     """Where the pipeline stands; they only grow.
 
-    ``received``: end of what came over the wire. ``applied``: everything before it has been completed by Qdrant, an exclusive
-    bound. ``confirmed``: what Postgres was told. ``server_end``: the server's end of WAL as far as known.
+    ``received``: end of what came over the wire. ``applied``: everything before it has been
+    completed by Qdrant, an exclusive bound. ``confirmed``: what Postgres was told. ``server_end``:
+    the server's end of WAL as far as known.
     """
 
     received: int = 0
@@ -62,10 +69,11 @@ class BatchWriter(Protocol):
 
 @dataclass(slots=True)
 class StreamSession:
-    """One life of the replication connection. :meth:`run` returns after ``stop`` is set, and raises what ended it else.
+    """One life of the replication connection. :meth:`run` returns after ``stop`` is set, and raises
+    what ended it else.
 
-    ``between(batch)`` is called with the applier at rest after each batch, and with None now and then when there is
-    nothing to write; it may hold the stream at that point.
+    ``between(batch)`` is called with the applier at rest after each batch, and with None now and
+    then when there is nothing to write; it may hold the stream at that point.
     """
 
     connection: ReplicationConnection
@@ -89,7 +97,8 @@ class StreamSession:
     _let_go: bool = False
 
     async def run(self) -> None:
-        """Stream until stopped. Raises :class:`SourceError` when the connection ends, and what the applier raises."""
+        """Stream until stopped. Raises :class:`SourceError` when the connection ends, and what the
+        applier raises."""
         reader = asyncio.create_task(self._read(), name="reader")
         writer = asyncio.create_task(self._write(), name="writer")
         clock = asyncio.create_task(self._keep_time(), name="clock")
@@ -107,7 +116,8 @@ class StreamSession:
                 task.result()
 
     async def _finish(self, writer: asyncio.Task[None], *others: asyncio.Task[object]) -> None:
-        """Wait for the batch in flight. If this is cancelled (the grace period is over) the writer goes too."""
+        """Wait for the batch in flight. If this is cancelled (the grace period is over) the writer
+        goes too."""
         self._news.set()
         if self._let_go:
             self.connection.close()
@@ -124,7 +134,7 @@ class StreamSession:
             # The connection may be gone; what was not confirmed is sent again.
             await self._confirm(force=True)
 
-    # -- reader ----------------------------------------------------------------------------------------------------
+    # -- reader
 
     async def _read(self) -> None:
         gatherer = self.gatherer
@@ -170,7 +180,8 @@ class StreamSession:
         self.metrics.stage_seconds["buffer_wait"].inc(time.perf_counter() - started)
 
     async def _wait_readable(self) -> None:
-        """Wait until the socket is readable, at most a second: TLS may hold bytes that the socket does not show (R4)."""
+        """Wait until the socket is readable, at most a second: TLS may hold bytes that the socket
+        does not show (R4)."""
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
@@ -185,7 +196,7 @@ class StreamSession:
             loop.remove_reader(descriptor)
         self.metrics.stage_seconds["receive_wait"].inc(time.perf_counter() - started)
 
-    # -- writer ----------------------------------------------------------------------------------------------------
+    # -- writer
 
     async def _write(self) -> None:
         while not self._ending:
@@ -231,7 +242,7 @@ class StreamSession:
         for changes in batch.transaction_changes:
             self.metrics.transaction_changes.observe(changes)
 
-    # -- clock -----------------------------------------------------------------------------------------------------
+    # -- clock
 
     async def _keep_time(self) -> None:
         while True:
@@ -246,11 +257,13 @@ class StreamSession:
                 self._send_status("timer")
             self._publish()
             if self._stalled_seconds > self.let_go_seconds:
-                # A consumer that answers and does not advance holds up a fast shutdown of Postgres (R7).
+                # A consumer that answers and does not advance holds up a fast shutdown of Postgres
+                # (R7).
                 self._let_go = True
                 raise SourceError(
                     ErrorKind.SOURCE_UNAVAILABLE,
-                    f"let go of the slot: Qdrant has not completed a batch for {self.let_go_seconds:.0f} s",
+                    f"let go of the slot: Qdrant has not completed a batch for "
+                    f"{self.let_go_seconds:.0f} s",
                     "The connection is taken up again once Qdrant has completed it.",
                 )
 
@@ -273,7 +286,8 @@ class StreamSession:
             log.debug("position_confirmed", lsn=str(Lsn(self.positions.confirmed)))
 
     def _send_status(self, trigger: Trigger) -> None:
-        # A batch of the last session may have been completed since: a connection reports only what came over itself.
+        # A batch of the last session may have been completed since: a connection reports only what
+        # came over itself.
         received = self.connection.received_lsn
         self.connection.send_status(received, min(self.positions.confirmed, received))
         self._last_status = time.monotonic()

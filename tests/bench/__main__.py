@@ -1,11 +1,13 @@
-"""``make bench``: what our part costs, beside the limits that Postgres sets, measured in the same run.
+"""``make bench``: what our part costs, beside the limits that Postgres sets, measured in the same
+run.
 
 - drain limit: reading a slot's binary pgoutput frames through libpq and dropping them
 - copy limit: COPY BINARY of the table, read through libpq and dropped
-- ours: the same frames or rows decoded, mapped and encoded into finished Qdrant requests, which nobody receives
+- ours: the same frames or rows decoded, mapped and encoded into finished Qdrant requests, which
+  nobody receives
 
-Each figure is the median over rounds in which limit and ours take turns; the ratio is taken round by round. Absolute rates
-mean little on a shared machine, ratios and CPU a row do.
+Each figure is the median over rounds in which limit and ours take turns; the ratio is taken round
+by round. Absolute rates mean little on a shared machine, ratios and CPU a row do.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ LOAD = """
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured way: medians over rounds. ``ratio``: rate relative to the limit's in the same round."""
+    """One measured way: medians over rounds. ``ratio``: rate relative to the limit's in the same
+    round."""
 
     name: str
     rows: int
@@ -105,7 +108,7 @@ class Bench:
         connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", (name,))
         return name
 
-    # -- the stream ------------------------------------------------------------------------------------------------
+    # -- the stream
 
     def drain(self, slot: str, take: Callable[[bytes], None] | None) -> None:
         """Read all changes of the slot, from its beginning (nothing is ever confirmed)."""
@@ -120,7 +123,8 @@ class Bench:
                 for frame in frames:
                     if take is not None:
                         take(frame)
-                # Begin, Relation, Type and Commit are few; the last frames tell when all rows are in.
+                # Begin, Relation, Type and Commit are few; the last frames tell when all rows are
+                # in.
                 seen += len(frames)
         finally:
             connection.close()
@@ -151,7 +155,7 @@ class Bench:
                 codec.point_id(point_id)
                 codec.payload_entries(row, 1)
 
-    # -- the copy --------------------------------------------------------------------------------------------------
+    # -- the copy
 
     def copy_drain(self) -> None:
         with psycopg.connect(self.source.url.get_secret_value()) as connection:

@@ -541,7 +541,7 @@ def test_partial_update_of_a_missing_point_is_not_found(
 def test_partial_update_with_a_missing_id_is_applied_in_part(
     client: QdrantClient, plain: str
 ) -> None:
-    """Ids go in chunks of 32: present ids of the failing chunk are written, later chunks are not."""
+    """Chunks of 32 ids: present ids of the failing chunk are written, later chunks are not."""
     client.upsert(plain, [point(n, {}) for n in range(1, 41)])
     ids = [999, *range(1, 41)]
     code, text = refused(lambda: client.set_payload(plain, {"done": 1}, points=ids))

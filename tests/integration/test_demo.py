@@ -8,21 +8,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import psycopg
 import pytest
 
 from cdc_sync.demo.dataset import Dataset, load_dataset
 from cdc_sync.demo.leftovers import DIRECTORY_PREFIX
-from cdc_sync.demo.run import run_demo
+from cdc_sync.demo.run import INTERRUPTED, run_demo
 from cdc_sync.demo.table import create_indexes, create_table, load_rows, search_postgres
 from cdc_sync.demo.verdict import ExpectedPoint, compare, read_rows
 from cdc_sync.demo.writer import KEY_OFFSET, Writer
 from cdc_sync.errors import ConfigError, ExitCode
-from cdc_sync.qdrant.sink import StoredPoint
+from cdc_sync.qdrant.edge_writer import EdgeWriter
+from cdc_sync.qdrant.sink import Applied, Changes, StoredPoint
 from tests.support.fix_postgres import Database
 
 ROWS: Final = 300
@@ -37,13 +39,13 @@ def dataset() -> Dataset:
 
 
 @pytest.fixture
-def connection(database18: Database, dataset: Dataset) -> psycopg.Connection:
+def connection(database18: Database, dataset: Dataset) -> Iterator[psycopg.Connection]:
     """A database with the demo's table in it."""
-    connection = psycopg.connect(database18.url, autocommit=True)
-    create_table(connection)
-    assert list(load_rows(connection, dataset))[-1] == ROWS
-    create_indexes(connection)
-    return connection
+    with psycopg.connect(database18.url, autocommit=True) as connection:
+        create_table(connection)
+        assert list(load_rows(connection, dataset))[-1] == ROWS
+        create_indexes(connection)
+        yield connection
 
 
 def stored(expected: Mapping[int, ExpectedPoint]) -> list[StoredPoint]:
@@ -71,16 +73,15 @@ def test_the_loaded_table_is_the_data_set(connection: psycopg.Connection, datase
         assert row.payload["tags"] == package.tags
         assert row.payload["relations"] == package.relations
         assert row.payload["installed_size"] == package.installed_size
-        assert row.vector == dataset.vectors[key - 1].tolist()
+        assert np.array_equal(np.array(row.vector, np.float32), dataset.vectors[key - 1])
 
 
 def test_some_vectors_are_out_of_line(connection: psycopg.Connection) -> None:
     """Only then do metadata updates reach the pipeline without their vectors."""
-    found = connection.execute(
-        "SELECT count(DISTINCT chunk_id), count(*) FROM pg_toast.pg_toast_{}".format(
-            connection.execute("SELECT 'packages'::regclass::oid").fetchone()[0]  # type: ignore[index]
-        ).encode()
-    ).fetchone()
+    table = connection.execute("SELECT 'packages'::regclass::oid").fetchone()
+    assert table is not None
+    chunks = f"SELECT count(DISTINCT chunk_id) FROM pg_toast.pg_toast_{table[0]}"
+    found = connection.execute(chunks.encode()).fetchone()
     assert found is not None
     assert ROWS * 0.2 < found[0] < ROWS
 
@@ -220,16 +221,35 @@ def test_kept_running_until_a_signal(temporary: Path, number: signal.Signals) ->
 
 
 @pytest.mark.slow
-def test_interrupted_while_it_streams(temporary: Path) -> None:
-    process = start("plain=True, seconds=60, rows=200", temporary)
+@pytest.mark.parametrize("moment", ["listens on", r"rows \d+  points \d+"])
+def test_interrupted_in_the_midst(temporary: Path, moment: str) -> None:
+    process = start("plain=True, seconds=60", temporary)
     assert process.stdout is not None
     seen = ""
     for line in process.stdout:
         seen += line
-        if re.search(r"rows \d+  points \d+", line):
+        if re.search(moment, line):
             break
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, seen + rest
+    assert process.returncode == INTERRUPTED, seen + rest
     assert "Traceback" not in rest
     assert leftovers(temporary) == []
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_forgets_deletes_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole run again, with a fault in the pipeline: the demo must not end with 0."""
+    apply = EdgeWriter.apply
+
+    async def forgetful(self: EdgeWriter, changes: Changes) -> Applied:
+        changes.deletes.clear()
+        return await apply(self, changes)
+
+    monkeypatch.setattr(EdgeWriter, "apply", forgetful)
+    assert run_demo(plain=True, seconds=0.5, rows=100) == ExitCode.DIFFERENCES
+    output = capsys.readouterr().out
+    assert "DIFFERENT" in output
+    assert re.search(r"point \d+: has no row", output)

@@ -1,4 +1,5 @@
-"""The spine: a table is copied, followed, and ends equal, into a server and into an embedded database."""
+"""The spine: a table is copied, followed, and ends equal, into a server and into an embedded
+database."""
 
 from __future__ import annotations
 

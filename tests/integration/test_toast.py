@@ -1,4 +1,5 @@
-"""The vector survives: updates that do not carry it, under every replica identity (invariants 4 and 5)."""
+"""The vector survives: updates that do not carry it, under every replica identity (invariants 4 and
+5)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def vector(seed: float, dim: int = DIM) -> str:
 
 def create_docs(database: Database, identity: str = "DEFAULT", rows: int = 6) -> None:
     database.execute(
-        f"CREATE TABLE docs (id bigint PRIMARY KEY, note text, body text, emb vector({DIM}), other vector(4))"
+        f"CREATE TABLE docs (id bigint PRIMARY KEY, note text, body text, emb vector({DIM}), other "
+        "vector(4))"
     )
     for i in range(rows):
         database.execute(

@@ -1,4 +1,5 @@
-"""The daemon as users run it: a process of its own, started from a TOML file, watched from outside."""
+"""The daemon as users run it: a process of its own, started from a TOML file, watched from
+outside."""
 
 from __future__ import annotations
 
@@ -78,7 +79,7 @@ class Daemon:
         self._port: int | None = None
         self._log_start = 0
 
-    # -- life ------------------------------------------------------------------------------------------------------
+    # -- life
 
     def start(self, *arguments: str, wait: bool = True) -> Daemon:
         self._port = None
@@ -133,7 +134,7 @@ class Daemon:
         found: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
         return found
 
-    # -- what it says ----------------------------------------------------------------------------------------------
+    # -- what it says
 
     def log(self) -> str:
         """The log since the last start."""
@@ -216,7 +217,8 @@ class Daemon:
 
             def reached() -> bool:
                 row = connection.execute(
-                    "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s",
+                    "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE "
+                    "slot_name = %s",
                     (target[0], self.slot),
                 ).fetchone()
                 if row is not None and row[0]:

@@ -1,4 +1,5 @@
-"""Fixtures that put a daemon between a test's database and a target, and compare both at the end."""
+"""Fixtures that put a daemon between a test's database and a target, and compare both at the
+end."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Synced:
         return self.database.execute(query, parameters)
 
     def differences(self) -> list[Difference]:
-        """Compare once the daemon has caught up. An embedded database is locked, so there the daemon is stopped first."""
+        """Compare once the daemon has caught up. An embedded database is locked, so there the
+        daemon is stopped first."""
         if self.daemon.running:
             self.daemon.wait_caught_up()
         if self.qdrant is None and self.daemon.running:
@@ -62,8 +64,8 @@ SyncTable = Callable[..., Synced]
 def sync_table(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SyncTable]:
     """Make a daemon for a table: ``sync_table(database, "docs", target="server"|"edge", ...)``.
 
-    ``start=False`` leaves starting to the test. Other keywords go to the table's configuration; ``pipeline``, ``qdrant`` and
-    ``pg_url`` to the daemon's.
+    ``start=False`` leaves starting to the test. Other keywords go to the table's configuration;
+    ``pipeline``, ``qdrant`` and ``pg_url`` to the daemon's.
     """
     with ExitStack() as stack:
 

@@ -2,4 +2,8 @@
 
 from __future__ import annotations
 
-pytest_plugins = ["tests.support.fix_postgres", "tests.support.fix_qdrant", "tests.support.fix_pipeline"]
+pytest_plugins = [
+    "tests.support.fix_postgres",
+    "tests.support.fix_qdrant",
+    "tests.support.fix_pipeline",
+]

@@ -16,7 +16,7 @@ import grpc
 from qdrant_client import QdrantClient
 
 from tests.support.qdrant_faults import RANDOM_KINDS, Fault, FaultKind, RandomKind
-from tests.support.qdrant_server import CONTROL, OBSERVER
+from tests.support.qdrant_node import CONTROL, OBSERVER
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CALL_TIMEOUT = 20.0

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import grpc
 
@@ -65,6 +65,12 @@ class Fault:
     message: str = "Socket closed"
     retry_after: float | None = None
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(FaultKind):
+            raise ValueError(f"unknown kind of fault {self.kind}: one of {get_args(FaultKind)}")
+        if self.code not in grpc.StatusCode.__members__:
+            raise ValueError(f"unknown gRPC code {self.code}")
 
     def refusal(self) -> RefusalError:
         trailers = () if self.retry_after is None else (("retry-after", f"{self.retry_after:g}"),)

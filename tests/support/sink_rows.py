@@ -33,7 +33,9 @@ def pgvector(name: str, size: int = -1) -> PgType:
 
 def array_of(element: PgType) -> PgType:
     """An array type."""
-    return PgType(70001, "public", f"_{element.name}", TypeKind.ARRAY, element, typmod=element.typmod)
+    return PgType(
+        70001, "public", f"_{element.name}", TypeKind.ARRAY, element, typmod=element.typmod
+    )
 
 
 BIT = PgType(1560, "pg_catalog", "bit", typmod=8)

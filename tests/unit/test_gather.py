@@ -157,7 +157,8 @@ def test_a_keepalive_behind_changes_is_reached_only_with_them() -> None:
 
 @pytest.mark.requirement("R44")
 def test_a_transaction_that_begins_at_the_applied_position_is_applied() -> None:
-    """ "Applied" is an exclusive bound: a keepalive may have confirmed exactly the LSN at which the next commit lands."""
+    """ "Applied" is an exclusive bound: a keepalive may have confirmed exactly the LSN at which the
+    next commit lands."""
     stream = Stream(applied=100)
     stream.transaction(99, RELATION, m.Insert(OID, row(1)))
     stream.transaction(100, m.Insert(OID, row(2)))

@@ -1,0 +1,31 @@
+"""``cdc-sync demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cdc_sync.cli.app import Command, app
+
+
+@app.command(cls=Command)
+def demo(
+    keep: Annotated[
+        bool | None,
+        typer.Option("--keep", help="Go on after the verdict, until Ctrl-C.", show_default=False),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(metavar="N", help="Rows to begin with.")] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the data here. Default: a temporary directory."),
+    ] = None,
+    plain: Annotated[
+        bool | None, typer.Option("--plain", help="Print lines only.", show_default=False)
+    ] = None,
+) -> int:
+    """Show the whole thing at work: Postgres and Qdrant embedded, nothing else to install."""
+    from cdc_sync.demo.run import run_demo
+
+    return run_demo(keep=bool(keep), rows=rows, directory=directory, plain=bool(plain))

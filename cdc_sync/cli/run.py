@@ -1,0 +1,58 @@
+"""``cdc-sync run``."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import types
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cdc_sync.cli.app import Command, app
+from cdc_sync.cli.options import takes_settings
+
+if TYPE_CHECKING:
+    from cdc_sync.loading import LoadedSettings
+
+
+@app.command(cls=Command)
+@takes_settings
+def run(
+    loaded: LoadedSettings,
+    restart: Annotated[
+        bool | None,
+        typer.Option(
+            "--migration.restart",
+            help="Forget the pipeline's records, clear its collections and copy again.",
+            show_default=False,
+        ),
+    ] = None,
+) -> int:
+    """Copy the tables, then follow every change, until stopped.
+
+    Takes a TOML file, or flags for one table; flags override the file.
+    """
+    with _ended_by_sigterm():
+        from cdc_sync.sync.daemon import run_pipeline
+
+        return run_pipeline(loaded.settings, restart=bool(restart))
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process while imports are under way.
+
+    As process 1 of a container there is no default action. The pipeline installs its own handler.
+    """
+
+    def leave(_number: int, _frame: types.FrameType | None) -> None:
+        sys.exit(0)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
