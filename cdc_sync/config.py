@@ -144,6 +144,11 @@ class PipelineSettings(_Section):
     status_interval_seconds: float = Field(
         10.0, gt=0, description="How often the position is reported at the least."
     )
+    startup_timeout_seconds: float = Field(
+        15.0,
+        ge=0,
+        description="How long to try for a first connection to Postgres and to Qdrant.",
+    )
     shutdown_timeout_seconds: float = Field(
         25.0, gt=0, description="How long a graceful stop may take."
     )

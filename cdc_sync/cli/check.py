@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdc_sync.cli.app import Command, app
 from cdc_sync.cli.options import takes_settings
 from cdc_sync.errors import CdcSyncError, ExitCode, policy
 
@@ -23,7 +22,6 @@ _COLOURS = {"ok": typer.colors.GREEN, "warning": typer.colors.YELLOW, "error": t
 _SEVERITY_WIDTH = len("warning")
 
 
-@app.command(cls=Command)
 @takes_settings
 def check(
     loaded: LoadedSettings,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdc_sync.cli.app import Command, config_app
 from cdc_sync.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ _HEADER = """\
 """
 
 
-@config_app.command("init", cls=Command)
 def config_init(
     output: Annotated[
         Path | None,
@@ -41,8 +39,10 @@ def config_init(
         typer.echo(text, nl=False)
         return 0
     _write_new(output, text)
-    typer.echo(f"Wrote {output}. Set url and tables, then: cdc-sync check --config {output}",
-    err=True) return 0
+    typer.echo(
+        f"Wrote {output}; set url and tables, then: cdc-sync check --config {output}", err=True
+    )
+    return 0
 
 
 def settings_toml() -> str:
@@ -105,5 +105,6 @@ def _write_new(path: Path, text: str) -> None:
         ) from None
     except OSError as error:
         raise ConfigError(
-            f"Cannot write {path}: {error.strerror}.", "Name a file in a directory you may write to."
+            f"Cannot write {path}: {error.strerror}.",
+            "Name a file in a directory you may write to.",
         ) from error

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdc_sync.cli.app import Command, config_app
 from cdc_sync.cli.options import takes_settings
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 _VALUE_WIDTH = 48
 
 
-@config_app.command("show", cls=Command)
 @takes_settings
 def config_show(
     loaded: LoadedSettings,

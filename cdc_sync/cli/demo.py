@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cdc_sync.cli.app import Command, app
 
-
-@app.command(cls=Command)
 def demo(
     keep: Annotated[
         bool | None,

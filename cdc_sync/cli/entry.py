@@ -15,13 +15,24 @@ from collections.abc import Sequence
 
 import typer
 
-# The import of a command's module registers it; the order is the order in the help.
-from cdc_sync.cli import run, check, demo, config_init, config_show, version  # noqa: F401, I001
-from cdc_sync.cli.app import Invocation, app, config_app
+from cdc_sync.cli.app import Command, Invocation, app, config_app
+from cdc_sync.cli.check import check
+from cdc_sync.cli.config_init import config_init
+from cdc_sync.cli.config_show import config_show
+from cdc_sync.cli.demo import demo
+from cdc_sync.cli.run import run
+from cdc_sync.cli.version import version
 from cdc_sync.errors import CdcSyncError, ExitCode
 
 _INTERRUPTED = 130
 
+# The order is that of the help.
+app.command(cls=Command)(run)
+app.command(cls=Command)(check)
+app.command(cls=Command)(demo)
+app.command(cls=Command)(version)
+config_app.command("init", cls=Command)(config_init)
+config_app.command("show", cls=Command)(config_show)
 app.add_typer(config_app, name="config")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -82,7 +83,7 @@ def takes_settings(command: Callable[..., int]) -> Callable[..., int]:
     The command's first parameter is the :class:`~cdc_sync.loading.LoadedSettings`; its others are
     its own options.
     """
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    own = _own_parameters(command)
     shared = _parameters()
 
     @functools.wraps(command)
@@ -98,6 +99,15 @@ def takes_settings(command: Callable[..., int]) -> Callable[..., int]:
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {option.name: option.annotation for option in parameters}
     return wrapper
+
+
+def _own_parameters(command: Callable[..., int]) -> list[inspect.Parameter]:
+    """A command's parameters after the first, whose type is not imported before it is needed."""
+    first, *others = inspect.signature(command).parameters.values()
+    names = {**vars(inspect.getmodule(command)), "LoadedSettings": object}
+    hints = typing.get_type_hints(command, globalns=names, include_extras=True)
+    assert first.name in hints
+    return [parameter.replace(annotation=hints[parameter.name]) for parameter in others]
 
 
 def _load(context: typer.Context, options: Mapping[str, object]) -> LoadedSettings:
@@ -117,7 +127,7 @@ def _load(context: typer.Context, options: Mapping[str, object]) -> LoadedSettin
 
 
 def _hint_at_secrets(overrides: Mapping[str, object]) -> None:
-    """Say on stderr when a secret is on the command line, where every process of the machine sees it."""
+    """Say on stderr when a secret is on the command line, where other users can see it."""
     from cdc_sync.ops.redaction import has_password
 
     shown = []

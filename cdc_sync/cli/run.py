@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdc_sync.cli.app import Command, app
 from cdc_sync.cli.options import takes_settings
 
 if TYPE_CHECKING:
     from cdc_sync.loading import LoadedSettings
 
 
-@app.command(cls=Command)
 @takes_settings
 def run(
     loaded: LoadedSettings,

@@ -10,10 +10,8 @@ from typing import Annotated
 import typer
 
 from cdc_sync import __version__
-from cdc_sync.cli.app import Command, app
 
 
-@app.command(cls=Command)
 def version(
     as_json: Annotated[
         bool | None, typer.Option("--json", help="Print JSON.", show_default=False)

@@ -1,5 +1,4 @@
-"""The data set of the demo: short texts about software packages, their typed columns and their
-embeddings.
+"""The data set of the demo: texts about software packages, typed columns, embeddings.
 
 ``data/README.md`` says where it comes from. The first :data:`FIRST_ROWS` packages fill the table,
 the rest are what the demo's writer inserts later. A package's id in the table is its position in

@@ -1,6 +1,4 @@
-"""``cdc-sync demo``: Postgres and Qdrant, both embedded, a small real data set, and the pipeline
-between them.
-"""
+"""``cdc-sync demo``: embedded Postgres and Qdrant, a real data set, the pipeline between."""
 
 from __future__ import annotations
 
@@ -50,13 +48,13 @@ def run_demo(
     plain: bool = False,
     seconds: float = WRITING_SECONDS,
 ) -> int:
-    """Run the demo and return its exit code: 0 if at the end every row equals its point, 3 if not,
-    130 if interrupted.
+    """Run the demo and return its exit code.
 
-    ``keep`` leaves Postgres and the pipeline running after the verdict, until Ctrl-C. ``rows`` (1
-    to 2000) takes only so many rows at first. ``directory``, which must be empty or absent,
-    receives the data of both sides and stays; without it they go to a temporary directory.
-    ``plain`` prints lines only. ``seconds`` is how long the writer writes.
+    0 if at the end every row equals its point, 3 if not, 130 if interrupted. ``keep`` leaves
+    Postgres and the pipeline running after the verdict, until Ctrl-C. ``rows`` (1 to 2000) takes
+    only so many rows at first. ``directory``, which must be empty or absent, receives the data of
+    both sides and stays; without it they go to a temporary directory. ``plain`` prints lines only.
+    ``seconds`` is how long the writer writes.
 
     Raises ConfigError when the extra ``demo`` is not installed or an argument cannot work,
     otherwise what ended the pipeline. The servers are stopped in every case.

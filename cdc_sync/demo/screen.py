@@ -68,9 +68,7 @@ class Screen:
 
     @classmethod
     def open(cls, plain: bool = False) -> Screen:
-        """A screen for standard output; plain also without a terminal, and where ``NO_COLOR`` is
-        set.
-        """
+        """Standard output; plain also without a terminal, and where ``NO_COLOR`` is set."""
         live = not plain and "NO_COLOR" not in os.environ and Console().is_terminal
         if live:
             return cls(Console(highlight=False), live=True)

@@ -1,6 +1,4 @@
-"""The part of the demo in which things happen at once: the pipeline streams, the writer writes, the
-screen watches.
-"""
+"""The demo at work: the pipeline streams, the writer writes, the screen watches."""
 
 from __future__ import annotations
 

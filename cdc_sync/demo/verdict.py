@@ -40,8 +40,10 @@ class ExpectedPoint:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The outcome: ``differences`` holds the first few, ``different`` counts the points that
-    differ, lack or exceed.
+    """The outcome.
+
+    ``different`` counts the points that differ, are missing, or should not be there;
+    ``differences`` says what is wrong with the first few.
     """
 
     rows: int
@@ -95,9 +97,7 @@ def json_value(value: object) -> Json:
 
 
 def _number(value: Decimal) -> Json:
-    """A numeric: integer without a fraction, a double if that reads back as the same number, else
-    its text.
-    """
+    """A numeric: integer at scale 0, else a double that reads back equal, else its text."""
     if not value.is_finite():
         return None
     if value.as_tuple().exponent == 0:
@@ -174,9 +174,7 @@ def same_json(one: object, other: object) -> bool:
 
 
 def same_direction(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two vectors point the same way; under the Cosine metric Qdrant stores vectors at unit
-    length.
-    """
+    """Whether two vectors point the same way: Qdrant stores Cosine vectors at unit length."""
     lengths = math.sqrt(sum(x * x for x in one)), math.sqrt(sum(x * x for x in other))
     if len(one) != len(other) or not all(math.isfinite(length) for length in lengths):
         return False

@@ -1,5 +1,4 @@
-"""The demo's writer: plays an application that inserts, updates, moves and deletes rows while the
-pipeline streams.
+"""The demo's writer: plays an application that changes rows while the pipeline streams.
 
 It runs in a thread with a connection of its own and knows nothing of the pipeline. The order of
 what it does is fixed by a seed; only the number of transactions depends on the time it is given.
@@ -54,8 +53,9 @@ _METADATA_UPDATES: Final = tuple(
 
 @dataclass(slots=True)
 class Tally:
-    """What the writer has done, in rows but for ``transactions`` and ``rolled_back`` (transactions
-    undone).
+    """What the writer has done.
+
+    Rows, but for ``transactions`` and ``rolled_back``: transactions, or parts of them, undone.
     """
 
     transactions: int = 0
@@ -82,9 +82,7 @@ class Mark:
 
 @dataclass(slots=True)
 class _Rows:
-    """The writer's own view of the table: the package of every live key, and what is left to
-    insert.
-    """
+    """The writer's own view: the package of every live key, and what is left to insert."""
 
     packages: dict[int, int]
     spare: deque[int]
@@ -257,9 +255,7 @@ class Writer:
             self._count.metadata += connection.execute(statement.encode(), [keys]).rowcount
 
     def _update_vectors(self, connection: psycopg.Connection) -> None:
-        """Cut descriptions to their summaries, with the vector that belongs to that, or restore
-        them.
-        """
+        """Cut descriptions to their summaries, with the vector of that, or restore them."""
         for key in self._pick(4):
             position = self._rows.packages[key]
             package, short = self._dataset.packages[position], self._dataset.rewritten.get(position)
@@ -272,9 +268,7 @@ class Writer:
             self._set_vector(connection, key, vector, description)
 
     def _add_vectors(self, connection: psycopg.Connection) -> None:
-        """Give rows that came without a vector theirs; if there are none, take the vector from a
-        row.
-        """
+        """Give rows without a vector theirs; if there are none, take it from some."""
         if not self._rows.without_vector:
             for key in self._pick(2):
                 self._set_vector(connection, key, None, None)

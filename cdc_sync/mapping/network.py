@@ -15,7 +15,6 @@ from cdc_sync.mapping.decoding import Codec, malformed, plain
 #: Address bytes by family number (PGSQL_AF_INET, PGSQL_AF_INET6).
 _ADDRESS_BYTES: Final = {2: 4, 3: 16}
 _ADDRESS_TEXT: Final = re.compile(rb"[0-9a-f:.]{2,45}(?:/[0-9]{1,3})?")
-_MAC_TEXT: Final = re.compile(rb"[0-9a-f]{2}(?::[0-9a-f]{2}){5}(?:(?::[0-9a-f]{2}){2})?")
 
 
 def _longest_zeros(groups: tuple[int, ...]) -> tuple[int, int]:
@@ -65,25 +64,28 @@ def _address_text(data: bytes) -> str:
     return data.decode("ascii")
 
 
-def _mac_binary(data: bytes) -> str:
-    if len(data) not in (6, 8):
-        raise malformed()
-    return data.hex(":")
+def _mac(size: int) -> Codec:
+    digits = re.compile(rb"[0-9a-f]{2}(?::[0-9a-f]{2}){%d}" % (size - 1))
 
+    def binary(data: bytes) -> str:
+        if len(data) != size:
+            raise malformed()
+        return data.hex(":")
 
-def _mac_text(data: bytes) -> str:
-    if _MAC_TEXT.fullmatch(data) is None:
-        raise malformed()
-    return data.decode("ascii")
+    def text(data: bytes) -> str:
+        if digits.fullmatch(data) is None:
+            raise malformed()
+        return data.decode("ascii")
+
+    return Codec(plain(binary), plain(text))
 
 
 _ADDRESS: Final = Codec(plain(_address_binary), plain(_address_text))
-_MAC: Final = Codec(plain(_mac_binary), plain(_mac_text))
 
 #: ``pg_catalog`` types by name.
 CODECS: Final[Mapping[str, Codec]] = {
     "inet": _ADDRESS,
     "cidr": _ADDRESS,
-    "macaddr": _MAC,
-    "macaddr8": _MAC,
+    "macaddr": _mac(6),
+    "macaddr8": _mac(8),
 }

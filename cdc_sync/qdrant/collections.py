@@ -25,7 +25,7 @@ from cdc_sync.qdrant.rpc import (
     CREATE_COLLECTION,
     CREATE_FIELD_INDEX,
     Rpc,
-    RpcFailure,
+    RpcError,
     not_completed,
     sink_error,
 )
@@ -75,9 +75,9 @@ def check(plan: TablePlan, found: Mapping[str, FoundVector]) -> None:
             ErrorKind.COLLECTION_MISMATCH,
             f"Collection {plan.collection} does not fit table {plan.qualified_name}: "
             f"{'; '.join(problems)}.",
-            f"Name another collection for {plan.qualified_name} in the configuration, change its metrics or "
-            f"dimensions there, or drop collection {plan.collection} so that it is created anew; "
-            "an existing collection is never changed.",
+            f"Name another collection for {plan.qualified_name} in the configuration, change its "
+            f"metrics or dimensions there, or drop collection {plan.collection} so that it is "
+            "created anew; an existing collection is never changed.",
         )
 
 
@@ -180,7 +180,7 @@ class Collections:
         request = q.GetCollectionInfoRequest(collection_name=name)
         try:
             response = await self._rpc.call(COLLECTION_INFO, request.SerializeToString())
-        except RpcFailure as failure:
+        except RpcError as failure:
             if failure.collection_missing:
                 return None
             raise sink_error(failure, f"collection {name}") from failure
@@ -198,7 +198,7 @@ class Collections:
         name = request.collection_name
         try:
             await self._rpc.call(CREATE_COLLECTION, request.SerializeToString())
-        except RpcFailure as failure:
+        except RpcError as failure:
             if "already exists" in failure.details:
                 return False
             raise sink_error(failure, f"collection {name}") from failure

@@ -171,7 +171,7 @@ class EdgeSink:
         return CollectionState(True, points)
 
     async def ensure_collection(self, plan: TablePlan) -> None:
-        """Create the collection and its payload indexes where absent; raises COLLECTION_MISMATCH."""
+        """Create collection and payload indexes where absent. Raises COLLECTION_MISMATCH."""
         await self._database.run(self._ensure, plan)
 
     def _ensure(self, plan: TablePlan) -> None:

@@ -2,9 +2,9 @@
 
 Layout under the path of ``qdrant.url = "edge:/path"``:
 
-    lock                               held (flock) by the one process that has the database open; holds its pid
+    lock                               locked (flock) by the process that has it open; its pid
     collections/<name>/                one Edge shard: edge_config.json, segments/, wal/
-    collections/<name>.new/            a collection whose creation was interrupted; removed when it is created again
+    collections/<name>.new/            left of an interrupted creation, removed by the next
     state/pipelines/<pipeline>.json    the pipeline's record
     state/dead_letters/<pipeline>.json its dead letters, a list
 
@@ -82,7 +82,7 @@ class EdgeDatabase:
         self._closed = False
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function in the database's thread. When cancelled, it is awaited to its end first."""
+        """Call a function in the database's thread; when cancelled, await its end first."""
         future = self._thread.submit(function, *args, **kwargs)
         wrapped = asyncio.wrap_future(future)
         cancelled: asyncio.CancelledError | None = None
@@ -264,5 +264,6 @@ def first_line(exc: Exception) -> str:
 def _damaged(path: Path, why: str) -> StateError:
     return StateError(
         f"{path} in the embedded database is damaged: {' '.join(why.split())[:200]}.",
-        "Restore it from a backup, or remove the collection's directory and copy anew with --migration.restart.",
+        "Restore it from a backup, or remove the collection's directory and copy anew with "
+        "--migration.restart.",
     )

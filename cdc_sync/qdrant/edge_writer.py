@@ -25,8 +25,8 @@ Refusals: TypeAlias = list[tuple[PointId, str]]
 #: What the engine says when a point is invalid, and not the database unwell (``OperationError`` in
 #: its source).
 _INVALID: Final = re.compile(
-    "Vector dimension error|Not existing vector name|Wrong usage of (sparse|multi)|Conversion between"
-    "|Validation error|Wrong input|Type (inference )?error",
+    "Vector dimension error|Not existing vector name|Wrong usage of (sparse|multi)"
+    "|Conversion between|Validation error|Wrong input|Type (inference )?error",
     re.IGNORECASE,
 )
 

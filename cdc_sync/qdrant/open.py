@@ -26,7 +26,7 @@ async def open_sink(settings: QdrantSettings) -> Sink:
     """
     scheme, colon, rest = settings.url.partition(":")
     if colon and scheme == "edge":
-        return await _open_edge(rest)
+        return await _open_edge(_edge_path(rest))
     if not colon or scheme not in ("http", "https"):
         raise ConfigError(f"qdrant.url has no scheme that is known ({scheme!r}).", _FORMS)
     try:
@@ -48,10 +48,14 @@ async def open_sink(settings: QdrantSettings) -> Sink:
     )
 
 
-async def _open_edge(rest: str) -> Sink:
+def _edge_path(rest: str) -> Path:
     path = rest.removeprefix("//")
     if not path:
         raise ConfigError("qdrant.url edge: names no directory.", _FORMS)
+    return Path(path).expanduser().absolute()
+
+
+async def _open_edge(path: Path) -> Sink:
     if importlib.util.find_spec("qdrant_edge") is None:
         raise ConfigError(
             "qdrant.url asks for an embedded database, but Qdrant Edge is not installed.",
@@ -60,4 +64,4 @@ async def _open_edge(rest: str) -> Sink:
     # Here and not above, since the package is optional.
     from cdc_sync.qdrant.edge import EdgeSink
 
-    return await EdgeSink.open(Path(path).expanduser().absolute())
+    return await EdgeSink.open(path)

@@ -43,7 +43,7 @@ from cdc_sync.qdrant.rpc import (
     SET_PAYLOAD,
     UPDATE_BATCH,
     Rpc,
-    RpcFailure,
+    RpcError,
     not_completed,
     sink_error,
 )
@@ -149,7 +149,7 @@ class PartialWriter:
         )
 
     async def write(self, batch: Sequence[Partial], lane: int) -> list[PointId]:
-        """Write a batch and return the ids that are missing. Raises :class:`RpcFailure` and
+        """Write a batch and return the ids that are missing. Raises :class:`RpcError` and
         :class:`SinkError`.
         """
         missing: list[PointId] = []
@@ -159,7 +159,7 @@ class PartialWriter:
                 return missing
             try:
                 await self._write_once(left, lane)
-            except RpcFailure as failure:
+            except RpcError as failure:
                 if not failure.point_missing:
                     raise
             else:
@@ -171,7 +171,8 @@ class PartialWriter:
             left = [one for one in left if one.id in present]
         raise SinkError(
             ErrorKind.SINK_UNKNOWN,
-            f"Points of {self._target} keep disappearing while they are updated; another program deletes them.",
+            f"Points of {self._target} keep disappearing while they are updated; "
+            "another program deletes them.",
             "Let cdc_sync alone write to the collection.",
         )
 
@@ -215,6 +216,6 @@ class PartialWriter:
         request = messages.get(self._plan.collection, ids, with_payload=with_payload)
         try:
             answer = await self._rpc.call(GET, request, lane)
-        except RpcFailure as failure:
+        except RpcError as failure:
             raise sink_error(failure, self._target) from failure
         return list(answer.result)

@@ -92,7 +92,8 @@ def _check_version(record: Mapping[str, object], where: str) -> None:
     version = _number(record, "version", where)
     if version > VERSION:
         raise StateError(
-            f"{where} was written by a newer cdc_sync (record version {version}, known is {VERSION}).",
+            f"{where} was written by a newer cdc_sync (record version {version}, "
+            f"known is {VERSION}).",
             "Upgrade cdc_sync to the version that wrote it, or newer.",
         )
 

@@ -78,8 +78,8 @@ _CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 )
 
 
-class RpcFailure(Exception):
-    """A call that ended with a status other than OK. Internal to the package: callers translate it."""
+class RpcError(Exception):
+    """A call that did not end with status OK. Internal to the package: callers translate it."""
 
     def __init__(
         self,
@@ -136,8 +136,12 @@ _KINDS: Final[dict[grpc.StatusCode, ErrorKind]] = {
 }
 
 _REMEDIES: Final[dict[grpc.StatusCode, str]] = {
-    _C.UNIMPLEMENTED: "Use the gRPC port (6334 by default) of a Qdrant server, version 1.14 or newer.",
-    _C.INVALID_ARGUMENT: "Correct what Qdrant names; if it is a strict mode limit, raise it for this collection.",
+    _C.UNIMPLEMENTED: (
+        "Use the gRPC port (6334 by default) of a Qdrant server, version 1.14 or newer."
+    ),
+    _C.INVALID_ARGUMENT: (
+        "Correct what Qdrant names; if it is a strict mode limit, raise it for this collection."
+    ),
 }
 
 
@@ -152,17 +156,21 @@ def reason(details: str) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def sink_error(failure: RpcFailure, target: str) -> SinkError:
+def sink_error(failure: RpcError, target: str) -> SinkError:
     """What a failed call means: the error kind, which call on what, and the remedy."""
     kind = _KINDS.get(failure.code, ErrorKind.SINK_UNKNOWN)
     remedy = _REMEDIES.get(failure.code)
     if failure.code is _C.UNAVAILABLE and re.search("ssl|tls|handshake", failure.details, re.I):
-        remedy = "Check https against http in qdrant.url, and qdrant.ca_file if the authority is your own."
+        remedy = (
+            "Check https against http in qdrant.url, and qdrant.ca_file if the authority is "
+            "your own."
+        )
     elif kind is ErrorKind.COLLECTION_MISSING:
         remedy = policy(kind).advice
     return SinkError(
         kind,
-        f"{failure.method.name} on {target} failed with {failure.code.name}: {reason(failure.details)}.",
+        f"{failure.method.name} on {target} failed with {failure.code.name}: "
+        f"{reason(failure.details).rstrip('.')}.",
         remedy,
         failure.retry_after,
     )
@@ -202,7 +210,7 @@ class Rpc:
     async def call(self, method: Method[Response], request: bytes, lane: int = 0) -> Response:
         """Send a serialized request and return the response.
 
-        Raises :class:`RpcFailure`. When cancelled, a read is abandoned, but a write is awaited to
+        Raises :class:`RpcError`. When cancelled, a read is abandoned, but a write is awaited to
         its end (at most the deadline) before CancelledError goes on: nothing may be in flight any
         more for whoever comes next.
         """
@@ -234,7 +242,7 @@ class Rpc:
         if cancelled is not None:
             raise cancelled
         if rpc.code() is not _C.OK:
-            raise RpcFailure(
+            raise RpcError(
                 method, rpc.code(), rpc.details() or "", _retry_after(rpc.trailing_metadata())
             )
         response: Response = rpc.result()
@@ -246,7 +254,7 @@ class Rpc:
         """As :meth:`call`, with failures as :class:`SinkError` that name ``target``."""
         try:
             return await self.call(method, request, lane)
-        except RpcFailure as failure:
+        except RpcError as failure:
             raise sink_error(failure, target) from failure
 
     def _stub(self, method: Method[Response], lane: int) -> grpc.UnaryUnaryMultiCallable:

@@ -80,7 +80,7 @@ class ServerSink:
         return CollectionState(True, await self._collections.count(plan.collection))
 
     async def ensure_collection(self, plan: TablePlan) -> None:
-        """Create the collection and its payload indexes where absent; raises COLLECTION_MISMATCH."""
+        """Create collection and payload indexes where absent. Raises COLLECTION_MISMATCH."""
         await self._collections.ensure(plan)
 
     def writer(self, plan: TablePlan) -> ServerWriter:

@@ -32,7 +32,7 @@ from cdc_sync.qdrant.rpc import (
     SCROLL,
     UPSERT,
     Rpc,
-    RpcFailure,
+    RpcError,
     not_completed,
     sink_error,
 )
@@ -62,7 +62,7 @@ class ServerStateStore:
         request = messages.get(COLLECTION, [record_id(pipeline)], with_payload=True)
         try:
             answer = await self._rpc.call(GET, request)
-        except RpcFailure as failure:
+        except RpcError as failure:
             if failure.collection_missing:
                 return None
             raise sink_error(failure, _TARGET) from failure
@@ -109,7 +109,7 @@ class ServerStateStore:
             )
             try:
                 answer = await self._rpc.call(SCROLL, request.SerializeToString())
-            except RpcFailure as failure:
+            except RpcError as failure:
                 if failure.collection_missing:
                     return []
                 raise sink_error(failure, _TARGET) from failure
@@ -131,7 +131,7 @@ class ServerStateStore:
             request = messages.upsert(COLLECTION, points)
             try:
                 answer = await self._rpc.call(UPSERT, request)
-            except RpcFailure as failure:
+            except RpcError as failure:
                 if not failure.collection_missing:
                     raise sink_error(failure, _TARGET) from failure
                 await self._create()
@@ -153,7 +153,7 @@ class ServerStateStore:
             request = messages.delete(COLLECTION, ids[start : start + _PAGE])
             try:
                 answer = await self._rpc.call(DELETE, request)
-            except RpcFailure as failure:
+            except RpcError as failure:
                 if failure.collection_missing:
                     return
                 raise sink_error(failure, _TARGET) from failure

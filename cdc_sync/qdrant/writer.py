@@ -32,7 +32,7 @@ from cdc_sync.qdrant.rpc import (
     UPSERT,
     Method,
     Rpc,
-    RpcFailure,
+    RpcError,
     not_completed,
     reason,
     sink_error,
@@ -175,7 +175,7 @@ class ServerWriter:
         """
         try:
             await send(items)
-        except RpcFailure as failure:
+        except RpcError as failure:
             if failure.invalid and len(items) == 1:
                 outcome.refused.append((items[0][0], reason(failure.details)))
             elif (failure.invalid or failure.too_large) and len(items) > 1:
@@ -282,7 +282,7 @@ class ServerWriter:
 
 
 def require_disjoint(changes: Changes) -> None:
-    """Raise ValueError if an id occurs twice: two requests in flight would then race for the point."""
+    """Raise ValueError if an id occurs twice: two requests would then race for the point."""
     ids = {id_ for id_, _ in changes.upserts}
     ids.update(id_ for id_, _ in changes.partials)
     ids.update(changes.deletes)

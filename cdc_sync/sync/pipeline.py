@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TypeVar
 
@@ -142,8 +143,9 @@ class Pipeline:
             log.info("stopped_while_waiting")
 
     async def _live(self, restart: bool) -> None:
-        self._sink = await self._until(self._open_sink)
-        plan = self._plan = await self._until(lambda: self._in_thread(self._make_plan))
+        budget = self.settings.pipeline.startup_timeout_seconds
+        self._sink = await self._until(self._open_sink, budget)
+        plan = self._plan = await self._until(lambda: self._in_thread(self._make_plan), budget)
         self._announce(plan)
         self._relations = Relations(plan.tables, self.settings, self.metrics)
         self._dead_letters = DeadLetterOffice(
@@ -400,9 +402,10 @@ class Pipeline:
 
     # -- trying again
 
-    async def _until(self, operation: Callable[[], Awaitable[T]]) -> T:
-        """Try until it works. Raises :class:`_StoppedError` instead of waiting once the pipeline is to
-        stop."""
+    async def _until(
+        self, operation: Callable[[], Awaitable[T]], budget_seconds: float | None = None
+    ) -> T:
+        """Try until it works; raises :class:`_StoppedError` rather than wait when it is to stop."""
 
         async def sleep(seconds: float) -> None:
             with contextlib.suppress(TimeoutError):
@@ -410,7 +413,14 @@ class Pipeline:
             if self._stop.is_set():
                 raise _StoppedError
 
-        return await retrying(operation, self._on_stall, sleep)
+        started = time.monotonic()
+
+        def on_retry(error: CdcSyncError, seconds: float) -> None:
+            if budget_seconds is not None and time.monotonic() - started > budget_seconds:
+                raise error
+            self._on_stall(error, seconds)
+
+        return await retrying(operation, on_retry, sleep)
 
     def _on_stall(self, error: CdcSyncError, seconds: float) -> None:
         if isinstance(error, SinkError):

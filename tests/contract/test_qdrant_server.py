@@ -576,6 +576,24 @@ def test_batch_runs_in_order_and_stops_at_the_first_error(client: QdrantClient, 
     assert ids_of(client, plain) == [2, 3]
 
 
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client, name, wait: client.upsert(name, [], wait=wait),
+        lambda client, name, wait: client.delete(name, [], wait=wait),
+        lambda client, name, wait: client.set_payload(name, {"a": 1}, points=[], wait=wait),
+        lambda client, name, wait: client.update_vectors(name, [], wait=wait),
+    ],
+)
+def test_update_of_no_points_is_refused(
+    client: QdrantClient, plain: str, call: Callable[[QdrantClient, str, bool], object], wait: bool
+) -> None:
+    code, text = refused(lambda: call(client, plain, wait))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "Empty update request" in text
+
+
 def test_empty_batch_is_refused(client: QdrantClient, plain: str) -> None:
     request = q.UpdateBatchPoints(collection_name=plain, wait=True)
     code, _ = refused(lambda: client.grpc_points.UpdateBatch(request, timeout=10))

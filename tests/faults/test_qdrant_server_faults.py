@@ -1,4 +1,4 @@
-"""The scripted failures of the Qdrant test server do what the tests of the project assume they do."""
+"""The scripted failures of the Qdrant test server do what the tests of the project assume."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -159,9 +160,10 @@ def test_arguments_that_cannot_work_are_refused(tmp_path: Path) -> None:
         run_demo(seconds=0)
 
 
-def start(options: str, temporary: Path) -> subprocess.Popen[str]:
-    """Start the demo in a process of its own; its temporary files go to ``temporary``."""
-    return subprocess.Popen(
+@contextlib.contextmanager
+def started(options: str, temporary: Path) -> Iterator[subprocess.Popen[str]]:
+    """The demo in a process of its own; its temporary files go to ``temporary``."""
+    process = subprocess.Popen(
         [sys.executable, "-c", START.format(options)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -169,6 +171,23 @@ def start(options: str, temporary: Path) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "TMPDIR": str(temporary)},
     )
+    with process:
+        try:
+            yield process
+        finally:
+            # Nothing to do unless the test has failed before it was over.
+            process.kill()
+
+
+def read_until(process: subprocess.Popen[str], pattern: str) -> str:
+    """Read the output up to the line in which ``pattern`` is found."""
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if re.search(pattern, line):
+            return seen
+    raise AssertionError(f"{pattern!r} did not come:\n{seen}")
 
 
 @pytest.fixture
@@ -187,8 +206,8 @@ def leftovers(temporary: Path) -> list[Path]:
 
 @pytest.mark.slow
 def test_a_full_run_ends_equal(temporary: Path) -> None:
-    process = start("plain=True, seconds=5", temporary)
-    output, _ = process.communicate(timeout=120)
+    with started("plain=True, seconds=5", temporary) as process:
+        output, _ = process.communicate(timeout=120)
     assert process.returncode == ExitCode.OK, output
     assert re.search(r"EQUAL  \d+ rows, \d+ points, 0 different", output), output
     assert "\x1b" not in output
@@ -200,21 +219,16 @@ def test_a_full_run_ends_equal(temporary: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_kept_running_until_a_signal(temporary: Path, number: signal.Signals) -> None:
-    process = start("plain=True, seconds=1, rows=200, keep=True", temporary)
-    assert process.stdout is not None
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if line.startswith("psql "):
-            break
-    assert "EQUAL" in seen, seen
-    url = re.search(r"psql '(.*)'", seen)
-    assert url is not None
-    with psycopg.connect(url.group(1), autocommit=True) as connection:
-        connection.execute("DELETE FROM packages WHERE id = (SELECT min(id) FROM packages)")
-    process.send_signal(number)
-    rest, _ = process.communicate(timeout=60)
+    with started("plain=True, seconds=1, rows=200, keep=True", temporary) as process:
+        seen = read_until(process, "^psql ")
+        url = re.search(r"psql '(.*)'", seen)
+        assert url is not None
+        with psycopg.connect(url.group(1), autocommit=True) as connection:
+            connection.execute("DELETE FROM packages WHERE id = (SELECT min(id) FROM packages)")
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=60)
     # The verdict was spoken before; ending what was kept is no failure.
+    assert "EQUAL" in seen
     assert process.returncode == ExitCode.OK, seen + rest
     assert "Traceback" not in rest
     assert leftovers(temporary) == []
@@ -223,15 +237,10 @@ def test_kept_running_until_a_signal(temporary: Path, number: signal.Signals) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["listens on", r"rows \d+  points \d+"])
 def test_interrupted_in_the_midst(temporary: Path, moment: str) -> None:
-    process = start("plain=True, seconds=60", temporary)
-    assert process.stdout is not None
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if re.search(moment, line):
-            break
-    process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
+    with started("plain=True, seconds=60", temporary) as process:
+        seen = read_until(process, moment)
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED, seen + rest
     assert "Traceback" not in rest
     assert leftovers(temporary) == []

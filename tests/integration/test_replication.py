@@ -366,8 +366,9 @@ def test_server_killed(private_postgres: PrivatePostgres) -> None:
     server.stop("immediate")
     assert error_of(connection).kind is ErrorKind.SOURCE_UNAVAILABLE
     with pytest.raises(SourceError):
-        connection.fileno()
         connection.send_status(0, 0)
+    with pytest.raises(SourceError):
+        connection.fileno()
     connection.close()
     connection.close()
     with pytest.raises(SourceError) as caught:
@@ -469,7 +470,8 @@ def test_stop_in_the_middle_of_a_flood(database18: Database) -> None:
 @pytest.mark.requirement("R6")
 def test_hostile_role_settings_do_not_reach_the_stream(database18: Database) -> None:
     database18.execute(
-        "CREATE TABLE h (id int PRIMARY KEY, ts timestamptz, i interval, f float8, b bytea, t text);"
+        "CREATE TABLE h (id int PRIMARY KEY, ts timestamptz, i interval, f float8, b bytea,"
+        " t text);"
         "CREATE PUBLICATION pub FOR TABLE h"
     )
     with database18.connect() as conn:

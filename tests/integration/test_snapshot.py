@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import struct
 import threading
 import time
@@ -210,7 +211,7 @@ def test_timeouts_of_the_role_do_not_end_the_copy(database: Database) -> None:
             slow = query.replace(" WHERE ", " WHERE pg_sleep(0.5) IS NOT NULL AND ")
             assert len(list(copy_rows(conn, slow, text))) == 1
             shown = {name: conn.execute(f"SHOW {name}".encode()).fetchone() for name in timeouts}
-            assert shown == {name: ("0",) for name in timeouts}
+            assert shown == dict.fromkeys(timeouts, ("0",))
             for name, value in (
                 ("row_security", "off"),
                 ("transaction_isolation", "repeatable read"),
@@ -265,7 +266,7 @@ def test_ranges_of_blocks_cover_every_row_once(database: Database) -> None:
         with connect(settings(database)) as conn:
             import_snapshot(conn, holder.snapshot_id)
             bounds = [*range(0, leaf.pages, 17), None]
-            for start, end in zip(bounds, bounds[1:], strict=False):
+            for start, end in itertools.pairwise(bounds):
                 assert start is not None
                 query, text = copy_query(plan, leaf, start, end)
                 found += ids([row for batch in copy_rows(conn, query, text) for row in batch])
@@ -280,7 +281,8 @@ def test_reads_what_the_publication_sends(database: Database) -> None:
     database.execute(
         "CREATE TABLE t (id int, tenant text, v text, gone int, PRIMARY KEY (id, tenant));"
         "ALTER TABLE t DROP gone; CREATE TABLE child () INHERITS (t);"
-        "INSERT INTO t SELECT i, CASE i % 2 WHEN 0 THEN 'a' ELSE 'b' END, 'v' FROM generate_series(1, 10) i;"
+        "INSERT INTO t SELECT i, CASE i % 2 WHEN 0 THEN 'a' ELSE 'b' END, 'v'"
+        " FROM generate_series(1, 10) i;"
         "INSERT INTO child VALUES (99, 'a', 'v');"
         "CREATE PUBLICATION pub FOR TABLE ONLY t (id, tenant) WHERE (tenant = 'a' OR id = 1)"
     )
@@ -443,7 +445,7 @@ def test_any_chunking_gives_the_same_rows(
     stream = encode(rows)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=10)))
     bounds = [0, *cuts, len(stream)]
-    chunks = [stream[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    chunks = [stream[a:b] for a, b in itertools.pairwise(bounds)]
     assert parse(chunks) == rows
     assert parse([bytes([byte]) for byte in stream]) == rows
 

@@ -150,9 +150,18 @@ def canonical_key(type_: OracleType) -> Callable[[str], str]:
     if name == "bool":
         return lambda text: "true" if text == "t" else "false"
     if name in ("float4", "float8"):
-        return str
+        return lambda text: _float_key(float32(text) if name == "float4" else float(text))
     parse = parser(type_)
     return lambda text: str(parse(text))
+
+
+def _float_key(value: float) -> str:
+    # The shortest form of the (widened) double; to Postgres 0 and -0 are the same key.
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return "0" if value == 0 else repr(value).removesuffix(".0")
 
 
 _NOT_KEYS: Final = _words(

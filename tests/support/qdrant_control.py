@@ -341,6 +341,15 @@ class QdrantProcess(QdrantTarget):
             self._process.kill()
         self._reap()
 
+    def lose_power(self) -> None:
+        """SIGKILL, and the loss of acknowledged `wait=false` writes that were not yet applied.
+
+        How many those are is set by :meth:`Faults.lag`. Completed writes survive.
+        """
+        self.kill()
+        for journal in self._path.glob("collections/*/journal"):
+            journal.unlink()
+
     def wait_dead(self, seconds: float = 10.0) -> None:
         """Wait until a scripted crash has ended the process."""
         if self._process is not None:

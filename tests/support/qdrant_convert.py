@@ -13,7 +13,7 @@ from typing import TypeAlias, cast
 import qdrant_edge as edge
 from qdrant_client import grpc as q
 
-from tests.support.qdrant_status import invalid, validation
+from tests.support.qdrant_status import invalid, validation, wrong_input
 
 PointKey: TypeAlias = int | str
 """A point id: an unsigned integer or a hyphenated lower-case UUID."""
@@ -144,7 +144,7 @@ def engine_vector(where: str, vector: q.Vector) -> EngineVector:
     if kind == "dense":
         data: list[float] = vector.dense.data[:]
         if not data:
-            raise validation(f"{where}.data", "must not be empty")
+            raise wrong_input(f"{where}: dense vector must not be empty")
         return data
     if kind == "sparse":
         return _sparse(where, vector.sparse.indices[:], vector.sparse.values[:])
@@ -158,7 +158,7 @@ def engine_vector(where: str, vector: q.Vector) -> EngineVector:
         return _flat_multi(vector.data[:], vector.vectors_count)
     data = cast("list[float]", vector.data[:])
     if not data:
-        raise validation(f"{where}.data", "must not be empty")
+        raise wrong_input(f"{where}: dense vector must not be empty")
     return data
 
 

@@ -23,7 +23,7 @@ from tests.support.qdrant_convert import (
 )
 from tests.support.qdrant_filters import engine_filter, optional_filter
 from tests.support.qdrant_schema import payload_index
-from tests.support.qdrant_status import invalid, validation, wrong_input
+from tests.support.qdrant_status import bad_request, invalid, validation, wrong_input
 
 _MODES = {
     q.Upsert: edge.UpdateMode.Upsert,
@@ -43,13 +43,22 @@ class Edit:
     drops_index: str | None = None
 
 
-def _selected(present: bool, selector: q.PointsSelector) -> list[PointKey] | edge.Filter:
+def _selected(
+    present: bool, selector: q.PointsSelector, missing: str = "points_selector is expected"
+) -> list[PointKey] | edge.Filter:
     kind = selector.WhichOneof("points_selector_one_of") if present else None
     if kind == "points":
+        _check_some(len(selector.points.ids))
         return [point_key(item) for item in selector.points.ids]
     if kind == "filter":
         return engine_filter(selector.filter)
-    raise invalid("PointSelector is missing")
+    raise invalid(missing)
+
+
+def _check_some(points: int) -> None:
+    """Refuse an operation that reaches no shard, as the server does."""
+    if not points:
+        raise bad_request("Empty update request")
 
 
 def _ids(keys: list[PointKey]) -> list[edge.PointId]:
@@ -57,6 +66,7 @@ def _ids(keys: list[PointKey]) -> list[edge.PointId]:
 
 
 def _upsert(request: q.UpsertPoints | q.PointsUpdateOperation.PointStructList) -> Edit:
+    _check_some(len(request.points))
     points = [engine_point(number, point) for number, point in enumerate(request.points)]
     condition = optional_filter(request.HasField("update_filter"), request.update_filter)
     mode = _MODES.get(request.update_mode) if request.HasField("update_mode") else None
@@ -68,13 +78,14 @@ def _delete(request: q.DeletePoints | q.PointsUpdateOperation.DeletePoints) -> E
 
 
 def _delete_selected(selector: q.PointsSelector, present: bool = True) -> Edit:
-    target = _selected(present, selector)
+    target = _selected(present, selector, "PointSelector is missing")
     if isinstance(target, edge.Filter):
         return Edit(edge.UpdateOperation.delete_points_by_filter(target))
     return Edit(edge.UpdateOperation.delete_points(_ids(target)))
 
 
 def _update_vectors(request: q.UpdatePointVectors | q.PointsUpdateOperation.UpdateVectors) -> Edit:
+    _check_some(len(request.points))
     points = []
     for number, point in enumerate(request.points):
         if not point.HasField("id"):

@@ -272,11 +272,8 @@ class Gateway:
             raise from_engine(error) from error
 
     def _logged(self, route: Route, request: Any, context: grpc.ServicerContext) -> Any:
-        name = getattr(request, "collection_name", "")
+        name = self._node.registry.resolve(getattr(request, "collection_name", ""))
         keys = touched(route.name, request) if route.writes else ()
-        if route.writes:
-            for _, target in ((a, c) for a, c in self._node.registry.aliases() if a == name):
-                name = target
         flight = self._log.enter(route.name, name, keys, route.writes)
         context.add_callback(functools.partial(self._log.leave, flight, "client gone"))
         outcome = "OK"

@@ -8,7 +8,7 @@ import qdrant_edge as edge
 from qdrant_client import grpc as q
 
 from tests.support.qdrant_convert import PLACEHOLDER, json_value
-from tests.support.qdrant_status import validation, wrong_input
+from tests.support.qdrant_status import invalid, validation, wrong_input
 
 _DISTANCES = {
     q.Cosine: edge.Distance.Cosine,
@@ -240,16 +240,14 @@ def payload_index(
     if not request.field_name:
         raise validation("field_name", 'value "" invalid, must be at least 1 characters')
     info = q.PayloadSchemaInfo()
-    field_type: q.FieldType.ValueType | None = None
-    if request.HasField("field_type"):
-        field_type = request.field_type
+    if not request.HasField("field_type"):
+        raise invalid("cannot convert field_type")
     kind = request.field_index_params.WhichOneof("index_params")
     if kind is not None:
-        field_type = _INDEX_PARAMS[kind]
+        if _INDEX_PARAMS[kind] != request.field_type:
+            raise invalid(f"field_type does not match {kind}")
         info.params.CopyFrom(request.field_index_params)
-    if field_type is None:
-        raise wrong_input("field_type is missing")
-    info.data_type, schema = _INDEX_TYPES[field_type]
+    info.data_type, schema = _INDEX_TYPES[request.field_type]
     if kind == "integer_index_params":
         params = request.field_index_params.integer_index_params
         if not params.lookup and not params.range:

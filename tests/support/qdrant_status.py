@@ -40,6 +40,11 @@ def validation(field: str, problem: str) -> RefusalError:
     return invalid(f"Validation error in body: [{field}: {problem}]")
 
 
+def bad_request(description: str) -> RefusalError:
+    """A request that makes no sense as a whole: INVALID_ARGUMENT."""
+    return RefusalError(grpc.StatusCode.INVALID_ARGUMENT, f"Bad request: {description}")
+
+
 def not_found(description: str) -> RefusalError:
     return RefusalError(grpc.StatusCode.NOT_FOUND, f"Not found: {description}")
 

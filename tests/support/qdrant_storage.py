@@ -303,15 +303,20 @@ class Registry:
         with self._lock:
             return sorted(self._collections)
 
+    def resolve(self, name: str) -> str:
+        """The name of the collection an alias stands for; any other name as it is."""
+        with self._lock:
+            return self._aliases.get(name, name)
+
     def exists(self, name: str) -> bool:
         """Whether a collection or alias has the name."""
         with self._lock:
-            return self._aliases.get(name, name) in self._collections
+            return self.resolve(name) in self._collections
 
     def get(self, name: str) -> Collection:
         """The collection of this name or alias."""
         with self._lock:
-            collection = self._collections.get(self._aliases.get(name, name))
+            collection = self._collections.get(self.resolve(name))
         if collection is None:
             raise collection_missing(name)
         return collection

@@ -1,4 +1,4 @@
-"""Short cuts for tests of the Postgres side: settings of a database, plans that take columns as they are."""
+"""For tests of the Postgres side: settings of a source, plans that take columns as they are."""
 
 from __future__ import annotations
 

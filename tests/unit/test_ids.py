@@ -84,7 +84,7 @@ def test_the_example_of_the_documentation() -> None:
     point_id = compile_point_id(plan_of(core("text"), core("int8")))
     row: list[RawValue] = [b"acme", struct.pack(">q", 42), UNCHANGED]
     assert compile_key_text(plan_of(core("text"), core("int8")))(row) == '["acme","42"]'
-    assert point_id(row) == uuid5('["acme","42"]') == "25c4d183-30a0-5f28-ad5d-6a5c5f9b5a0d"
+    assert point_id(row) == uuid5('["acme","42"]') == "3f09165b-2688-5e63-a98d-712a9193b407"
     in_namespace = compile_point_id(plan_of(core("text"), core("int8"), namespace='n"é'))
     assert in_namespace(row) == uuid5('["n\\"é",["acme","42"]]')
 
@@ -194,7 +194,7 @@ FINGERPRINTED = table_plan(
 
 
 def test_fingerprints_are_stable() -> None:
-    assert plan_fingerprint(FINGERPRINTED) == "FINGERPRINT"
+    assert plan_fingerprint(FINGERPRINTED) == "23cf2b50aa5f4784242649ef7353a586"
 
 
 def test_fingerprints_ignore_what_does_not_change_points() -> None:
