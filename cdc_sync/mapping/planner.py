@@ -364,8 +364,8 @@ def _metric(
                 table,
                 f"indexes of column {column.name} disagree about its metric: {first[0]} is for "
                 f"{first[1].value}, {index} for {metric.value}",
-                f'metrics = {{ {quoted(column.name)} = "{first[1].name.lower()}" }} (or another) in '
-                "the table's configuration.",
+                f'metrics = {{ {quoted(column.name)} = "{first[1].name.lower()}" }} (or another) '
+                "in the table's configuration.",
             )
         first = first or (index, metric)
     if first is not None:

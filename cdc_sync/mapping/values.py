@@ -64,8 +64,6 @@ _EXTENSIONS: Final[Mapping[tuple[str, str], Codec]] = {
 #: Protobuf messages that a type tree may nest around its scalars, so that with a document inside,
 #: and the request around, Qdrant's limit of 100 is kept.
 _MAX_TYPE_MESSAGES: Final = 32
-#: Messages of the most nested scalar that is not a document (a path: object, list, object).
-_SCALAR_MESSAGES: Final = 8
 
 
 class _Format(Enum):
@@ -130,9 +128,9 @@ def _nested_messages(type_: PgType) -> int:
     base = type_.base
     parts = _parts(base)
     if not parts:
-        return _SCALAR_MESSAGES if (base.schema, base.name) == ("pg_catalog", "path") else 0
+        return 0
     own = {
-        TypeKind.ARRAY: documents.LIST_MESSAGES,
+        TypeKind.ARRAY: documents.LIST_MESSAGES * structured.MAX_DIMENSIONS,
         TypeKind.MULTIRANGE: documents.LIST_MESSAGES + documents.OBJECT_MESSAGES,
     }.get(base.kind, documents.OBJECT_MESSAGES)
     return own + max(map(_nested_messages, parts))

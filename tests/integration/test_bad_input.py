@@ -66,10 +66,7 @@ class Attempt:
         ):
             assert self.database.execute(f"SELECT count(*) FROM {catalog}") == [(0,)], catalog
         client = self.qdrant.client()
-        try:
-            assert not client.collection_exists(self.collection)
-        finally:
-            client.close()
+        assert not client.collection_exists(self.collection)
 
     def fails(self, code: int, *says: str) -> str:
         """Both ``run`` and ``check`` end with the code and say all of it; nothing is left behind."""
@@ -149,7 +146,6 @@ def test_a_collection_that_does_not_fit(attempt: Attempt, size: int, distance: s
     before = client.get_collection(attempt.collection).config
     attempt.fails(CONFIG, attempt.collection, "emb")
     assert client.get_collection(attempt.collection).config == before
-    client.close()
     assert attempt.database.execute("SELECT count(*) FROM pg_publication") == [(0,)]
 
 
@@ -166,7 +162,6 @@ def test_a_collection_with_points_of_others(attempt: Attempt) -> None:
     )
     attempt.fails(CONFIG, attempt.collection, "1 points?")
     assert client.count(attempt.collection, exact=True).count == 1
-    client.close()
 
 
 def test_a_qdrant_that_does_not_answer(attempt: Attempt) -> None:

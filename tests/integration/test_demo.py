@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
@@ -191,13 +192,15 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> str:
 
 
 @pytest.fixture
-def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that the account which runs Postgres for root can enter, too."""
-    directory = tmp_path_factory.mktemp("demo")
-    for each in (directory, *directory.parents):
-        if each.stat().st_uid == os.geteuid() and not each.stat().st_mode & 0o001:
-            each.chmod(each.stat().st_mode | 0o011)
-    return directory
+def temporary() -> Iterator[Path]:
+    """A directory that the account which runs Postgres for root can enter, too.
+
+    Not below pytest's own: that is for its owner only, and every session makes it so again.
+    """
+    with tempfile.TemporaryDirectory(prefix="cdc-sync-demo-test-") as name:
+        directory = Path(name)
+        directory.chmod(0o711)
+        yield directory
 
 
 def leftovers(temporary: Path) -> list[Path]:

@@ -35,7 +35,6 @@ def remove_points(synced: Synced, *ids: int) -> None:
     assert synced.qdrant is not None
     client = synced.qdrant.client()
     client.delete(synced.collection, points_selector=list(ids), wait=True)
-    client.close()
 
 
 @pytest.mark.requirement("R19", "R20")

@@ -1,4 +1,4 @@
-"""Plans from catalog facts: keys, vectors, payload, indexes, and what is refused with which remedy."""
+"""Plans from catalog facts: keys, vectors, payload, indexes, and refusals with their remedies."""
 
 from __future__ import annotations
 
@@ -124,7 +124,10 @@ def test_options_reach_the_plan() -> None:
     assert plan.id_scheme is IdScheme.HASHED
     assert vector_of(plan, "embedding").name == ""
     assert vector_of(plan, "embedding").metric is Metric.DOT
-    assert plan.payload_indexes == (PayloadIndex("_table", PayloadIndexType.KEYWORD),)
+    assert plan.payload_indexes == (
+        PayloadIndex("id", PayloadIndexType.INTEGER),
+        PayloadIndex("_table", PayloadIndexType.KEYWORD),
+    )
     assert result.warnings == ()
 
 
