@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from cdc_sync.errors import ExitCode
+
 
 @dataclass(slots=True)
 class Invocation:
@@ -49,7 +51,7 @@ class Group(TyperGroup):
         """Answer ``--help``, else parse."""
         if not args or _help_is_asked(args, options_first=True):
             typer.echo(self.get_help(ctx))
-            raise typer.Exit
+            raise typer.Exit(ExitCode.OK if args else ExitCode.USAGE)
         return super().parse_args(ctx, args)
 
 

@@ -29,7 +29,10 @@ def check(
         bool | None, typer.Option("--json", help="Print JSON.", show_default=False)
     ] = None,
 ) -> int:
-    """Look at Postgres, Qdrant and the tables without changing anything; say what to correct."""
+    """Say what stands in the way of a run.
+
+    Looks at Postgres, Qdrant and the tables; changes nothing. Exit code 0 if there is no error.
+    """
     from cdc_sync.sync.check import run_checks
     from cdc_sync.sync.findings import Finding
 

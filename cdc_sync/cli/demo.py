@@ -22,7 +22,7 @@ def demo(
         bool | None, typer.Option("--plain", help="Print lines only.", show_default=False)
     ] = None,
 ) -> int:
-    """Show the whole thing at work: Postgres and Qdrant embedded, nothing else to install."""
+    """Show it at work, with Postgres and Qdrant embedded."""
     from cdc_sync.demo.run import run_demo
 
     return run_demo(keep=bool(keep), rows=rows, directory=directory, plain=bool(plain))

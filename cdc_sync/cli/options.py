@@ -117,6 +117,8 @@ def _load(context: typer.Context, options: Mapping[str, object]) -> LoadedSettin
     overrides: dict[str, object] = {
         flag: options[_parameter_name(flag)] or None for flag, *_ in _FLAGS
     }
+    if overrides["log.level"] == "debug":
+        invocation_of(context).debug = True
     _hint_at_secrets(overrides)
     config = options["config"]
     loaded = load_settings(config if isinstance(config, Path) else None, overrides, os.environ)

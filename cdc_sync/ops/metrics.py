@@ -254,7 +254,7 @@ class Metrics:
         self.source_reconnects = {
             kind: reconnects.labels(kind.value)
             for kind in ErrorKind
-            if policy(kind).retry is Retry.TIMED
+            if _component(kind) == "source" and policy(kind).retry is Retry.TIMED
         }
 
     def _create_slot(self) -> None:

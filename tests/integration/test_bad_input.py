@@ -14,7 +14,7 @@ from tests.support.daemon import write_config
 from tests.support.fix_postgres import Database, PrivatePostgres
 from tests.support.qdrant_control import QdrantTarget
 
-DATA, UNAVAILABLE, PERMISSION, CONFIG = 65, 69, 77, 78
+UNAVAILABLE, PERMISSION, CONFIG = 69, 77, 78
 
 
 class Attempt:
@@ -118,19 +118,19 @@ def test_a_table_that_does_not_exist(attempt: Attempt) -> None:
 
 def test_a_key_column_that_does_not_exist(attempt: Attempt) -> None:
     attempt.table["key"] = ["idd"]
-    attempt.fails(DATA, "idd", "id")
+    attempt.fails(CONFIG, "idd", "id")
     attempt.assert_nothing_created()
 
 
 def test_a_table_without_usable_key(attempt: Attempt) -> None:
     attempt.database.execute("ALTER TABLE docs DROP CONSTRAINT docs_pkey")
-    attempt.fails(DATA, "docs", "ADD PRIMARY KEY")
+    attempt.fails(CONFIG, "docs", "ADD PRIMARY KEY")
     attempt.assert_nothing_created()
 
 
 def test_a_vector_column_without_dimension(attempt: Attempt) -> None:
     attempt.database.execute("ALTER TABLE docs ADD free vector")
-    attempt.fails(DATA, "free", r"vector\(n\)|vector\(", "dimensions")
+    attempt.fails(CONFIG, "free", r"vector\(n\)|vector\(", "dimensions")
     attempt.assert_nothing_created()
 
 

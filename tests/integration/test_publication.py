@@ -86,7 +86,8 @@ def test_column_list_only_for_a_subset(database: Database) -> None:
     database.execute("CREATE TABLE t (id int PRIMARY KEY, a text, b text)")
     table = find(database, "t")
     assert create_publication_sql("p", [(table, None)]) == (
-        'CREATE PUBLICATION "p" FOR TABLE ONLY "public"."t" WITH (publish_via_partition_root = true);'
+        'CREATE PUBLICATION "p" FOR TABLE ONLY "public"."t"'
+        " WITH (publish_via_partition_root = true);"
     )
     assert "(" not in create_publication_sql("p", [(table, ["b", "a", "id"])]).split("WITH")[0]
     assert '("id", "b")' in create_publication_sql("p", [(table, ["b"])])

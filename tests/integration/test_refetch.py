@@ -97,8 +97,8 @@ def test_kinds_of_keys(database18: Database) -> None:
         CREATE TABLE k (c "Ext ""x".citext, l "Ext ""x".ltree, d "my id", m mood, u uuid, b bytea,
           ch char(5), q "char", n name, ts timestamptz, v varchar(9), bi bit(3), f float8, o oid,
           PRIMARY KEY (c, l, d, m, u, b, ch, q, n, ts, v, bi, f, o));
-        INSERT INTO k VALUES ('MiXed', 'a.b', 1.50, 'it''s "ok"', gen_random_uuid(), '\\x00ff', 'ab',
-          'q', 'nam', now(), 'vv', '101', 0.1, 7)
+        INSERT INTO k VALUES ('MiXed', 'a.b', 1.50, 'it''s "ok"', gen_random_uuid(), '\\x00ff',
+          'ab', 'q', 'nam', now(), 'vv', '101', 0.1, 7)
         """
     )
     plan = plan_of(database18, "k")

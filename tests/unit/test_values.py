@@ -269,6 +269,14 @@ def test_numerics_are_numbers_only_if_nothing_is_lost(text: str, expected: JsonV
     assert text_decoder(core("numeric"))(text.encode()) == expected
 
 
+def test_the_last_dimension_of_an_array_runs_fastest() -> None:
+    items = [int4(number) for number in range(24)]
+    nested = binary_decoder(array(core("int4")))(array_bytes(*items, sizes=(2, 3, 4)))
+    text = json.dumps(nested).replace("[", "{").replace("]", "}").replace(" ", "")
+    assert nested == [[[12 * i + 4 * j + k for k in range(4)] for j in range(3)] for i in range(2)]
+    assert text_decoder(array(core("int4")))(text.encode()) == nested
+
+
 def test_money_has_the_digits_of_its_locale() -> None:
     data = struct.pack(">q", -5)
     for digits, expected in ((0, "-5"), (2, "-0.05"), (3, "-0.005"), (-1, "-0.05")):

@@ -1,0 +1,64 @@
+"""Deliberate mistakes, each of which a test must notice: made in a pipeline's process before
+anything runs."""
+
+from __future__ import annotations
+
+from cdc_sync.rows import UNCHANGED, PointId, Row
+from cdc_sync.sync import coalesce, gather
+from cdc_sync.sync.coalesce import TableBatch
+from cdc_sync.sync.gather import Batch
+from cdc_sync.sync.relations import Relations
+from cdc_sync.sync.stream import StreamSession
+
+
+def unchanged_becomes_null() -> None:
+    """Coalescing writes NULL where the message said: unchanged."""
+
+    def fill(newer: Row, older: Row) -> Row:
+        return [None if value is UNCHANGED else value for value in newer]
+
+    coalesce.fill = gather.fill = fill
+
+
+def one_delete_is_dropped() -> None:
+    """The first delete is taken for done."""
+    delete = TableBatch.delete
+    dropped: list[PointId] = []
+
+    def drop_one(self: TableBatch, point_id: PointId, xid: int) -> None:
+        if dropped:
+            delete(self, point_id, xid)
+        else:
+            dropped.append(point_id)
+
+    TableBatch.delete = drop_one  # type: ignore[method-assign]
+
+
+def a_moved_row_stays() -> None:
+    """A change of the key leaves the old point behind."""
+
+    def move(self: TableBatch, old_id: PointId, new_id: PointId, row: Row, xid: int) -> None:
+        self.create(new_id, row, xid)
+
+    TableBatch.move = move  # type: ignore[method-assign]
+
+
+def confirmed_before_it_is_written() -> None:
+    """The position moves when a batch is taken, not when Qdrant has completed it."""
+    apply = StreamSession._apply
+
+    async def early(self: StreamSession, batch: Batch) -> None:
+        if batch.end_lsn is not None:
+            self.positions.applied = max(self.positions.applied, batch.end_lsn)
+        await apply(self, batch)
+
+    StreamSession._apply = early  # type: ignore[method-assign]
+
+
+def schema_changes_go_unseen() -> None:
+    """No table is ever marked to be read again."""
+
+    def ignore(self: Relations, *_: object) -> None:
+        return None
+
+    Relations._mark = ignore  # type: ignore[method-assign]

@@ -1,0 +1,87 @@
+"""Plans of changed tables: what goes on, and what stops the table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from cdc_sync.errors import MappingError
+from cdc_sync.mapping.plan import IdScheme
+from cdc_sync.mapping.planner import PlanOptions, build_plan, replan
+from cdc_sync.mapping.table import PgType
+from tests.support.mapping_types import array, core, pgvector
+from tests.unit.test_planner import COLUMNS, column_of, index, table, vector_of
+
+BEFORE = build_plan(
+    table(indexes=(index("t", "btree", ("title", "text_ops")),)), PlanOptions()
+).plan
+NAMES = [(column.name, column.type) for column in COLUMNS]
+
+
+def test_an_unchanged_relation_gives_the_same_plan() -> None:
+    assert replan(BEFORE, NAMES, PlanOptions()) == BEFORE
+
+
+def test_new_and_dropped_columns() -> None:
+    columns = [("extra", core("jsonb")), *NAMES[:1], NAMES[2], ("v2", pgvector("vector", 5))]
+    plan = replan(BEFORE, columns, PlanOptions())
+    assert [column.name for column in plan.columns] == ["extra", "id", "embedding"]
+    assert plan.key == (1,)
+    assert column_of(plan, "extra").field == "extra"
+    assert vector_of(plan, "embedding") == vector_of(BEFORE, "embedding")
+    assert plan.payload_indexes == ()
+    selected = PlanOptions(columns=["title", "embedding"])
+    before = build_plan(table(), selected).plan
+    assert replan(before, [*NAMES, ("extra", core("jsonb"))], selected) == before
+    dropped = replan(BEFORE, NAMES[:2], PlanOptions())
+    assert dropped.vectors == ()
+    assert dropped.payload_indexes == BEFORE.payload_indexes
+
+
+@pytest.mark.requirement("R32")
+@pytest.mark.parametrize(
+    "type_",
+    [
+        pgvector("vector", 4),
+        pgvector("halfvec", 3),
+        pgvector("sparsevec", 3),
+        array(pgvector("vector", 3), 3),
+        core("text"),
+        core("bit", 3),
+    ],
+)
+def test_a_changed_vector_is_refused(type_: PgType) -> None:
+    with pytest.raises(MappingError, match=r"public\.docs: column embedding") as caught:
+        replan(BEFORE, [*NAMES[:2], ("embedding", type_)], PlanOptions())
+    assert "collection" in caught.value.remedy
+
+
+@pytest.mark.requirement("R13")
+def test_a_vector_type_of_another_oid_and_schema_is_the_same() -> None:
+    moved = dataclasses.replace(pgvector("vector", 3, "extensions"), oid=77)
+    plan = replan(BEFORE, [*NAMES[:2], ("embedding", moved)], PlanOptions())
+    assert plan.vectors == BEFORE.vectors
+    assert column_of(plan, "embedding").type is moved
+
+
+@pytest.mark.requirement("R22")
+def test_a_changed_key_is_refused_unless_ids_stay_the_same() -> None:
+    with pytest.raises(MappingError, match="key column id is gone"):
+        replan(BEFORE, NAMES[1:], PlanOptions())
+    for name in ("text", "uuid", "numeric"):
+        with pytest.raises(MappingError, match="column id is part of the key"):
+            replan(BEFORE, [("id", core(name)), *NAMES[1:]], PlanOptions())
+    plan = replan(BEFORE, [("id", core("int4")), *NAMES[1:]], PlanOptions())
+    assert plan.id_scheme is IdScheme.INTEGER
+
+
+def test_new_columns_that_cannot_be_mapped_are_refused() -> None:
+    with pytest.raises(MappingError, match=r"column odd: type tsquery") as caught:
+        replan(BEFORE, [*NAMES, ("odd", core("tsquery"))], PlanOptions())
+    assert "columns" in caught.value.remedy
+    namespaced = build_plan(table(), PlanOptions(namespace="n")).plan
+    with pytest.raises(MappingError, match="_table"):
+        replan(namespaced, [*NAMES, ("_table", core("text"))], PlanOptions(namespace="n"))
+    plan = replan(BEFORE, [*NAMES, ("raw", core("bytea"))], PlanOptions(skip_bytea=True))
+    assert plan == BEFORE
