@@ -291,13 +291,12 @@ def _variable_hint(name: str) -> str:
     stem = name.upper().removeprefix(PREFIX)
     if stem.startswith("TABLES_"):
         return f"; tables are given together as a JSON array in {TABLES_VARIABLE}"
-    suffix = _FILE_SUFFIX if stem.endswith(_FILE_SUFFIX) else ""
-    variables = [*_KEY_BY_VARIABLE, *OTHER_VARIABLES, TABLES_VARIABLE]
     # Compared without the prefix, which would make any two names look alike.
-    known = [variable.removeprefix(PREFIX) for variable in variables]
-    hint = suggest(stem, known)
-    if hint is None and suffix and (hint := suggest(stem.removesuffix(suffix), known)):
-        hint += suffix
+    settings = [variable.removeprefix(PREFIX) for variable in _KEY_BY_VARIABLE]
+    others = [variable.removeprefix(PREFIX) for variable in (*OTHER_VARIABLES, TABLES_VARIABLE)]
+    section_left_out = [known for known in settings if known.endswith(f"__{stem}")]
+    files = [known + _FILE_SUFFIX for known in settings]
+    hint = next(iter(section_left_out), None) or suggest(stem, [*settings, *files, *others])
     return f"; did you mean {PREFIX}{hint}" if hint else ""
 
 
@@ -345,23 +344,24 @@ def _secret_file_layer(environ: Mapping[str, str]) -> _Layer:
 
 
 def _read_secret(variable: str, path: Path) -> str:
+    # What is no absolute path may be the secret itself, put where the path belongs.
+    named = f"the file {path} that {variable} names" if path.is_absolute() else variable
     try:
         with path.open("rb") as file:
             content = file.read(_SECRET_FILE_LIMIT_BYTES + 1)
         text = content.decode("utf-8")
-    except OSError as error:
+    except UnicodeDecodeError:
+        raise ConfigError(f"Cannot read {named}: it is not UTF-8 text.") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "this is no path"
         raise ConfigError(
-            f"Cannot read the file {path} that {variable} names: {error.strerror}.",
+            f"Cannot read {named}: {reason}.",
             "The variable holds the path of a file with the value, not the value itself.",
         ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"The file {path} that {variable} names is not UTF-8 text.") from None
-    except ValueError:
-        raise ConfigError(f"{variable} does not hold the path of a file.") from None
     text = text.removesuffix("\n").removesuffix("\r")
     if not text or len(content) > _SECRET_FILE_LIMIT_BYTES:
-        fault = "is empty" if not text else f"is larger than {_SECRET_FILE_LIMIT_BYTES} bytes"
-        raise ConfigError(f"The file {path} that {variable} names {fault}.")
+        fault = "it is empty" if not text else f"it has more than {_SECRET_FILE_LIMIT_BYTES} bytes"
+        raise ConfigError(f"Cannot use {named}: {fault}.")
     return text
 
 

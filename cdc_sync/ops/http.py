@@ -34,7 +34,7 @@ log = get_logger(__name__)
 CONNECTION_SECONDS: Final = 15.0
 MAX_CONNECTIONS: Final = 64
 _READ_SECONDS: Final = 5.0
-_REAP_SECONDS: Final = 0.5
+_REAP_SECONDS: Final = 0.1
 _JSON: Final = "application/json"
 
 Response = tuple[HTTPStatus, str, bytes]
@@ -212,6 +212,10 @@ class _Server(http.server.ThreadingHTTPServer):
         with self._open_lock:
             self._open[request] = time.monotonic()
             oldest = next(iter(self._open)) if len(self._open) > MAX_CONNECTIONS else None
+            if oldest is not None:
+                # No longer ours at once, not only when its thread notices: the next newcomer must
+                # not find the same one to cut off.
+                del self._open[oldest]
         if oldest is not None:
             _cut(oldest)
         super().process_request(request, client_address)

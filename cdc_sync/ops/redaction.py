@@ -18,9 +18,8 @@ MASK: Final = "***"
 #: Shorter values occur in ordinary text; masking them would garble it and protect nothing.
 _SHORTEST_KNOWN_SECRET: Final = 6
 
-# scheme://user:password@host. Greedy up to the last @ of the word: passwords with an unescaped @ or
-# / are wrong but common, and a word masked too far is better than a password shown in part.
-_URL_PASSWORD = re.compile(r"""(\b[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s/@:"'<>]*:)[^\s"'<>]+(?=@)""")
+_BETWEEN_WORDS = re.compile(r"""([\s"'<>]+)""")
+_USER = re.compile(r"[^/@:]*:")
 
 # password=..., ?sslpassword=...&, PGPASSWORD='...', {"api-key": "..."}, ("api-key", "..."). After a
 # colon or comma only quoted values: "qdrant.api_key: expected a string" is no secret.
@@ -59,8 +58,24 @@ def redact(text: str) -> str:
     if _known_pattern is not None:
         text = _known_pattern.sub(MASK, text)
     if "://" in text:
-        text = _URL_PASSWORD.sub(rf"\g<1>{MASK}", text)
+        text = "".join(map(_mask_url, _BETWEEN_WORDS.split(text)))
     return _NAMED_SECRET.sub(_mask_named, text)
+
+
+def _mask_url(word: str) -> str:
+    """Mask the password of scheme://user:password@host.
+
+    It goes up to the last @: passwords with an unescaped @ or / are wrong but common, and a word
+    masked too far is better than a password shown in part.
+    """
+    end = word.rfind("@")
+    start = word.find("://")
+    while 0 <= start < end:
+        user = _USER.match(word, start + 3)
+        if user and user.end() < end:
+            return f"{word[: user.end()]}{MASK}{word[end:]}"
+        start = word.find("://", start + 3)
+    return word
 
 
 def _mask_named(match: re.Match[str]) -> str:

@@ -240,7 +240,9 @@ class ReplicationConnection:
         self._pgconn.nonblocking = 1
 
     def fileno(self) -> int:
-        """The socket, to wait on. Raises :class:`SourceError` once the connection is lost."""
+        """The socket, to wait on. Raises :class:`SourceError` once the stream has failed."""
+        if self._error is not None:
+            raise self._error
         try:
             return self._pgconn.socket
         except psycopg.Error as exc:
@@ -377,8 +379,10 @@ class ReplicationConnection:
         Never waits. The server checks nothing and would forget changes, so what it hears never
         exceeds what this connection has received: positions known from an earlier one are cut to
         that (R45). Raises :class:`ProtocolError` for ``flush`` beyond ``write`` and for positions
-        that go back, :class:`SourceError` once the connection is lost.
+        that go back, :class:`SourceError` once the stream has failed.
         """
+        if self._error is not None:
+            raise self._error
         received = self.received_lsn
         if flush > write or min(write, received) < self._last_write or flush < self._last_flush:
             raise ProtocolError(

@@ -199,7 +199,7 @@ class Collections:
         try:
             await self._rpc.call(CREATE_COLLECTION, request.SerializeToString())
         except RpcError as failure:
-            if "already exists" in failure.details:
+            if f"`{name}` already exists" in failure.details or "Alias with" in failure.details:
                 return False
             raise sink_error(failure, f"collection {name}") from failure
         return True

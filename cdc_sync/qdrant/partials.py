@@ -23,6 +23,11 @@ have. The encoder checks dimensions against the plan and the collection was chec
 when the table was opened, so this takes a collection that somebody replaces by a different one
 while we write; whole-point upserts report that.
 
+A storage error while a point is read out of an indexed segment (to be moved) may also stay hidden,
+if it has passed when the barrier reads the same point. Such an operation is not lost: the server
+keeps it in its WAL as failed and applies it again, from there on in order
+(``collection_updater.rs``, ``handle_update_result``; ``optimization_worker.rs``, ``try_recover``).
+
 Batches of one or two operations are simply sent with ``wait=true``.
 """
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 
 from cdc_sync.config import Settings
@@ -18,6 +20,9 @@ from cdc_sync.ops.status import StatusBoard
 from cdc_sync.sync.pipeline import Pipeline
 
 log = get_logger(__name__)
+
+#: How long the pipeline may take to end after its drain was cancelled.
+_CANCEL_SECONDS = 0.5
 
 
 def run_pipeline(settings: Settings, *, restart: bool = False) -> int:
@@ -58,6 +63,11 @@ async def _run(pipeline: Pipeline, restart: bool) -> None:
         log.info("stopping", signal=received.name)
         notifier.stopping()
         stop.set()
+        grace = threading.Timer(
+            pipeline.settings.pipeline.shutdown_timeout_seconds + _CANCEL_SECONDS, _abandon
+        )
+        grace.daemon = True
+        grace.start()
 
     for received in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(received, on_signal, received)
@@ -72,6 +82,16 @@ async def _run(pipeline: Pipeline, restart: bool) -> None:
     finally:
         for received in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             loop.remove_signal_handler(received)
+
+
+def _abandon() -> None:
+    """The grace period is over, and something still waits for Qdrant or Postgres.
+
+    Safe: what was not confirmed is sent again by the next start. Workers die with this process.
+    """
+    log.warning("drain_abandoned")
+    logging.shutdown()
+    os._exit(ExitCode.OK)
 
 
 def _dump_tasks() -> None:

@@ -106,6 +106,10 @@ class StreamSession:
         tasks = {reader, writer, clock, stopped}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            # Cancelled, not stopped: the batch in flight may take for ever, so it is not waited for.
+            writer.cancel()
+            raise
         finally:
             self._ending = True
             for task in (reader, clock, stopped):

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from qdrant_edge import EdgeShard
 
 from cdc_sync.config import QdrantSettings
-from cdc_sync.errors import ConfigError, SinkError, StateError
+from cdc_sync.errors import ConfigError, ErrorKind, SinkError, StateError
 from cdc_sync.mapping.plan import (
     PayloadIndex,
     PayloadIndexType,
@@ -110,6 +111,22 @@ async def test_edge_reads_create_nothing(edge_settings: QdrantSettings) -> None:
     assert not (await opened.inspect(items_plan("items"))).exists
     await opened.close()
     assert not _edge_path(edge_settings).parent.exists()
+
+
+async def test_edge_shard_loaded_by_another_program(edge_settings: QdrantSettings) -> None:
+    """A program that opens a shard by itself, past our lock, is told apart from damage."""
+    plan = items_plan("items")
+    opened = await open_sink(edge_settings)
+    await opened.ensure_collection(plan)
+    await opened.close()
+    other = EdgeShard.load(str(_edge_path(edge_settings) / "collections" / "items"))
+    again = await open_sink(edge_settings)
+    with pytest.raises(SinkError, match="open in another program") as caught:
+        await again.inspect(plan)
+    assert caught.value.kind is ErrorKind.SINK_UNAVAILABLE
+    other.close()
+    assert (await again.inspect(plan)).exists
+    await again.close()
 
 
 def _truncate_config(shard: Path) -> None:

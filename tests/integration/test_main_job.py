@@ -43,7 +43,7 @@ def run_job(
         synced.daemon.wait(_after(after_copy_seconds), "the writers' time", after_copy_seconds + 60)
     finally:
         stats = [writer.finish() for writer in writers]
-    assert sum(s.transactions for s in stats) > 50
+    assert sum(s.committed for s in stats) > 50
     return synced
 
 

@@ -144,9 +144,11 @@ class SyncMachine(RuleBasedStateMachine):
 
     # -- rows
 
-    @rule(connection=connections, statement=row_statements, key=keys, other=keys)
-    def change_rows(self, connection: int, statement: str, key: int, other: int) -> None:
-        self.load.rows(connection, statement, key, other)
+    @rule(changes=st.lists(st.tuples(connections, row_statements, keys, keys), min_size=1))
+    def change_rows(self, changes: list[tuple[int, str, int, int]]) -> None:
+        """Changes by connections that are in a transaction or not."""
+        for connection, statement, key, other in changes:
+            self.load.rows(connection, statement, key, other)
 
     @rule(
         connection=connections,
@@ -163,9 +165,10 @@ class SyncMachine(RuleBasedStateMachine):
             self.load.rows(connection, statement, key, other)
         self.load.end(connection, "COMMIT")
 
-    @rule(connection=connections)
-    def begin(self, connection: int) -> None:
+    @rule(connection=connections, statement=row_statements, key=keys, other=keys)
+    def begin(self, connection: int, statement: str, key: int, other: int) -> None:
         self.load.begin(connection)
+        self.load.rows(connection, statement, key, other)
 
     @rule(connection=connections)
     def commit(self, connection: int) -> None:
@@ -267,7 +270,11 @@ class SyncMachine(RuleBasedStateMachine):
 
     # -- what must hold
 
-    @rule()
+    @rule(go=st.sampled_from([True, False, False, False]))
+    def check_now_and_then(self, go: bool) -> None:
+        if go:
+            self.checkpoint()
+
     def checkpoint(self) -> None:
         """Everything comes to rest, and both sides are equal."""
         self.load.end_all()

@@ -22,7 +22,7 @@ _SCHEMA: Final = f"""
 CREATE TYPE mood AS ENUM ('glad', 'sad');
 CREATE FUNCTION vec(seed bigint, dim int) RETURNS vector LANGUAGE sql IMMUTABLE AS $$
   SELECT array_agg((((seed * 37 + i * i * 11 + i) % 1700)::real / 1000 - 0.5)::float4
-                   ORDER BY i)::vector(16000)
+                   ORDER BY i)::vector
     FROM generate_series(1, dim) i $$;
 CREATE TABLE {TABLE} (
   id bigint PRIMARY KEY, note text, n int, label varchar(20), feeling mood, big text,
