@@ -152,6 +152,12 @@ class PipelineSettings(_Section):
     shutdown_timeout_seconds: float = Field(
         25.0, gt=0, description="How long a graceful stop may take."
     )
+    let_go_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="Let go of the slot's connection once Qdrant has not completed a batch for so "
+        "long; it would hold up a fast shutdown of Postgres.",
+    )
 
 
 class HttpSettings(_Section):

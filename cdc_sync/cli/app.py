@@ -1,16 +1,17 @@
 """The Typer application. Its commands are registered by :mod:`cdc_sync.cli.entry`.
 
-Help is plain text and is answered before options are converted: rich and pydantic would take
-longer to import than everything else together.
+Help is plain text, and is given without rich and pydantic, which would take longer to import than
+everything else together.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Annotated
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 from cdc_sync.errors import ExitCode
 
@@ -22,37 +23,22 @@ class Invocation:
     debug: bool = False
 
 
-def _help_is_asked(arguments: list[str], *, options_first: bool) -> bool:
-    """Whether ``--help`` is among the options; those of a group end where the command begins."""
-    for argument in arguments:
-        if argument == "--" or (options_first and not argument.startswith("-")):
-            return False
-        if argument == "--help":
-            return True
-    return False
-
-
-class Command(TyperCommand):
-    """A command that shows its help without pydantic."""
+class Group(TyperGroup):
+    """A group of commands; without a command it shows its help, as an error."""
 
     # Typer knows its own context type by a private name only.
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Answer ``--help``, else parse."""
-        if _help_is_asked(args, options_first=False):
+        """Parse the options before the command."""
+        if not args:
             typer.echo(self.get_help(ctx))
-            raise typer.Exit
-        return super().parse_args(ctx, args)
-
-
-class Group(TyperGroup):
-    """A group of commands that shows its help without pydantic, also when no command is given."""
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Answer ``--help``, else parse."""
-        if not args or _help_is_asked(args, options_first=True):
-            typer.echo(self.get_help(ctx))
-            raise typer.Exit(ExitCode.OK if args else ExitCode.USAGE)
-        return super().parse_args(ctx, args)
+            raise typer.Exit(ExitCode.USAGE)
+        own = itertools.takewhile(lambda argument: argument.startswith("-"), args)
+        # Typer imports pydantic to convert even the value of a --help that is not given.
+        self.add_help_option = "--help" in own
+        try:
+            return super().parse_args(ctx, args)
+        finally:
+            self.add_help_option = True
 
 
 app = typer.Typer(
@@ -70,13 +56,10 @@ config_app = typer.Typer(cls=Group, help="Write and show the configuration.", ri
 @app.callback()
 def root(
     context: typer.Context,
-    # None and not False by default: a value would be converted, and so import pydantic.
-    debug: Annotated[
-        bool | None, typer.Option("--debug", help="Show the trace of errors.", show_default=False)
-    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of errors.")] = False,
 ) -> None:
     """Keep the options of all commands."""
-    invocation_of(context).debug = bool(debug)
+    invocation_of(context).debug = debug
 
 
 def invocation_of(context: typer.Context) -> Invocation:

@@ -25,9 +25,7 @@ _SEVERITY_WIDTH = len("warning")
 @takes_settings
 def check(
     loaded: LoadedSettings,
-    as_json: Annotated[
-        bool | None, typer.Option("--json", help="Print JSON.", show_default=False)
-    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Say what stands in the way of a run.
 

@@ -21,9 +21,7 @@ _VALUE_WIDTH = 48
 @takes_settings
 def config_show(
     loaded: LoadedSettings,
-    as_json: Annotated[
-        bool | None, typer.Option("--json", help="Print JSON.", show_default=False)
-    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Print every setting in effect with its origin; secrets are masked."""
     values = list(_values(loaded))

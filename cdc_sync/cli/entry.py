@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import typer
 
-from cdc_sync.cli.app import Command, Invocation, app, config_app
+from cdc_sync.cli.app import Invocation, app, config_app
 from cdc_sync.cli.check import check
 from cdc_sync.cli.config_init import config_init
 from cdc_sync.cli.config_show import config_show
@@ -27,12 +27,12 @@ from cdc_sync.errors import CdcSyncError, ExitCode
 _INTERRUPTED = 130
 
 # The order is that of the help.
-app.command(cls=Command)(run)
-app.command(cls=Command)(check)
-app.command(cls=Command)(demo)
-app.command(cls=Command)(version)
-config_app.command("init", cls=Command)(config_init)
-config_app.command("show", cls=Command)(config_show)
+app.command()(run)
+app.command()(check)
+app.command()(demo)
+app.command()(version)
+config_app.command("init")(config_init)
+config_app.command("show")(config_show)
 app.add_typer(config_app, name="config")
 
 
@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the outermost frame: reported, and exit code 1
         _trace(invocation)
         _say("error", f"Unexpected {type(error).__name__}: {error}")
-        hint = "Report this." if invocation.debug else "Run again with --debug, and report this."
-        _say("try", hint)
+        again = "Run again as cdc-sync --debug ..., and report the trace."
+        _say("try", "Report this with the trace." if invocation.debug else again)
         return ExitCode.BUG
     return int(code or ExitCode.OK)
 

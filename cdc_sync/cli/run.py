@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 def run(
     loaded: LoadedSettings,
     restart: Annotated[
-        bool | None,
+        bool,
         typer.Option(
             "--migration.restart",
             help="Forget the pipeline's records, clear its collections and copy again.",
-            show_default=False,
         ),
-    ] = None,
+    ] = False,
 ) -> int:
     """Copy the tables, then follow every change, until stopped.
 
@@ -36,7 +35,7 @@ def run(
     with _ended_by_sigterm():
         from cdc_sync.sync.daemon import run_pipeline
 
-        return run_pipeline(loaded.settings, restart=bool(restart))
+        return run_pipeline(loaded.settings, restart=restart)
 
 
 @contextlib.contextmanager

@@ -13,9 +13,7 @@ from cdc_sync import __version__
 
 
 def version(
-    as_json: Annotated[
-        bool | None, typer.Option("--json", help="Print JSON.", show_default=False)
-    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Print the versions of this program and of what it runs on."""
     from cdc_sync.postgres.libpq import libpq_version

@@ -117,7 +117,8 @@ class Table:
     ``replica_identity`` is "d", "n", "f" or "i"; ``identity_columns`` the columns that old-key
     tuples carry (all of them under "f", none under "n"). ``primary_key`` is in index order and
     empty when there is none. ``deferrable_key`` says that the primary key constraint is deferrable.
-    ``row_security`` says that policies would apply to the current role.
+    ``row_security`` says that policies would apply to the current role. ``definition`` is not newer
+    than the rest; compare it with :func:`redefined`.
     """
 
     oid: int
@@ -132,8 +133,25 @@ class Table:
     leaves: tuple[Leaf, ...]
     deferrable_key: bool = False
     row_security: bool = False
+    definition: str = ""
 
     @property
     def qualified_name(self) -> str:
         """``schema.table``, unquoted: for people, logs and metric labels."""
         return f"{self.schema}.{self.name}"
+
+
+def redefined(before: str, after: str) -> bool:
+    """Whether a table's columns changed between two definitions, or ALTER TABLE computed its rows
+    anew.
+
+    A definition is ``columns.storage.versions``: the columns, the files that hold the rows, and the
+    transactions that last touched the columns' catalog entries. What rewrites rows and keeps the
+    columns (``ALTER COLUMN n TYPE int USING n * 2``) changes the last two at once; VACUUM FULL and
+    TRUNCATE change only the files, SET DEFAULT and GRANT only the versions.
+    """
+    columns, _, rest = before.partition(".")
+    columns_now, _, rest_now = after.partition(".")
+    storage, _, versions = rest.partition(".")
+    storage_now, _, versions_now = rest_now.partition(".")
+    return columns != columns_now or (storage != storage_now and versions != versions_now)

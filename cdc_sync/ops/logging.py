@@ -13,7 +13,7 @@ Records of other libraries take the same way, with their message as the event.
 - Secrets are masked (see ``redaction.py``), values of fields included. Rows never belong into a
   field.
 
-The command line calls :func:`configure_logging` once a process; nothing else touches handlers.
+The daemon calls :func:`configure_logging` once a process; nothing else touches handlers.
 """
 
 from __future__ import annotations

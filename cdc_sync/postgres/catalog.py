@@ -13,6 +13,7 @@ from cdc_sync.mapping.table import Column, Index, IndexColumn, Leaf, Table
 from cdc_sync.postgres.connect import PgConnection, translate
 from cdc_sync.postgres.identifiers import parse_name, qualified, quote_ident
 from cdc_sync.postgres.pg_types import TypeResolver
+from cdc_sync.postgres.watch import definitions
 
 __all__ = [
     "ServerInfo",
@@ -276,6 +277,8 @@ def read_table(conn: PgConnection, oid: int, types: TypeResolver | None = None) 
 
 
 def _read(conn: PgConnection, oid: int, types: TypeResolver) -> Table:
+    # First: if the table changes meanwhile, the next look finds it changed.
+    definition = definitions(conn, [oid]).get(oid, "")
     row = conn.execute(_RELATION, (oid,)).fetchone()
     if row is None:
         raise SourceError(
@@ -311,6 +314,7 @@ def _read(conn: PgConnection, oid: int, types: TypeResolver) -> Table:
         leaves=leaves,
         deferrable_key=primary is not None and not primary.immediate,
         row_security=row_security,
+        definition=definition,
     )
 
 

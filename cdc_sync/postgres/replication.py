@@ -394,7 +394,7 @@ class ReplicationConnection:
         try:
             self._pgconn.put_copy_data(status)
         except psycopg.Error as exc:
-            raise self._error or translate(exc, "reporting the position") from exc
+            raise translate(exc, "reporting the position") from exc
         self._last_write, self._last_flush = write, flush
         self._flush()
 

@@ -11,15 +11,26 @@ import psycopg
 from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.postgres.connect import PgConnection, translate
 
-# Columns as they are now: DDL writes no message into the stream until the next change of the table
-# (R30).
-_SIGNATURES = """
-    SELECT a.attrelid::oid::int8,
-           md5(string_agg(concat_ws('|', a.attnum, a.attname, a.atttypid, a.atttypmod,
-           a.attgenerated), ',' ORDER BY a.attnum))
-      FROM pg_catalog.pg_attribute a
-     WHERE a.attrelid = ANY(%s::oid[]) AND a.attnum > 0 AND NOT a.attisdropped
-     GROUP BY a.attrelid
+# DDL writes no message into the stream until the next change of the table (R30). One statement, so
+# that what changes together is seen together; no function that waits for a lock.
+_DEFINITIONS = """
+    SELECT c.oid::int8,
+           concat(
+             (SELECT md5(string_agg(concat_ws('|', a.attnum, a.attname, a.atttypid, a.atttypmod,
+                                              a.attgenerated), ',' ORDER BY a.attnum))
+                FROM pg_catalog.pg_attribute a
+               WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped), '.',
+             (WITH RECURSIVE tree (oid) AS (
+                SELECT c.oid UNION ALL
+                SELECT i.inhrelid FROM pg_catalog.pg_inherits i JOIN tree ON i.inhparent = tree.oid
+                 WHERE c.relkind = 'p')
+              SELECT md5(string_agg(s.relfilenode::text, ',' ORDER BY s.oid))
+                FROM tree JOIN pg_catalog.pg_class s ON s.oid = tree.oid), '.',
+             (SELECT md5(string_agg(concat_ws('|', a.attnum, a.xmin), ',' ORDER BY a.attnum))
+                FROM pg_catalog.pg_attribute a
+               WHERE a.attrelid = c.oid AND a.attnum > 0))
+      FROM pg_catalog.pg_class c
+     WHERE c.oid = ANY(%s::oid[])
 """
 
 _POSITION = """
@@ -52,15 +63,15 @@ class SourcePosition:
     xmax: int
 
 
-def column_signatures(connection: PgConnection, oids: Sequence[int]) -> dict[int, str]:
-    """A text per table that changes when its columns do. Tables that are gone are missing in the
-    result."""
+def definitions(connection: PgConnection, oids: Sequence[int]) -> dict[int, str]:
+    """What :func:`cdc_sync.mapping.table.redefined` compares, by table. Tables that are gone are
+    missing in the result."""
     try:
         with connection.cursor() as cursor:
-            cursor.execute(_SIGNATURES, (list(oids),))
-            return {int(oid): str(signature) for oid, signature in cursor}
+            cursor.execute(_DEFINITIONS, (list(oids),))
+            return {int(oid): str(definition) for oid, definition in cursor}
     except psycopg.Error as error:
-        raise translate(error, "reading the tables' columns") from error
+        raise translate(error, "reading the tables' definitions") from error
 
 
 def source_position(connection: PgConnection, slot: str) -> SourcePosition:

@@ -10,9 +10,10 @@ Three loops share the connection on one event loop:
   any case often enough for
   ``wal_sender_timeout``, also while the reader pauses (R1, R2).
 
-On any end the batch in flight is finished before the session ends, never cancelled half-way: the
-next session sends the same changes again, and no two requests for one point may be in flight
-together.
+On any end the requests in flight are awaited before the session ends: the next session sends the
+same changes again, and no two requests for one point may be in flight together. Once the connection
+is lost or let go of, nothing is tried again either: another process may have the slot by then, and
+what it has written must not be overwritten by an older batch.
 """
 
 from __future__ import annotations
@@ -52,19 +53,40 @@ class Positions:
 
     ``received``: end of what came over the wire. ``applied``: everything before it has been
     completed by Qdrant, an exclusive bound. ``confirmed``: what Postgres was told. ``server_end``:
-    the server's end of WAL as far as known.
+    the server's end of WAL as far as known. ``oldest_commit``: Unix seconds of the oldest commit
+    received and not applied, None if there is none; it outlives the session.
     """
 
     received: int = 0
     applied: int = 0
     confirmed: int = 0
     server_end: int = 0
+    oldest_commit: float | None = None
+
+
+def publish_lag(positions: Positions, metrics: Metrics, board: StatusBoard) -> None:
+    """Show how far behind Qdrant is."""
+    p = positions
+    age = max(0.0, time.time() - p.oldest_commit) if p.oldest_commit is not None else 0.0
+    board.set_lag(lag_bytes=max(0, p.server_end - p.confirmed), seconds=age)
+    metrics.lag_bytes["receive"].set(max(0, p.server_end - p.received))
+    metrics.lag_bytes["apply"].set(max(0, p.received - p.applied))
+    metrics.lag_bytes["acknowledge"].set(max(0, p.applied - p.confirmed))
+
+
+class LetGoError(SourceError):
+    """Qdrant did not complete a batch for too long, and the slot's connection was given up (R7)."""
+
+
+class BatchAbandonedError(Exception):
+    """The connection ended before the batch was completed; the next session sends it again."""
 
 
 class BatchWriter(Protocol):
-    """What the stream needs of the applier."""
+    """What the stream needs of the applier. ``sleep`` passes the time before something is tried
+    again; what it raises ends the batch."""
 
-    async def apply(self, batch: Batch) -> None: ...
+    async def apply(self, batch: Batch, sleep: Callable[[float], Awaitable[None]]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -86,19 +108,25 @@ class StreamSession:
     status_seconds: float
     board: StatusBoard
     between: Callable[[Batch | None], Awaitable[None]]
-    let_go_seconds: float = 30.0
+    let_go_seconds: float
+    silence_seconds: float
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _space: asyncio.Event = field(default_factory=asyncio.Event)
     _in_flight: Batch | None = None
     _in_flight_since: float = 0.0
     _last_status: float = 0.0
     _last_durable: float = 0.0
+    _last_heard: float = field(default_factory=time.monotonic)
+    _asked: float = 0.0
+    _carried: float | None = None
     _ending: bool = False
-    _let_go: bool = False
+    _resting: bool = False
+    _lost: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
         """Stream until stopped. Raises :class:`SourceError` when the connection ends, and what the
         applier raises."""
+        self._carried = self.positions.oldest_commit
         reader = asyncio.create_task(self._read(), name="reader")
         writer = asyncio.create_task(self._write(), name="writer")
         clock = asyncio.create_task(self._keep_time(), name="clock")
@@ -112,19 +140,25 @@ class StreamSession:
             raise
         finally:
             self._ending = True
+            if reader.done() or clock.done():
+                self._lost.set()
             for task in (reader, clock, stopped):
                 task.cancel()
             await self._finish(writer, reader, clock, stopped)
         for task in (writer, reader, clock):
             if task.done() and not task.cancelled():
-                task.result()
+                with contextlib.suppress(BatchAbandonedError):
+                    task.result()
 
     async def _finish(self, writer: asyncio.Task[None], *others: asyncio.Task[object]) -> None:
         """Wait for the batch in flight. If this is cancelled (the grace period is over) the writer
         goes too."""
         self._news.set()
-        if self._let_go:
+        if self._lost.is_set():
             self.connection.close()
+        if self._resting:
+            # A table is being read again, which may take long; it is done from the start next time.
+            writer.cancel()
         try:
             await asyncio.wait({writer})
         except asyncio.CancelledError:
@@ -149,7 +183,9 @@ class StreamSession:
                 continue
             started = time.perf_counter()
             frames = self.connection.read(_READ_FRAMES, _READ_BYTES)
-            if not frames:
+            if frames:
+                self._last_heard = time.monotonic()
+            else:
                 self.metrics.stage_seconds["receive_wait"].inc(time.perf_counter() - started)
                 await self._wait_readable()
                 continue
@@ -210,12 +246,28 @@ class StreamSession:
                 try:
                     await asyncio.wait_for(self._news.wait(), _IDLE_SECONDS)
                 except TimeoutError:
-                    await self.between(None)
+                    await self._rest(None)
                 continue
             batch = self.gatherer.take()
             self._space.set()
             await self._apply(batch)
+            await self._rest(batch)
+
+    async def _rest(self, batch: Batch | None) -> None:
+        # Reading a table again may take long, and says nothing about whether this loop lives.
+        self.board.retire("writer")
+        self._resting = True
+        try:
             await self.between(batch)
+        finally:
+            self._resting = False
+
+    async def _sleep(self, seconds: float) -> None:
+        """Pass the time before something is tried again, unless the connection is gone."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._lost.wait(), seconds)
+        if self._lost.is_set():
+            raise BatchAbandonedError
 
     async def _apply(self, batch: Batch) -> None:
         if not batch.empty:
@@ -224,7 +276,7 @@ class StreamSession:
             self._in_flight, self._in_flight_since = batch, time.monotonic()
             started = time.perf_counter()
             try:
-                await self.applier.apply(batch)
+                await self.applier.apply(batch, self._sleep)
             finally:
                 self._in_flight = None
             self.metrics.stage_seconds["sink_wait"].inc(time.perf_counter() - started)
@@ -232,6 +284,7 @@ class StreamSession:
             self.metrics.batch_bytes["stream"].observe(batch.bytes)
         if batch.end_lsn is not None:
             self.positions.applied = max(self.positions.applied, batch.end_lsn)
+            self._carried = None
         self._observe(batch)
         if time.monotonic() - self._last_durable >= CONFIRM_SECONDS:
             await self._confirm()
@@ -260,16 +313,34 @@ class StreamSession:
             if time.monotonic() - self._last_status >= self.status_seconds:
                 self._send_status("timer")
             self._publish()
+            self._listen()
             if self._stalled_seconds > self.let_go_seconds:
                 # A consumer that answers and does not advance holds up a fast shutdown of Postgres
                 # (R7).
-                self._let_go = True
-                raise SourceError(
+                raise LetGoError(
                     ErrorKind.SOURCE_UNAVAILABLE,
                     f"let go of the slot: Qdrant has not completed a batch for "
-                    f"{self.let_go_seconds:.0f} s",
-                    "The connection is taken up again once Qdrant has completed it.",
+                    f"{self.let_go_seconds:g} s",
+                    "The connection is taken up again once Qdrant answers.",
                 )
+
+    def _listen(self) -> None:
+        """Make sure that somebody is still there: ask for an answer after half of the time.
+
+        A host that vanishes is noticed by TCP; a proxy in between, or a walsender that hangs, is
+        not.
+        """
+        if self.gatherer.full:
+            self._last_heard = time.monotonic()  # Nobody reads.
+        silent = time.monotonic() - self._last_heard
+        if silent > self.silence_seconds:
+            raise SourceError(
+                ErrorKind.SOURCE_UNAVAILABLE,
+                f"Postgres has not answered for {silent:.0f} s; the connection is given up",
+            )
+        if silent > self.silence_seconds / 2 and self._asked < self._last_heard:
+            self._asked = time.monotonic()
+            self._send_status("timer", reply=True)
 
     @property
     def _stalled_seconds(self) -> float:
@@ -289,26 +360,23 @@ class StreamSession:
         if force:
             log.debug("position_confirmed", lsn=str(Lsn(self.positions.confirmed)))
 
-    def _send_status(self, trigger: Trigger) -> None:
+    def _send_status(self, trigger: Trigger, *, reply: bool = False) -> None:
         # A batch of the last session may have been completed since: a connection reports only what
         # came over itself.
         received = self.connection.received_lsn
-        self.connection.send_status(received, min(self.positions.confirmed, received))
+        self.connection.send_status(received, min(self.positions.confirmed, received), reply)
         self._last_status = time.monotonic()
         self.metrics.status_updates[trigger].inc()
 
     def _publish(self) -> None:
-        p = self.positions
-        oldest = self._in_flight.oldest_commit if self._in_flight is not None else None
+        # What the last session left comes again, and is older than all else.
+        oldest = self._carried
+        if oldest is None and self._in_flight is not None:
+            oldest = self._in_flight.oldest_commit
         if oldest is None:
             oldest = self.gatherer.oldest_commit
-        self.board.set_lag(
-            lag_bytes=max(0, p.server_end - p.confirmed),
-            seconds=max(0.0, time.time() - oldest) if oldest is not None else 0.0,
-        )
-        self.metrics.lag_bytes["receive"].set(max(0, p.server_end - p.received))
-        self.metrics.lag_bytes["apply"].set(max(0, p.received - p.applied))
-        self.metrics.lag_bytes["acknowledge"].set(max(0, p.applied - p.confirmed))
+        self.positions.oldest_commit = oldest
+        publish_lag(self.positions, self.metrics, self.board)
         in_flight = self._in_flight.bytes if self._in_flight is not None else 0
         self.metrics.buffer_bytes.set(self.gatherer.buffered_bytes + in_flight)
         if self.gatherer.clock_offset_seconds is not None:

@@ -117,7 +117,10 @@ async def test_few_statuses_and_write_is_received_while_flush_is_durable(
     database18: Database, qdrant: QdrantTarget, faults: Faults
 ) -> None:
     create_docs(database18)
-    async with running(pipeline_settings(database18, qdrant, "docs"), database18, qdrant) as life:
+    settings = pipeline_settings(
+        database18, qdrant, "docs", pipeline={"status_interval_seconds": 1.5}
+    )
+    async with running(settings, database18, qdrant) as life:
         await life.caught_up()
         faults.hold("write")
         before = wal_position(database18)
@@ -143,7 +146,6 @@ async def test_few_statuses_and_write_is_received_while_flush_is_durable(
             assert flush == replay <= before
             return write >= received
 
-        life.patience_seconds = 15.0
         await life.wait(reported, "the write position")
         faults.release()
         await life.assert_equal()
@@ -172,14 +174,14 @@ async def confirmed_too_early(
     """Whether a commit whose write Qdrant has never completed is confirmed. The next try after the
     scripted ones is held, so that nothing is ever completed."""
     create_docs(database)
-    settings = pipeline_settings(database, qdrant, "docs", target={"timeout_seconds": 0.3})
+    settings = pipeline_settings(database, qdrant, "docs", target={"timeout_seconds": 0.2})
     async with running(settings, database, qdrant) as life:
         await life.caught_up()
         script(faults)
         faults.hold("write", times=1000)
         before = wal_position(database)
         bound = commit(database, "UPDATE docs SET note = 'new' WHERE id = 1")
-        end = time.monotonic() + 1.5
+        end = time.monotonic() + 1.0
         while time.monotonic() < end:
             # Later positions, which a keepalive brings.
             database.execute("SELECT pg_logical_emit_message(false, 'tests', 'x')")
@@ -449,6 +451,8 @@ async def commit_at_the_applied_position(database: Database, life: Running, note
     database.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", (watcher,))
     with database.connect(autocommit=False) as connection:
         connection.execute("UPDATE docs SET note = %s WHERE id = 1", (note,))
+        # Another commit flushes the WAL so far.
+        database.execute("SELECT pg_logical_emit_message(true, 'tests', '')")
         await life.wait(lambda: life.confirmed() == wal_position(database), "the end of the WAL")
         pid = walsender(database, life.slot)[0]
         applied = life.pipeline.positions.applied

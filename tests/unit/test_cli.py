@@ -1,0 +1,620 @@
+"""The command line: what it calls, what it prints, how it ends, and what it never prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from pydantic import BaseModel
+
+from cdc_sync.cli import main
+from cdc_sync.cli.config_init import settings_toml
+from cdc_sync.config import Settings, TableSettings
+from cdc_sync.errors import (
+    CdcSyncError,
+    ConfigError,
+    ErrorKind,
+    ExitCode,
+    SinkError,
+    SourceError,
+)
+from cdc_sync.loading import load_settings
+from cdc_sync.ops.redaction import forget_secrets
+from cdc_sync.settings_schema import SECTIONS
+from cdc_sync.sync.findings import Finding
+
+MODELS: tuple[type[BaseModel], ...] = (*SECTIONS.values(), TableSettings)
+SECRET = "hunter2-never-print-me"
+API_KEY = "the-api-key-nobody-may-see"
+URL = f"postgresql://sync:{SECRET}@db.invalid/app"
+ONE_TABLE = ("--pg.url", "postgresql://db.invalid/app", "--pg.table", "items")
+COMMANDS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("run",),
+    ("check",),
+    ("demo",),
+    ("version",),
+    ("config",),
+    ("config", "init"),
+    ("config", "show"),
+)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in list(os.environ):
+        if name.startswith("CDC_SYNC_"):
+            monkeypatch.delenv(name)
+    yield
+    forget_secrets()
+
+
+@dataclass
+class Daemon:
+    """Stands in for the pipeline: records what it was started with."""
+
+    result: int = 0
+    error: BaseException | None = None
+    settings: list[Settings] = field(default_factory=list)
+    restart: list[bool] = field(default_factory=list)
+
+    def run_pipeline(self, settings: Settings, *, restart: bool = False) -> int:
+        self.settings.append(settings)
+        self.restart.append(restart)
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+@pytest.fixture
+def daemon(monkeypatch: pytest.MonkeyPatch) -> Daemon:
+    made = Daemon()
+    module = ModuleType("cdc_sync.sync.daemon")
+    module.run_pipeline = made.run_pipeline  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cdc_sync.sync.daemon", module)
+    return made
+
+
+@pytest.fixture
+def findings(monkeypatch: pytest.MonkeyPatch) -> list[Finding | CdcSyncError]:
+    """What the checks find; an error in it is raised."""
+    made: list[Finding | CdcSyncError] = []
+
+    def run_checks(settings: Settings) -> list[Finding]:
+        for item in made:
+            if isinstance(item, CdcSyncError):
+                raise item
+        return [item for item in made if isinstance(item, Finding)]
+
+    module = ModuleType("cdc_sync.sync.check")
+    module.run_checks = run_checks  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cdc_sync.sync.check", module)
+    return made
+
+
+def output(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    captured = capsys.readouterr()
+    assert SECRET not in captured.out + captured.err
+    assert API_KEY not in captured.out + captured.err
+    return captured.out, captured.err
+
+
+def python(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("CDC_SYNC_")}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**inherited, **environ},
+        check=False,
+    )
+
+
+# -- help
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_imports_no_client_and_no_pydantic(command: tuple[str, ...]) -> None:
+    program = (
+        "import sys\n"
+        "from cdc_sync.cli import main\n"
+        f"code = main([*{command!r}, '--help'])\n"
+        "heavy = {'psycopg', 'qdrant_client', 'grpc', 'pydantic', 'pydantic_settings', 'numpy',"
+        " 'rich', 'orjson', 'prometheus_client', 'asyncio'} & set(sys.modules)\n"
+        "sys.exit(code or (f'imported: {heavy}' if heavy else 0))\n"
+    )
+    done = python("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: cdc-sync" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_is_there_at_once(command: tuple[str, ...]) -> None:
+    fastest = float("inf")
+    for _ in range(12):  # other work on the machine may slow down some of them
+        started = time.perf_counter()
+        assert python("-m", "cdc_sync", *command, "--help").returncode == 0
+        fastest = min(fastest, time.perf_counter() - started)
+        if fastest < 0.3:
+            return
+    pytest.fail(f"--help took {fastest:.2f} s at best")
+
+
+def test_help_names_every_flag_of_the_guides(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--pg.url", "--pg.table", "--pg.key-column", "--pg.columns", "--qdrant.url",
+        "--qdrant.api-key", "--qdrant.collection", "--qdrant.distance-metric",
+        "--migration.num-workers", "--migration.restart", "--http.port", "--http.host",
+        "--log.level", "--log.format", "--pipeline.name", "--config",
+    ]  # fmt: skip
+    assert main(["run", "--help"]) == 0
+    out, _ = output(capsys)
+    assert [flag for flag in flags if flag not in out] == []
+
+
+def test_help_names_only_variables_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["run", "--help"])
+    text = re.sub(r"\s+", " ", output(capsys)[0])
+    named = re.findall(r"CDC_SYNC_(\w+)__(\w+)", text)
+    assert len(named) >= 8
+    for section, key in named:
+        assert key.lower() in SECTIONS[section.lower()].model_fields
+
+
+def test_no_command_prints_the_help_and_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([]) == ExitCode.USAGE
+    assert "Commands:" in output(capsys)[0]
+
+
+# -- run
+
+
+def test_run_passes_the_settings_on(daemon: Daemon) -> None:
+    code = main(
+        [
+            "run", "--pg.url", URL, "--pg.table", "items", "--pg.key-column", "id",
+            "--pg.columns", "id,title,embedding", "--qdrant.url", "http://q:6334",
+            "--qdrant.api-key", API_KEY, "--qdrant.collection", "goods",
+            "--qdrant.distance-metric", "embedding=dot", "--qdrant.distance-metric", "b=cosine",
+            "--migration.num-workers", "3", "--http.port", "0", "--http.host", "0.0.0.0",
+            "--log.level", "error", "--log.format", "json", "--pipeline.name", "mine",
+        ]
+    )  # fmt: skip
+    assert code == 0
+    (settings,) = daemon.settings
+    assert settings.source.url.get_secret_value() == URL
+    assert settings.tables == [
+        TableSettings(
+            name="items",
+            key=["id"],
+            columns=["id", "title", "embedding"],
+            collection="goods",
+            metrics={"embedding": "dot", "b": "cosine"},
+        )
+    ]
+    assert settings.qdrant.url == "http://q:6334"
+    assert settings.qdrant.api_key is not None
+    assert settings.qdrant.api_key.get_secret_value() == API_KEY
+    assert settings.pipeline.copy_workers == 3
+    assert settings.pipeline.name == "mine"
+    assert (settings.http.host, settings.http.port) == ("0.0.0.0", 0)
+    assert (settings.log.level, settings.log.format) == ("error", "json")
+    assert daemon.restart == [False]
+
+
+def test_restart_is_passed_on(daemon: Daemon) -> None:
+    assert main(["run", *ONE_TABLE, "--migration.restart"]) == 0
+    assert daemon.restart == [True]
+
+
+def test_flags_override_the_file_and_the_environment(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("[source]\nurl = 'file'\n[http]\nport = 1\n[[tables]]\nname = 'a'\n")
+    monkeypatch.setenv("CDC_SYNC_HTTP__PORT", "2")
+    monkeypatch.setenv("CDC_SYNC_SOURCE__URL", "environment")
+    assert main(["run", "--config", str(config), "--http.port", "3"]) == 0
+    (settings,) = daemon.settings
+    assert settings.http.port == 3
+    assert settings.source.url.get_secret_value() == "environment"
+
+
+def test_the_exit_code_of_the_pipeline_is_that_of_the_command(daemon: Daemon) -> None:
+    daemon.result = 7
+    assert main(["run", *ONE_TABLE]) == 7
+
+
+@pytest.mark.parametrize("kind", ErrorKind)
+def test_an_error_ends_with_message_remedy_and_its_exit_code(
+    daemon: Daemon, capsys: pytest.CaptureFixture[str], kind: ErrorKind
+) -> None:
+    daemon.error = CdcSyncError(kind, "The slot is gone.", "SELECT 1;\nSELECT 2;")
+    assert main(["run", *ONE_TABLE]) == daemon.error.policy.exit_code
+    _, err = output(capsys)
+    assert err == "error: The slot is gone.\ntry: SELECT 1;\n     SELECT 2;\n"
+
+
+def test_an_unexpected_error_is_one_line_without_debug(
+    daemon: Daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon.error = ValueError(f"bad {URL}")
+    assert main(["run", *ONE_TABLE]) == ExitCode.BUG
+    _, err = output(capsys)
+    assert "Traceback" not in err
+    assert "Unexpected ValueError" in err
+    assert "--debug" in err
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "run"], ["run", "--log.level", "debug"]])
+def test_debug_shows_the_trace_without_secrets(
+    daemon: Daemon, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    daemon.error = ValueError(f"bad {URL} and {SECRET}")
+    code = main([*arguments, "--pg.url", URL, "--pg.table", "items"])
+    assert code == ExitCode.BUG
+    _, err = output(capsys)
+    assert "Traceback" in err
+    assert "postgresql://sync:***@db.invalid/app and ***" in err
+
+
+def test_log_level_debug_from_the_file_shows_the_trace(
+    daemon: Daemon, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CDC_SYNC_LOG__LEVEL", "debug")
+    daemon.error = SourceError(ErrorKind.SOURCE_UNAVAILABLE, "away")
+    assert main(["run", *ONE_TABLE]) == ExitCode.UNAVAILABLE
+    assert "Traceback" in output(capsys)[1]
+
+
+def test_an_interrupt_ends_with_130(daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    daemon.error = KeyboardInterrupt()
+    assert main(["run", *ONE_TABLE]) == 130
+    assert "Traceback" not in output(capsys)[1]
+
+
+def test_the_handler_of_sigterm_is_put_back(daemon: Daemon) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    main(["run", *ONE_TABLE])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# -- usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["run", "--pg.tabel", "x"], "--pg.tabel"),
+        (["rum"], "rum"),
+        (["run", "--pg.url"], "--pg.url"),
+        (["run", URL], "unexpected extra argument"),
+        (["run", f"--pg.ulr={URL}"], "--pg.ulr"),
+        (["demo", "--rows", "many"], "--rows"),
+        (["config"], ""),
+    ],
+)
+def test_a_usage_error_ends_with_2(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == ExitCode.USAGE
+    out, err = output(capsys)
+    assert named in out + err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["run"], "source.url is not set"),
+        (["run", *ONE_TABLE, "--http.port", "x"], "flag --http.port"),
+        (["run", *ONE_TABLE, "--log.level", "loud"], "flag --log.level"),
+        (["run", "--config", "/nowhere/c.toml"], "/nowhere/c.toml"),
+        (["run", *ONE_TABLE, "--qdrant.distance-metric", "cosine"], "column=metric"),
+        (["check"], "source.url is not set"),
+        (["config", "show"], "source.url is not set"),
+    ],
+)
+def test_wrong_settings_end_with_78(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == ExitCode.CONFIG
+    _, err = output(capsys)
+    assert err.startswith("error: ")
+    assert named in err
+    assert "\ntry: " in err
+
+
+# -- secrets
+
+
+def test_secrets_on_the_command_line_work_and_are_commented_on(
+    daemon: Daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--pg.url", URL, "--pg.table", "t", "--qdrant.api-key", API_KEY]
+    assert main(["run", *arguments]) == 0
+    out, err = output(capsys)
+    assert out == ""
+    assert "CDC_SYNC_SOURCE__URL_FILE" in err
+    assert "CDC_SYNC_QDRANT__API_KEY_FILE" in err
+
+
+def test_without_secrets_there_is_no_hint(
+    daemon: Daemon, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CDC_SYNC_QDRANT__API_KEY", API_KEY)
+    assert main(["run", *ONE_TABLE]) == 0
+    assert output(capsys) == ("", "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError(f"cannot use {API_KEY}"),
+        SinkError(ErrorKind.SINK_AUTH, f"api-key {API_KEY}", f"url {URL}"),
+        RuntimeError(f"{SECRET}"),
+        UnicodeDecodeError("utf-8", SECRET.encode(), 0, 1, API_KEY),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("debug", [[], ["--debug"]], ids=["plain", "debug"])
+def test_no_error_shows_a_secret(
+    daemon: Daemon,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    debug: list[str],
+) -> None:
+    monkeypatch.setenv("CDC_SYNC_QDRANT__API_KEY", API_KEY)
+    monkeypatch.setenv("CDC_SYNC_SOURCE__URL", URL)
+    daemon.error = error
+    assert main([*debug, "run", "--pg.table", "t"]) != 0
+    output(capsys)
+
+
+# -- check
+
+
+def test_check_prints_findings_for_people(
+    findings: list[Finding], capsys: pytest.CaptureFixture[str]
+) -> None:
+    findings += [
+        Finding("ok", "server", "PostgreSQL 16.3"),
+        Finding("warning", "max_slot_wal_keep_size", "is -1", "ALTER SYSTEM\n  SET x = 1;"),
+    ]
+    assert main(["check", *ONE_TABLE]) == ExitCode.OK
+    out, _ = output(capsys)
+    assert out.splitlines() == [
+        "ok       server                  PostgreSQL 16.3",
+        "warning  max_slot_wal_keep_size  is -1",
+        "         ALTER SYSTEM",
+        "           SET x = 1;",
+        "",
+        "no errors, 1 warning",
+    ]
+
+
+def test_check_ends_with_the_code_of_the_first_error(
+    findings: list[Finding], capsys: pytest.CaptureFixture[str]
+) -> None:
+    findings += [
+        Finding("warning", "a", "m", kind=ErrorKind.CONFIG),
+        Finding("error", "b", "m", "r", ErrorKind.SOURCE_PERMISSION),
+        Finding("error", "c", "m", "r", ErrorKind.SINK_UNAVAILABLE),
+    ]
+    assert main(["check", *ONE_TABLE]) == ExitCode.PERMISSION
+    assert "2 errors, 1 warning" in output(capsys)[0]
+
+
+def test_check_json_is_for_machines(
+    findings: list[Finding], capsys: pytest.CaptureFixture[str]
+) -> None:
+    findings += [
+        Finding("ok", "server", "fine"),
+        Finding("error", "tables", f"cannot use {URL}", "SELECT 1", ErrorKind.TABLE_UNUSABLE),
+    ]
+    assert main(["check", *ONE_TABLE, "--json"]) == ExitCode.CONFIG
+    assert json.loads(output(capsys)[0]) == {
+        "ok": False,
+        "findings": [
+            {
+                "severity": "ok",
+                "subject": "server",
+                "message": "fine",
+                "remedy": "",
+                "kind": None,
+            },
+            {
+                "severity": "error",
+                "subject": "tables",
+                "message": "cannot use postgresql://sync:***@db.invalid/app",
+                "remedy": "SELECT 1",
+                "kind": "table_unusable",
+            },
+        ],
+    }
+
+
+def test_a_check_that_breaks_off_is_a_finding(
+    findings: list[Finding | CdcSyncError], capsys: pytest.CaptureFixture[str]
+) -> None:
+    findings.append(SourceError(ErrorKind.SOURCE_UNAVAILABLE, "cannot connect"))
+    assert main(["check", *ONE_TABLE, "--json"]) == ExitCode.UNAVAILABLE
+    (entry,) = json.loads(output(capsys)[0])["findings"]
+    assert (entry["severity"], entry["message"]) == ("error", "cannot connect")
+    assert entry["remedy"]
+
+
+# -- demo
+
+
+def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[dict[str, object]] = []
+
+    def run_demo(**options: object) -> int:
+        calls.append(options)
+        return 3
+
+    module = ModuleType("cdc_sync.demo.run")
+    module.run_demo = run_demo  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cdc_sync.demo.run", module)
+    assert main(["demo"]) == 3
+    arguments = ["--keep", "--rows", "5", "--directory", str(tmp_path), "--plain"]
+    assert main(["demo", *arguments]) == 3
+    assert calls == [
+        {"keep": False, "rows": None, "directory": None, "plain": False},
+        {"keep": True, "rows": 5, "directory": tmp_path, "plain": True},
+    ]
+
+
+# -- config init
+
+
+def _uncommented(text: str) -> str:
+    return re.sub(r"^#(?=\w+ = )", "", text, flags=re.MULTILINE)
+
+
+def test_the_generated_file_loads_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(settings_toml())
+    settings = load_settings(path, {}, {}).settings
+    assert settings.http == Settings.model_fields["http"].get_default(call_default_factory=True)
+    assert len(settings.tables) == 1
+
+
+def test_the_generated_file_loads_when_all_is_uncommented(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(_uncommented(settings_toml()))
+    loaded = load_settings(path, {}, {})
+    document = tomllib.loads(path.read_text())
+    for section, model in SECTIONS.items():
+        assert list(document[section]) == list(model.model_fields)
+        for name, info in model.model_fields.items():
+            default = info.get_default(call_default_factory=True)
+            if not info.is_required() and default is not None:
+                assert document[section][name] == default
+    assert list(document["tables"][0]) == list(TableSettings.model_fields)
+    assert {origin.kind for origin in loaded.origins.values()} == {"file"}
+
+
+def test_every_key_of_the_generated_file_is_described() -> None:
+    text = re.sub(r"\n# ", " ", settings_toml())
+    for model in MODELS:
+        for info in model.model_fields.values():
+            assert info.description is not None
+            assert info.description in text
+
+
+def test_init_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.toml"
+    assert main(["config", "init", "--output", str(path)]) == 0
+    assert path.read_text() == settings_toml()
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text("mine")
+    assert main(["config", "init", "--output", str(path)]) == ExitCode.CONFIG
+    assert path.read_text() == "mine"
+    assert "not overwritten" in output(capsys)[1]
+    assert main(["config", "init", "--output", str(tmp_path / "a" / "b")]) == ExitCode.CONFIG
+
+
+def test_init_prints_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "init"]) == 0
+    assert output(capsys) == (settings_toml(), "")
+
+
+# -- config show
+
+
+def _shown(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    assert main(["config", "show", *arguments, "--json"]) == 0
+    entries = json.loads(output(capsys)[0])["settings"]
+    return {entry["key"]: entry for entry in entries}
+
+
+def test_show_has_every_setting_with_its_origin(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("[pipeline]\nbatch_rows = 9\n[[tables]]\nname = 'a'\n")
+    key = tmp_path / "key"
+    key.write_text(API_KEY)
+    monkeypatch.setenv("CDC_SYNC_QDRANT__API_KEY_FILE", str(key))
+    monkeypatch.setenv("CDC_SYNC_SOURCE__URL", URL)
+    shown = _shown(["--config", str(config), "--http.port", "0"], capsys)
+    assert {name.partition(".")[0] for name in shown} == {*SECTIONS, "tables[0]"}
+    assert len(shown) == sum(len(model.model_fields) for model in MODELS)
+    origins = {
+        "source.url": ("***", "environment", "CDC_SYNC_SOURCE__URL"),
+        "qdrant.api_key": ("***", "secret file", f"{key} (CDC_SYNC_QDRANT__API_KEY_FILE)"),
+        "pipeline.batch_rows": (9, "file", str(config)),
+        "http.port": (0, "flag", "--http.port"),
+        "http.host": ("127.0.0.1", "default", None),
+        "tables[0].name": ("a", "file", str(config)),
+    }
+    for name, (value, origin, where) in origins.items():
+        assert shown[name] == {"key": name, "value": value, "origin": origin, "where": where}
+
+
+def test_show_for_people_masks_secrets_too(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--pg.url", URL, "--pg.table", "t", "--qdrant.api-key", API_KEY]
+    other = ["--qdrant.url", f"https://u:{SECRET}@q:6334"]
+    assert main(["config", "show", *arguments, *other]) == 0
+    lines = dict(line.split(maxsplit=1) for line in output(capsys)[0].splitlines())
+    assert lines["source.url"].split() == ["***", "flag", "--pg.url"]
+    assert lines["qdrant.api_key"].split() == ["***", "flag", "--qdrant.api-key"]
+    assert lines["qdrant.url"].startswith("https://u:***@q:6334 ")
+    assert lines["qdrant.ca_file"].split() == ["-", "default"]
+
+
+# -- version, and the program as a whole
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    shown = dict(line.split(maxsplit=1) for line in output(capsys)[0].splitlines())
+    assert shown["psycopg"] == metadata.version("psycopg")
+    assert shown["qdrant-client"] == metadata.version("qdrant-client")
+    assert re.fullmatch(r"\d+\.\d+", shown["libpq"])
+    assert main(["version", "--json"]) == 0
+    assert json.loads(output(capsys)[0]).keys() == shown.keys()
+
+
+def test_the_module_can_be_run() -> None:
+    done = python("-m", "cdc_sync", "check", CDC_SYNC_SOURCE__ULR=URL)
+    assert done.returncode == ExitCode.CONFIG
+    assert "did you mean CDC_SYNC_SOURCE__URL." in done.stderr
+    assert SECRET not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_gone_is_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "cdc_sync", "config", "init"],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert done.stderr == ""
