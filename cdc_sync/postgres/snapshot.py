@@ -35,6 +35,10 @@ _SNAPSHOT_ID: Final = re.compile(r"[0-9A-F]+-[0-9A-F]+-[0-9]+")
 _BEGIN: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
 
+class SnapshotGoneError(SourceError):
+    """A snapshot cannot be imported any more; its kind is SOURCE_UNAVAILABLE."""
+
+
 class TableRewrittenError(SourceError):
     """A table is not what was planned: rewritten, truncated or repartitioned since.
 
@@ -93,7 +97,7 @@ def import_snapshot(conn: PgConnection, snapshot_id: str) -> None:
     """Begin a REPEATABLE READ READ ONLY transaction under an exported snapshot.
 
     It stays good for the transaction after the exporter is gone. The connection must be outside of
-    a transaction. Raises :class:`SourceError` SOURCE_UNAVAILABLE when the snapshot is gone.
+    a transaction. Raises :class:`SnapshotGoneError` when the snapshot is gone.
     """
     if _SNAPSHOT_ID.fullmatch(snapshot_id) is None:
         raise ValueError(f"not a snapshot's name: {snapshot_id!r}")
@@ -103,7 +107,7 @@ def import_snapshot(conn: PgConnection, snapshot_id: str) -> None:
         run_command(conn, f"SET TRANSACTION SNAPSHOT '{snapshot_id}'", doing)
     except SourceError as exc:
         run_command(conn, "ROLLBACK", doing)
-        raise SourceError(
+        raise SnapshotGoneError(
             ErrorKind.SOURCE_UNAVAILABLE,
             f"snapshot {snapshot_id} cannot be imported: {exc.message}",
             "Its exporter has gone; the copy starts again with another snapshot.",

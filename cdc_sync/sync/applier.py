@@ -50,14 +50,18 @@ class Applier:
         self._dead_letters = dead_letters
         self._metrics = metrics
         self._on_stall = on_stall
+        self._sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
         self._writers: dict[TablePlan, TableWriter] = {}
 
-    async def apply(self, batch: Batch) -> None:
+    async def apply(
+        self, batch: Batch, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
         """Write the whole batch; returns when Qdrant has completed all of it.
 
-        Transient failures are retried without end. Raises what is not transient, with nothing in
-        flight any more.
+        Transient failures are retried until ``sleep``, which passes the time between two tries,
+        raises. Raises that, and what is not transient, with nothing in flight any more.
         """
+        self._sleep = sleep
         if batch.truncates:
             for oid in batch.truncates:
                 await self._clear(batch.bindings[oid])
@@ -65,12 +69,14 @@ class Applier:
         for oid, table in batch.tables.items():
             await self._apply_table(batch, batch.bindings[oid], table)
         for lost in batch.unmappable:
-            await self._dead_letters.park(
-                lost.binding.planned.name,
-                [("(key cannot be mapped)", lost.reason)],
-                lsn=lost.lsn,
-                commit_time=lost.commit_time,
-                kind=ErrorKind.MAPPING,
+            await self._retry(
+                lambda lost=lost: self._dead_letters.park(  # type: ignore[misc]
+                    lost.binding.planned.name,
+                    [("(key cannot be mapped)", lost.reason)],
+                    lsn=lost.lsn,
+                    commit_time=lost.commit_time,
+                    kind=ErrorKind.MAPPING,
+                )
             )
         self._count(batch)
 
@@ -87,6 +93,7 @@ class Applier:
 
     async def _apply_table(self, batch: Batch, binding: Binding, table: TableBatch) -> None:
         changes, rootless = table.split()
+        rootless += self._refused_before(binding, changes)
         if rootless:
             rows = await self._fetch_points(binding, table, rootless)
             changes.upserts += rows
@@ -106,6 +113,16 @@ class Applier:
         )
         if table.superseded:
             self._metrics.add_table(name).coalesced.inc(table.superseded)
+
+    def _refused_before(self, binding: Binding, changes: Changes) -> list[PointId]:
+        """Take out partials of points whose last version was refused, and return their ids: what
+        such an update leaves unchanged is not in Qdrant."""
+        name = binding.planned.name
+        ids = [i for i, _ in changes.partials if self._dead_letters.holds(name, i)]
+        if ids:
+            taken = set(ids)
+            changes.partials = [change for change in changes.partials if change[0] not in taken]
+        return ids
 
     async def _keep_refused(
         self, table: str, refused: Iterable[tuple[PointId, str]], lsn: int, commit_time: float
@@ -146,7 +163,7 @@ class Applier:
         self._metrics.add_table(binding.planned.name).changes["truncate"].inc()
 
     async def _retry(self, operation: Callable[[], Awaitable[T]]) -> T:
-        return await retrying(operation, self._on_stall)
+        return await retrying(operation, self._on_stall, self._sleep)
 
     def _resolved(self, binding: Binding, resolution: ToastResolution, rows: int) -> None:
         if rows > 0:

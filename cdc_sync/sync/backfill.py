@@ -18,12 +18,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from cdc_sync.config import Settings
-from cdc_sync.errors import CdcSyncError, ErrorKind, SourceError
+from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.mapping.table import Leaf
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.postgres.connect import connect
-from cdc_sync.postgres.snapshot import import_snapshot
+from cdc_sync.postgres.snapshot import SnapshotGoneError, import_snapshot
 from cdc_sync.qdrant.sink import Sink
 from cdc_sync.sync.copying import Chunk, ChunkResult, CopyTask, copy_chunk, copy_in_worker
 from cdc_sync.sync.routing import PlannedTable
@@ -173,7 +173,7 @@ class Backfill:
             if left:
                 losses += 1
                 if losses > _MAX_CHUNK_LOSSES:
-                    raise CdcSyncError(
+                    raise SourceError(
                         ErrorKind.SOURCE_UNAVAILABLE,
                         f"copy workers died {losses} times, last with {len(left)} chunks to go",
                         "See the system's log for the reason (out of memory?); fewer workers need "
@@ -189,8 +189,13 @@ class Backfill:
     ) -> list[CopyTask]:
         """Run tasks in a pool; returns those that were not copied because a worker died."""
         loop = asyncio.get_running_loop()
-        running = {loop.run_in_executor(pool, copy_in_worker, task): task for task in tasks}
+        running: dict[asyncio.Future[ChunkResult], CopyTask] = {}
         lost: list[CopyTask] = []
+        for task in tasks:
+            try:
+                running[loop.run_in_executor(pool, copy_in_worker, task)] = task
+            except BrokenProcessPool:
+                lost.append(task)
         try:
             while running:
                 finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -201,6 +206,8 @@ class Backfill:
                     except BrokenProcessPool:
                         lost.append(task)
                         continue
+                    except SnapshotGoneError:
+                        raise
                     except SourceError as error:
                         if error.kind is not ErrorKind.SOURCE_UNAVAILABLE:
                             raise

@@ -127,7 +127,9 @@ class _Worker:
         self.connection = connect(task.source, application_name="cdc_sync copy", autocommit=False)
         import_snapshot(self.connection, task.snapshot)
         self.loop = asyncio.new_event_loop()
-        self.sink: Sink = self.loop.run_until_complete(open_sink(task.qdrant))
+        self.sink: Sink = self.loop.run_until_complete(
+            retrying(lambda: open_sink(task.qdrant), lambda error, seconds: None)
+        )
         self.writers: dict[TablePlan, TableWriter] = {}
 
     def copy(self, task: CopyTask) -> ChunkResult:

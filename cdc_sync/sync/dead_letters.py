@@ -34,6 +34,10 @@ class DeadLetterOffice:
         self._parked = {(letter.table, letter.key) for letter in letters}
         self._publish({table for table, _ in self._parked})
 
+    def holds(self, table: str, point_id: PointId) -> bool:
+        """Whether the point's last version is a dead letter."""
+        return (table, str(point_id)) in self._parked
+
     @property
     def pending(self) -> int:
         """Number of dead letters parked."""

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
 from cdc_sync.config import Settings
-from cdc_sync.errors import ConfigError, ErrorKind, SinkError, SourceError
+from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SinkError, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
@@ -30,6 +30,7 @@ from cdc_sync.sync.backfill import Backfill
 from cdc_sync.sync.copying import ChunkResult
 from cdc_sync.sync.dead_letters import DeadLetterOffice
 from cdc_sync.sync.planning import PipelinePlan, fingerprint, same_configuration
+from cdc_sync.sync.retry import is_transient
 from cdc_sync.sync.routing import PlannedTable
 
 log = get_logger(__name__)
@@ -44,7 +45,7 @@ class Until(Protocol):
 
 
 class FirstCopy:
-    """Decides, and copies. ``until`` retries; ``replan`` reads the catalog again."""
+    """Decides, and copies. ``until`` retries."""
 
     def __init__(
         self,
@@ -54,7 +55,6 @@ class FirstCopy:
         board: StatusBoard,
         dead_letters: DeadLetterOffice,
         until: Until,
-        replan: Callable[[], Awaitable[PipelinePlan]],
     ) -> None:
         self.settings = settings
         self.sink = sink
@@ -62,7 +62,6 @@ class FirstCopy:
         self.board = board
         self._dead_letters = dead_letters
         self._until = until
-        self._replan = replan
         self.backfill = Backfill(settings, sink, metrics, self._on_chunk, self._park_copied)
 
     async def is_needed(
@@ -149,7 +148,8 @@ class FirstCopy:
         """Copy every table; returns the position at which the stream goes on.
 
         ``state`` is what an earlier run left. Creates publication, collections and slot. Raises
-        what trying again does not mend, with nothing created if that was found beforehand.
+        what trying again does not mend, with nothing created if that was found beforehand; and
+        :class:`CopyAbandonedError` when all has to be done again, under a new plan and a new lock.
         """
         await self._until(lambda: self._check_collections(plan, state))
         await self._until(lambda: asyncio.to_thread(self._prepare_source, plan))
@@ -159,18 +159,7 @@ class FirstCopy:
         await self._until(self._forget_dead_letters)
         for planned in plan.tables:
             await self._until(lambda p=planned: self._empty(p, state))  # type: ignore[misc]
-        while True:
-            try:
-                lsn = await self._until(lambda p=plan: self._copy_from_new_slot(p))  # type: ignore[misc]
-                break
-            except (_SnapshotLostError, TableRewrittenError) as lost:
-                log.warning("copy_abandoned", reason=str(lost))
-                await asyncio.sleep(1)
-                for planned in plan.tables:
-                    await self._until(self.sink.writer(planned.plan).clear)
-                plan = await self._replan()
-                for planned in plan.tables:
-                    await self._until(lambda p=planned: self.sink.ensure_collection(p.plan))  # type: ignore[misc]
+        lsn = await self._copy_from_new_slot(plan)
         done = dataclasses.replace(self._record(plan, copied=True), slot_lsn=lsn)
         await self._until(lambda: self.sink.make_durable())
         await self._until(lambda: self.sink.state.save(done))
@@ -218,7 +207,7 @@ class FirstCopy:
     async def _copy_from_new_slot(self, plan: PipelinePlan) -> int:
         """Create the slot, copy every table under its snapshot, return the slot's consistent
         point."""
-        replication, created = await asyncio.to_thread(self._create_slot)
+        replication, created = await self._until(self._new_slot)
         holder: SnapshotHolder | None = None
         try:
             holder = await asyncio.to_thread(
@@ -243,17 +232,27 @@ class FirstCopy:
                     bytes=totals[planned.plan.oid].bytes,
                     refused=totals[planned.plan.oid].refused,
                 )
-        except SourceError as error:
+        except CdcSyncError as error:
             replication.close()
+            # It may not succeed; the next copy drops the slot before anything else.
             await asyncio.to_thread(self._abandon_slot)
-            if error.kind is ErrorKind.SOURCE_UNAVAILABLE:
-                raise _SnapshotLostError(error.message) from error
+            if is_transient(error) or isinstance(error, TableRewrittenError):
+                raise CopyAbandonedError(error.message) from error
             raise
         finally:
             replication.close()
             if holder is not None:
                 holder.close()
         return int(created.consistent_point)
+
+    async def _new_slot(self) -> tuple[ReplicationConnection, CreatedSlot]:
+        try:
+            return await asyncio.to_thread(self._create_slot)
+        except SourceError as error:
+            if error.kind is ErrorKind.SLOT_ACTIVE:
+                # Made by a command whose answer was lost: its snapshot is not to be had any more.
+                raise CopyAbandonedError(error.message) from error
+            raise
 
     def _create_slot(self) -> tuple[ReplicationConnection, CreatedSlot]:
         source = self.settings.source
@@ -293,5 +292,5 @@ class FirstCopy:
         )
 
 
-class _SnapshotLostError(Exception):
-    """The connection that held the snapshot of the copy is gone."""
+class CopyAbandonedError(Exception):
+    """The copy cannot be completed from its snapshot, and has to be done again from nothing."""

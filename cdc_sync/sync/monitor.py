@@ -12,9 +12,9 @@ from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.postgres.connect import PgConnection, connect
-from cdc_sync.postgres.watch import SourcePosition, column_signatures, source_position
+from cdc_sync.postgres.watch import SourcePosition, definitions, source_position
 from cdc_sync.sync.relations import Relations
-from cdc_sync.sync.stream import Positions
+from cdc_sync.sync.stream import Positions, publish_lag
 
 log = get_logger(__name__)
 
@@ -47,12 +47,14 @@ class SourceMonitor:
         try:
             while True:
                 try:
-                    position, signatures = await asyncio.to_thread(self._look)
+                    position, found = await asyncio.to_thread(self._look)
                 except SourceError as error:
                     log.debug("monitor_failed", kind=error.kind.value, error=error.message)
                 else:
                     self._publish(position)
-                    self._on_look(position, signatures)
+                    self._on_look(position, found)
+                # Also while no session runs: what waits gets older.
+                publish_lag(self._positions, self._metrics, self._board)
                 await asyncio.sleep(INTERVAL_SECONDS)
         finally:
             self._close()
@@ -64,7 +66,7 @@ class SourceMonitor:
             oids = [planned.plan.oid for planned in self._relations.tables]
             return (
                 source_position(self._connection, self._settings.source.slot),
-                column_signatures(self._connection, oids),
+                definitions(self._connection, oids),
             )
         except SourceError:
             self._close()

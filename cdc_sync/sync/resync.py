@@ -23,7 +23,7 @@ from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.publication import read_publication
 from cdc_sync.postgres.refetch import widen_xid
 from cdc_sync.postgres.snapshot import SnapshotHolder
-from cdc_sync.postgres.watch import SourcePosition, column_signatures, transaction_horizon
+from cdc_sync.postgres.watch import SourcePosition, transaction_horizon
 from cdc_sync.qdrant.sink import Sink
 from cdc_sync.sync.backfill import Backfill
 from cdc_sync.sync.planning import fingerprint, plan_table
@@ -42,6 +42,10 @@ class RecentTransactions:
     def __init__(self, horizon: int) -> None:
         self._horizon = horizon
         self._applied: set[int] = set()
+
+    def raise_horizon(self, horizon: int) -> None:
+        """Take every transaction below as possibly applied."""
+        self._horizon = max(self._horizon, horizon)
 
     def add(self, xid: int) -> None:
         """A transaction has been applied, in part or as a whole."""
@@ -90,10 +94,16 @@ class Resync:
 
     def open(self) -> None:
         """Read the horizon of this life and the tables' columns. Blocking. Raises
-        :class:`SourceError`."""
+        :class:`SourceError`.
+
+        Called again with the slot in hand: another process may have applied transactions in
+        between.
+        """
         with connect(self._settings.source, application_name="cdc_sync watch") as connection:
+            horizon = transaction_horizon(connection)
             if self.recent is None:
-                self.recent = RecentTransactions(transaction_horizon(connection))
+                self.recent = RecentTransactions(horizon)
+            self.recent.raise_horizon(horizon)
             oids = [planned.plan.oid for planned in self._relations.tables]
             for oid, signature in column_signatures(connection, oids).items():
                 self._signatures.setdefault(oid, signature)

@@ -9,7 +9,7 @@ from typing import TypeVar
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_never
 from tenacity.wait import wait_base, wait_random_exponential
 
-from cdc_sync.errors import CdcSyncError, Retry, SinkError
+from cdc_sync.errors import CdcSyncError, ErrorKind, Retry, SinkError, SourceError
 
 T = TypeVar("T")
 
@@ -17,6 +17,8 @@ T = TypeVar("T")
 #: second.
 FIRST_BACKOFF_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 10.0
+#: A standby looks for its turn at least so often.
+STANDBY_SECONDS = 2.0
 
 
 class _Backoff(wait_base):
@@ -32,6 +34,8 @@ class _Backoff(wait_base):
         error = retry_state.outcome.exception() if retry_state.outcome is not None else None
         if isinstance(error, SinkError) and error.retry_after_seconds is not None:
             wait = max(wait, error.retry_after_seconds)
+        if isinstance(error, SourceError) and error.kind is ErrorKind.SLOT_ACTIVE:
+            wait = min(wait, STANDBY_SECONDS)
         return wait
 
 

@@ -171,6 +171,7 @@ class StreamSession:
         with contextlib.suppress(Exception):
             # The connection may be gone; what was not confirmed is sent again.
             await self._confirm(force=True)
+        self._publish()
 
     # -- reader
 
@@ -277,6 +278,10 @@ class StreamSession:
             started = time.perf_counter()
             try:
                 await self.applier.apply(batch, self._sleep)
+            except BaseException:
+                if self._carried is None:
+                    self._carried = batch.oldest_commit
+                raise
             finally:
                 self._in_flight = None
             self.metrics.stage_seconds["sink_wait"].inc(time.perf_counter() - started)

@@ -16,6 +16,7 @@ import queue
 import shutil
 import struct
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -103,6 +104,7 @@ class Journal:
 class _Job:
     edit: Edit
     journaled: bool
+    arrived: float = field(default_factory=time.monotonic)
     done: Future[None] = field(default_factory=Future)
 
 
@@ -217,7 +219,8 @@ class Collection:
             if job is None:
                 return
             if job.journaled and self.lag:
-                self._closing.wait(self.lag)
+                # Counted from its arrival, so that a burst of writes is not slowed down one by one.
+                self._closing.wait(max(0.0, job.arrived + self.lag - time.monotonic()))
             self._finish(job)
             self._unflushed += 1
             if self._unflushed >= _FLUSH_EVERY:
