@@ -11,7 +11,7 @@ from cdc_sync.config import Settings, TableSettings
 from cdc_sync.errors import ConfigError
 from cdc_sync.mapping.ids import plan_fingerprint
 from cdc_sync.mapping.planner import PlanOptions, build_plan
-from cdc_sync.mapping.table import Table
+from cdc_sync.mapping.table import Table, redefined
 from cdc_sync.postgres.catalog import ServerInfo, find_table, server_info
 from cdc_sync.postgres.connect import PgConnection
 from cdc_sync.postgres.publication import Publication, check_publication, read_publication
@@ -96,15 +96,28 @@ def plan_table(table: Table, options: PlanOptions, publication: Publication | No
 
 
 def fingerprint(planned: PlannedTable) -> str:
-    """``configuration:schema``: which configuration and which columns a collection was filled
-    by."""
-    configuration = hashlib.sha256(repr(planned.options).encode()).hexdigest()[:16]
-    return f"{configuration}:{plan_fingerprint(planned.plan)}"
+    """``configuration:plan:definition``: by what a collection was filled."""
+    return f"{_configuration(planned)}:{plan_fingerprint(planned.plan)}:{planned.table.definition}"
+
+
+def stale_fingerprint(planned: PlannedTable) -> str:
+    """The fingerprint of a collection that must be filled again: no plan gives it."""
+    return f"{_configuration(planned)}:stale:"
+
+
+def is_stale(recorded: str, planned: PlannedTable) -> bool:
+    """Whether a collection with this fingerprint is not as the table now is."""
+    _, plan, definition = recorded.split(":")
+    return plan != plan_fingerprint(planned.plan) or redefined(definition, planned.table.definition)
 
 
 def same_configuration(one: str, other: str) -> bool:
-    """Whether two fingerprints differ at most in the table's columns."""
+    """Whether two fingerprints differ at most in the table."""
     return one.partition(":")[0] == other.partition(":")[0]
+
+
+def _configuration(planned: PlannedTable) -> str:
+    return hashlib.sha256(repr(planned.options).encode()).hexdigest()[:16]
 
 
 def _check_distinct(planned: Sequence[PlannedTable]) -> None:

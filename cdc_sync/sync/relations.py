@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from cdc_sync.config import Settings
 from cdc_sync.mapping.plan import TablePlan
-from cdc_sync.mapping.table import PgType
+from cdc_sync.mapping.table import PgType, redefined
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.pgoutput.messages import Relation
@@ -21,7 +21,7 @@ from cdc_sync.postgres.catalog import TypeResolver
 from cdc_sync.postgres.connect import connect
 from cdc_sync.qdrant.sink import PipelineState
 from cdc_sync.sync.gather import Batch
-from cdc_sync.sync.planning import fingerprint
+from cdc_sync.sync.planning import is_stale
 from cdc_sync.sync.routing import Binding, PlannedTable, bind
 
 log = get_logger(__name__)
@@ -37,6 +37,7 @@ class Relations:
         self._metrics = metrics
         self._planned = {planned.plan.oid: planned for planned in tables}
         self._synced: dict[int, TablePlan] = {p.plan.oid: p.plan for p in tables}
+        self._definitions: dict[int, str] = {p.plan.oid: p.table.definition for p in tables}
         self._bindings: dict[int, Binding] = {}
         self._types: dict[tuple[int, int], PgType] = {}
         self._ignored: set[int] = set()
@@ -51,11 +52,19 @@ class Relations:
         return tuple(self._planned.values())
 
     def compare(self, state: PipelineState) -> None:
-        """Mark tables whose columns are not those their collection was filled by."""
+        """Mark tables that are not as they were when their collection was filled, or that an
+        earlier life has marked."""
         for known in state.tables:
             for planned in self._planned.values():
-                if planned.name == known.table and known.plan_fingerprint != fingerprint(planned):
-                    self._mark(planned, "columns changed while the pipeline was down")
+                if planned.name == known.table and is_stale(known.plan_fingerprint, planned):
+                    self._mark(planned, "changed while the pipeline was down")
+
+    def observe(self, oid: int, definition: str) -> None:
+        """Mark a table that was redefined since it was read as a whole."""
+        if redefined(self._definitions[oid], definition):
+            self._mark(self._planned[oid], "changed in the catalog")
+        else:
+            self._definitions[oid] = definition
 
     def route(self, relation: Relation) -> Binding | None:
         """Bind a Relation message; None for a table that is not configured. Raises as
@@ -97,6 +106,7 @@ class Relations:
         """The table was read again as a whole, by this plan."""
         self._planned[planned.plan.oid] = planned
         self._synced[planned.plan.oid] = planned.plan
+        self._definitions[planned.plan.oid] = planned.table.definition
         # Whatever Relation message comes next is bound to the new plan.
         self._bindings.pop(planned.plan.oid, None)
         self.stale.discard(planned.plan.oid)

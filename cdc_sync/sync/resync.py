@@ -89,12 +89,10 @@ class Resync:
         self._metrics = metrics
         self._backfill = backfill
         self._retry = retry
-        self._signatures: dict[int, str] = {}
         self.recent: RecentTransactions | None = None
 
     def open(self) -> None:
-        """Read the horizon of this life and the tables' columns. Blocking. Raises
-        :class:`SourceError`.
+        """Read the horizon of this life. Blocking. Raises :class:`SourceError`.
 
         Called again with the slot in hand: another process may have applied transactions in
         between.
@@ -104,18 +102,13 @@ class Resync:
             if self.recent is None:
                 self.recent = RecentTransactions(horizon)
             self.recent.raise_horizon(horizon)
-            oids = [planned.plan.oid for planned in self._relations.tables]
-            for oid, signature in column_signatures(connection, oids).items():
-                self._signatures.setdefault(oid, signature)
 
-    def observe(self, position: SourcePosition, signatures: dict[int, str]) -> None:
-        """Mark tables whose columns in the catalog are not those of the last look."""
+    def observe(self, position: SourcePosition, definitions: dict[int, str]) -> None:
+        """Mark tables that were redefined since they were read as a whole."""
         if self.recent is not None:
             self.recent.forget(position.xmin, position.xmax)
-        for oid, signature in signatures.items():
-            if self._signatures.setdefault(oid, signature) != signature:
-                self._signatures[oid] = signature
-                self._relations.mark(oid, "columns changed in the catalog")
+        for oid, definition in definitions.items():
+            self._relations.observe(oid, definition)
 
     async def run(self) -> None:
         """Read all stale tables again. The applier must be at rest until this returns."""
