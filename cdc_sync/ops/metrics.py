@@ -42,15 +42,14 @@ MessageKind = Literal[
     "message", "stream", "prepare", "keepalive",
 ]  # fmt: skip
 LagStage = Literal["receive", "apply", "acknowledge"]
-Stage = Literal["receive_wait", "decode", "transform", "buffer_wait", "sink_wait", "checkpoint"]
+Stage = Literal["receive_wait", "decode", "buffer_wait", "sink_wait", "checkpoint"]
 Phase = Literal["snapshot", "stream"]
 ToastResolution = Literal["kept", "refetched", "failed"]
-FilterReason = Literal["not_selected", "table_stopped", "replayed"]
 SchemaOutcome = Literal["applied", "refused", "resynced"]
 ChunkState = Literal["pending", "running", "done", "failed"]
 SinkOperation = Literal[
-    "upsert", "overwrite_payload", "delete", "retrieve", "scroll", "count", "clear", "state"
-]
+    "upsert", "delete", "update_batch", "set_payload", "get", "scroll", "count", "query", "other",
+]  # fmt: skip
 SinkOutcome = Literal["ok", "error", "timeout"]
 Trigger = Literal["timer", "requested", "progress"]
 WalStatus = Literal["reserved", "extended", "unreserved", "lost"]
@@ -149,10 +148,6 @@ class TableMetrics:
         self.changes: Mapping[Operation, Counter] = {
             op: metrics.changes.labels(table, op) for op in get_args(Operation)
         }
-        self.filtered: Mapping[FilterReason, Counter] = {
-            reason: metrics.changes_filtered.labels(table, reason)
-            for reason in get_args(FilterReason)
-        }
         self.coalesced = metrics.changes_coalesced.labels(table)
         self.unchanged_toast: Mapping[ToastResolution, Counter] = {
             resolution: metrics.unchanged_toast.labels(table, resolution)
@@ -213,7 +208,6 @@ class Metrics:
 
     def add_task(self, name: str) -> None:
         """Create the metrics of a supervised task."""
-        self.task_restarts.labels(name)
         self.loop_heartbeat_timestamp_seconds.labels(name).set(time.time())
 
     def set_pipeline(self, *, slot: str, publication: str, database: str, protocol: int) -> None:
@@ -318,8 +312,8 @@ class Metrics:
     def _create_tables(self) -> None:
         make = self._factory
         self.changes = make.counter("changes", "Row changes applied.", ("table", "op"))
-        self.changes_filtered = make.counter(
-            "changes_filtered", "Row changes left out on purpose.", ("table", "reason")
+        self.changes_ignored = make.counter(
+            "changes_ignored", "Row changes of tables that are not configured."
         )
         self.changes_coalesced = make.counter(
             "changes_coalesced", "Row changes superseded inside a batch.", ("table",)
@@ -396,7 +390,6 @@ class Metrics:
             kind: errors.labels(_component(kind), kind.value, policy(kind).retry.value)
             for kind in ErrorKind
         }
-        self.task_restarts = make.counter("task_restarts", "Tasks started again.", ("task",))
         self.loop_heartbeat_timestamp_seconds = make.gauge(
             "loop_heartbeat_timestamp_seconds", "Unix time of a loop's last turn.", ("task",)
         )

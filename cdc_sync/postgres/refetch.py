@@ -20,8 +20,14 @@ _CHUNK_KEYS: Final = 500
 _FIRST_PAUSE_SECONDS: Final = 0.005
 _LONGEST_PAUSE_SECONDS: Final = 0.25
 _TEXT_OID: Final = 25
+#: undefined_column, undefined_function (no such operator), undefined_table
+_REDEFINED: Final = frozenset({"42703", "42883", "42P01"})
 _BINARY: Final = pq.Format.BINARY
 _TEXT: Final = pq.Format.TEXT
+
+
+class TableRedefinedError(SourceError):
+    """A table has not the columns any more by which its rows were to be read."""
 
 
 def widen_xid(xid: int, xmax: int) -> int:
@@ -57,7 +63,8 @@ def fetch_rows(
 
     The connection must be in autocommit mode and idle. Raises :class:`SourceError`:
     SOURCE_UNAVAILABLE when the transactions do not become visible in time (a synchronous standby is
-    away), and ``ValueError`` for a key that is no key.
+    away), :class:`TableRedefinedError` when the table no longer has the plan's columns, and
+    ``ValueError`` for a key that is no key.
     """
     wanted = list(dict.fromkeys(_checked(plan, key) for key in keys))
     if not wanted:
@@ -162,7 +169,11 @@ def _select(
     except psycopg.Error as exc:
         raise translate(exc, doing) from exc
     if result.status != pq.ExecStatus.TUPLES_OK:
-        raise translate(result_error(conn, result), doing)
+        error = result_error(conn, result)
+        if error.sqlstate in _REDEFINED:
+            raise _redefined(plan) from error
+        raise translate(error, doing)
+    _check_types(plan, text, result)
     columns = range(len(plan.columns))
     for number in range(result.ntuples):
         row: Row = [result.get_value(number, column) for column in columns]
@@ -171,6 +182,21 @@ def _select(
             if as_text and isinstance(value, bytes):
                 row[column] = TextValue(value)
         yield row
+
+
+def _check_types(plan: TablePlan, text: Sequence[bool], result: pq.abc.PGresult) -> None:
+    """Values of another type than the plan's would be read wrongly."""
+    for position, (column, as_text) in enumerate(zip(plan.columns, text, strict=True)):
+        if not as_text and result.ftype(position) != column.type.base.oid:
+            raise _redefined(plan)
+
+
+def _redefined(plan: TablePlan) -> TableRedefinedError:
+    return TableRedefinedError(
+        ErrorKind.TABLE_UNUSABLE,
+        f"table {plan.qualified_name} no longer has the columns by which its rows were written",
+        "Start cdc-sync again; it reads the table anew.",
+    )
 
 
 def _query(

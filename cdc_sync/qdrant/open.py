@@ -10,15 +10,15 @@ from urllib.parse import urlsplit
 from cdc_sync.config import QdrantSettings
 from cdc_sync.errors import ConfigError
 from cdc_sync.qdrant.server import ServerSink
-from cdc_sync.qdrant.sink import Sink
+from cdc_sync.qdrant.sink import RequestObserver, Sink
 
 _DEFAULT_PORT: Final = 6334
 _FORMS: Final = "Write http://host:6334, https://host:6334, or edge:/path."
 
 
-async def open_sink(settings: QdrantSettings) -> Sink:
+async def open_sink(settings: QdrantSettings, observer: RequestObserver | None = None) -> Sink:
     """Open ``http(s)://host[:port]`` (a server or cluster, gRPC port) or ``edge:/path`` (an
-    embedded database).
+    embedded database). ``observer`` is told of the requests to a server.
 
     Raises :class:`ConfigError` for other URLs, a missing package or an outdated server, and
     :class:`SinkError` if the server does not answer, or another process has the embedded database
@@ -44,7 +44,11 @@ async def open_sink(settings: QdrantSettings) -> Sink:
         )
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return await ServerSink.open(
-        settings, host, _DEFAULT_PORT if port is None else port, secure=scheme == "https"
+        settings,
+        host,
+        _DEFAULT_PORT if port is None else port,
+        secure=scheme == "https",
+        observer=observer,
     )
 
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import re
 import ssl
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from qdrant_client import grpc as q
 
 from cdc_sync.config import QdrantSettings
 from cdc_sync.errors import ConfigError, ErrorKind, SinkError, policy
+from cdc_sync.qdrant.sink import RequestObserver
 
 Response = TypeVar("Response")
 AnyResponse = TypeVar("AnyResponse", covariant=True)
@@ -192,8 +194,17 @@ class Rpc:
     (``lane``).
     """
 
-    def __init__(self, settings: QdrantSettings, host: str, port: int, *, secure: bool) -> None:
+    def __init__(
+        self,
+        settings: QdrantSettings,
+        host: str,
+        port: int,
+        *,
+        secure: bool,
+        observer: RequestObserver | None = None,
+    ) -> None:
         target = f"{host}:{port}"
+        self._observer = observer
         self._timeout = settings.timeout_seconds
         self._metadata: tuple[tuple[str, str], ...] = ()
         if settings.api_key is not None:
@@ -214,6 +225,22 @@ class Rpc:
         its end (at most the deadline) before CancelledError goes on: nothing may be in flight any
         more for whoever comes next.
         """
+        if self._observer is None:
+            return await self._call(method, request, lane)
+        self._observer.started()
+        started, code = time.perf_counter(), _C.OK.name
+        try:
+            return await self._call(method, request, lane)
+        except RpcError as failure:
+            code = failure.code.name
+            raise
+        except asyncio.CancelledError:
+            code = _C.CANCELLED.name
+            raise
+        finally:
+            self._observer.ended(method.name, code, time.perf_counter() - started)
+
+    async def _call(self, method: Method[Response], request: bytes, lane: int) -> Response:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
 

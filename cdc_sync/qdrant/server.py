@@ -8,7 +8,7 @@ from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.qdrant.collections import Collections, check, found_vectors
 from cdc_sync.qdrant.rpc import HEALTH_CHECK, Rpc
 from cdc_sync.qdrant.server_state import ServerStateStore
-from cdc_sync.qdrant.sink import CollectionState
+from cdc_sync.qdrant.sink import CollectionState, RequestObserver
 from cdc_sync.qdrant.writer import ServerWriter
 
 #: The oldest server whose operations have the meaning relied on here.
@@ -30,13 +30,19 @@ class ServerSink:
 
     @classmethod
     async def open(
-        cls, settings: QdrantSettings, host: str, port: int, *, secure: bool
+        cls,
+        settings: QdrantSettings,
+        host: str,
+        port: int,
+        *,
+        secure: bool,
+        observer: RequestObserver | None = None,
     ) -> ServerSink:
         """Connect. Raises :class:`SinkError` unless the server answers, ConfigError if it is older
         than 1.14.
         """
         target = f"{host}:{port}"
-        rpc = Rpc(settings, host, port, secure=secure)
+        rpc = Rpc(settings, host, port, secure=secure, observer=observer)
         try:
             answer = await rpc.request(HEALTH_CHECK, b"", f"Qdrant at {target}")
             version = str(answer.version)

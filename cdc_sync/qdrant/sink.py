@@ -56,6 +56,18 @@ class StoredPoint:
     vectors: dict[str, StoredVector] = field(default_factory=dict)
 
 
+class RequestObserver(Protocol):
+    """Told of every request to a server. Called on the event loop; must not wait."""
+
+    def started(self) -> None:
+        """A request was sent."""
+        ...
+
+    def ended(self, method: str, code: str, seconds: float) -> None:
+        """It was answered or given up: gRPC's bare method name, and its status code's name."""
+        ...
+
+
 class TableWriter(Protocol):
     """Writes the points of one table. Made by :meth:`Sink.writer`; holds the compiled encoders of
     its plan."""
@@ -63,6 +75,11 @@ class TableWriter(Protocol):
     @property
     def plan(self) -> TablePlan:
         """The plan it was made for."""
+        ...
+
+    @property
+    def values_nulled(self) -> int:
+        """NaN and infinities written as null so far."""
         ...
 
     async def apply(self, changes: Changes) -> Applied:

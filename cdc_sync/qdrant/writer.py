@@ -77,6 +77,11 @@ class ServerWriter:
         """The plan it was made for."""
         return self._plan
 
+    @property
+    def values_nulled(self) -> int:
+        """NaN and infinities written as null so far."""
+        return self._codec.non_finite
+
     async def apply(self, changes: Changes) -> Applied:
         """See :meth:`~cdc_sync.qdrant.sink.TableWriter.apply`. SINK_REFUSED if strict mode's limits
         are reached.

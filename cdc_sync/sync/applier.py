@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from cdc_sync.errors import CdcSyncError, ErrorKind
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics, Operation, ToastResolution
+from cdc_sync.postgres.refetch import TableRedefinedError
 from cdc_sync.qdrant.sink import Applied, Changes, Sink, TableWriter
 from cdc_sync.rows import PointId, RawValue, Row
 from cdc_sync.sync.coalesce import Pending, TableBatch
 from cdc_sync.sync.dead_letters import DeadLetterOffice
 from cdc_sync.sync.gather import Batch
 from cdc_sync.sync.retry import retrying
-from cdc_sync.sync.routing import Binding
+from cdc_sync.sync.routing import Binding, PlannedTable
 
 log = get_logger(__name__)
 
@@ -32,6 +33,19 @@ T = TypeVar("T")
 FetchRows = Callable[
     [TablePlan, str | None, Sequence[Sequence[RawValue]], Collection[int]], list[Row]
 ]
+
+
+class StaleTables(Protocol):
+    """Keeps book of tables that must be read again as a whole. Both are on record when they
+    return."""
+
+    async def note(self, batch: Batch) -> None:
+        """The batch is going to be written."""
+        ...
+
+    async def outdated(self, planned: PlannedTable) -> None:
+        """Rows of the table could not be read by key, because its columns have changed."""
+        ...
 
 
 class Applier:
@@ -44,12 +58,14 @@ class Applier:
         dead_letters: DeadLetterOffice,
         metrics: Metrics,
         on_stall: Callable[[CdcSyncError, float], None],
+        stale: StaleTables,
     ) -> None:
         self._sink = sink
         self._fetch = fetch
         self._dead_letters = dead_letters
         self._metrics = metrics
         self._on_stall = on_stall
+        self._stale = stale
         self._sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
         self._writers: dict[TablePlan, TableWriter] = {}
 
@@ -62,6 +78,7 @@ class Applier:
         raises. Raises that, and what is not transient, with nothing in flight any more.
         """
         self._sleep = sleep
+        await self._retry(lambda: self._stale.note(batch))
         if batch.truncates:
             for oid in batch.truncates:
                 await self._clear(batch.bindings[oid])
@@ -137,16 +154,21 @@ class Applier:
         self, binding: Binding, table: TableBatch, ids: Sequence[PointId]
     ) -> list[tuple[PointId, Row]]:
         """Read rows by key as they are now. A row that is gone needs nothing: the event that took
-        it will come."""
+        it will come. Neither do rows of a table that has other columns by now: it is going to be
+        read as a whole."""
         planned = binding.planned
         pending: list[tuple[PointId, Pending]] = [(i, table.pending[i]) for i in ids]
         keys = [
             [change.row[k] for k in binding.key] for _, change in pending if change.row is not None
         ]
         xids = {change.xid for _, change in pending}
-        rows = await self._retry(
-            lambda: asyncio.to_thread(self._fetch, planned.plan, planned.row_filter, keys, xids)
-        )
+        try:
+            rows = await self._retry(
+                lambda: asyncio.to_thread(self._fetch, planned.plan, planned.row_filter, keys, xids)
+            )
+        except TableRedefinedError:
+            await self._retry(lambda: self._stale.outdated(planned))
+            return []
         found = {binding.point_id(row): row for row in rows}
         return [(point_id, found[point_id]) for point_id in ids if point_id in found]
 
@@ -154,7 +176,13 @@ class Applier:
         if not len(changes):
             return Applied()
         writer = self.writer(binding.planned.plan)
-        return await self._retry(lambda: writer.apply(changes))
+        nulled = writer.values_nulled
+        try:
+            return await self._retry(lambda: writer.apply(changes))
+        finally:
+            self._metrics.add_table(binding.planned.name).values_nulled.inc(
+                writer.values_nulled - nulled
+            )
 
     async def _clear(self, binding: Binding) -> None:
         log.info("table_truncated", table=binding.planned.name)

@@ -115,6 +115,8 @@ class Backfill:
         ]
         totals = {oid: CopyTotals() for oid in by_oid}
         for planned in tables:
+            estimate = sum(max(0.0, leaf.estimated_rows) for leaf in planned.table.leaves)
+            self._metrics.add_table(planned.name).snapshot_rows_estimated.set(estimate)
             self._metrics.add_table(planned.name).snapshot_chunks["pending"].set(
                 sum(1 for t in tasks if t.chunk.table_oid == planned.plan.oid)
             )
@@ -140,6 +142,7 @@ class Backfill:
         table = self._metrics.add_table(planned.name)
         table.snapshot_rows.inc(result.rows)
         table.snapshot_bytes.inc(result.bytes)
+        table.values_nulled.inc(result.nulled)
         table.snapshot_chunks["pending"].dec()
         table.snapshot_chunks["done"].inc()
         self._metrics.snapshot_chunk_duration_seconds.observe(result.seconds)

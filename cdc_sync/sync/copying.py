@@ -51,13 +51,14 @@ class CopyTask:
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
     """What became of a chunk. ``refused``: point ids (or a note where there is none) and reasons,
-    for the dead letters."""
+    for the dead letters. ``nulled``: NaN and infinities written as null."""
 
     chunk: Chunk
     rows: int
     bytes: int
     seconds: float
     retries: int
+    nulled: int
     refused: tuple[tuple[str, str], ...]
 
 
@@ -75,6 +76,7 @@ async def copy_chunk(connection: PgConnection, writer: TableWriter, task: CopyTa
     batches = copy_rows(connection, query, text_columns)
     point_id = compile_point_id(plan)
     refused: list[tuple[str, str]] = []
+    nulled = writer.values_nulled
     retries = 0
     rows_copied = size = 0
 
@@ -97,7 +99,13 @@ async def copy_chunk(connection: PgConnection, writer: TableWriter, task: CopyTa
             rows = await reading
         refused += [(str(i), reason) for i, reason in applied.refused]
     return ChunkResult(
-        task.chunk, rows_copied, size, time.monotonic() - started, retries, tuple(refused)
+        chunk=task.chunk,
+        rows=rows_copied,
+        bytes=size,
+        seconds=time.monotonic() - started,
+        retries=retries,
+        nulled=writer.values_nulled - nulled,
+        refused=tuple(refused),
     )
 
 

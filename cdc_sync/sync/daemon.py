@@ -23,6 +23,8 @@ log = get_logger(__name__)
 
 #: How long the pipeline may take to end after its drain was cancelled.
 _CANCEL_SECONDS = 0.5
+#: How often the service manager is told how things are, at the least.
+_TELL_SECONDS = 5.0
 
 
 def run_pipeline(settings: Settings, *, restart: bool = False) -> int:
@@ -72,7 +74,7 @@ async def _run(pipeline: Pipeline, restart: bool) -> None:
     for received in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(received, on_signal, received)
     loop.add_signal_handler(signal.SIGUSR1, _dump_tasks)
-    notifier.ready()
+    telling = asyncio.create_task(_tell(pipeline, notifier))
     try:
         await pipeline.run(stop, restart=restart)
     except CdcSyncError as error:
@@ -80,8 +82,28 @@ async def _run(pipeline: Pipeline, restart: bool) -> None:
         log.error("failed", kind=error.kind.value, error=error.message, remedy=error.remedy)  # noqa: TRY400
         raise
     finally:
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
+        notifier.close()
         for received in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             loop.remove_signal_handler(received)
+
+
+async def _tell(pipeline: Pipeline, notifier: Notifier) -> None:
+    """Tell the service manager: ready once both sides were there, then that every loop turns."""
+    if not notifier.enabled:
+        return
+    ready = False
+    while True:
+        board = pipeline.board
+        state = board.snapshot()["state"]
+        if not ready and all(check.ok for check in board.readiness()):
+            ready = True
+            notifier.ready()
+        notifier.status(str(state))
+        if all(check.ok for check in board.liveness()):
+            notifier.watchdog()
+        await asyncio.sleep(min(notifier.watchdog_seconds or _TELL_SECONDS, _TELL_SECONDS))
 
 
 def _abandon() -> None:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from cdc_sync.errors import CdcSyncError, ErrorKind
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
+from cdc_sync.ops.status import StatusBoard
 from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.qdrant.sink import DeadLetter, StateStore
 from cdc_sync.rows import PointId
@@ -21,11 +22,14 @@ class DeadLetterOffice:
     """Parks dead letters durably, releases those whose rows were written after all, and stops at
     the limit."""
 
-    def __init__(self, store: StateStore, pipeline: str, limit: int, metrics: Metrics) -> None:
+    def __init__(
+        self, store: StateStore, pipeline: str, limit: int, metrics: Metrics, board: StatusBoard
+    ) -> None:
         self._store = store
         self._pipeline = pipeline
         self._limit = limit
         self._metrics = metrics
+        self._board = board
         self._parked: set[tuple[str, str]] = set()
 
     async def open(self) -> None:
@@ -92,3 +96,4 @@ class DeadLetterOffice:
         for table in tables:
             count = sum(1 for parked, _ in self._parked if parked == table)
             self._metrics.add_table(table).dead_letters_pending.set(count)
+            self._board.table(table).update(dead_letters=count)

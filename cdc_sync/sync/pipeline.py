@@ -39,21 +39,28 @@ from cdc_sync.qdrant.sink import Sink
 from cdc_sync.rows import RawValue, Row
 from cdc_sync.sync.applier import Applier
 from cdc_sync.sync.dead_letters import DeadLetterOffice
-from cdc_sync.sync.first_copy import FirstCopy
+from cdc_sync.sync.first_copy import CopyAbandonedError, FirstCopy
 from cdc_sync.sync.gather import Batch, Gatherer
 from cdc_sync.sync.monitor import SourceMonitor
 from cdc_sync.sync.planning import PipelinePlan, plan_pipeline
 from cdc_sync.sync.relations import Relations
+from cdc_sync.sync.requests import RequestMetrics
 from cdc_sync.sync.resync import Resync
 from cdc_sync.sync.retry import is_transient, retrying
 from cdc_sync.sync.routing import PlannedTable
-from cdc_sync.sync.stream import Positions, StreamSession
+from cdc_sync.sync.stream import LetGoError, Positions, StreamSession
 
 log = get_logger(__name__)
 
 T = TypeVar("T")
 
+#: Batches in memory at the most: one being written, one sealed, one being gathered.
+_BUFFERED_BATCHES = 3
 _FETCH_TIMEOUT_SECONDS = 60.0
+#: How long Postgres may say nothing where wal_sender_timeout does not say it.
+_SILENCE_SECONDS = 120.0
+#: Between two questions to Qdrant.
+_SINK_LOOK_SECONDS = 5.0
 
 
 class Pipeline:
@@ -143,9 +150,23 @@ class Pipeline:
             log.info("stopped_while_waiting")
 
     async def _live(self, restart: bool) -> None:
+        watching = asyncio.create_task(self._watch_sink())
+        try:
+            if await self._interruptible(self._prepare(restart)):
+                await self._stream_on()
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _prepare(self, restart: bool) -> None:
+        """All that comes before the stream: connections, the plan, and the first copy if there must
+        be one."""
         budget = self.settings.pipeline.startup_timeout_seconds
         self._sink = await self._until(self._open_sink, budget)
+        self.board.set_sink(True)
+        self.board.set_versions(qdrant=self.sink.version)
         plan = self._plan = await self._until(lambda: self._in_thread(self._make_plan), budget)
+        self.board.set_source(True)
         self._announce(plan)
         self._relations = Relations(plan.tables, self.settings, self.metrics)
         self._dead_letters = DeadLetterOffice(
@@ -153,15 +174,28 @@ class Pipeline:
             self.settings.pipeline.name,
             self.settings.pipeline.dead_letter_limit,
             self.metrics,
+            self.board,
         )
+        while not await self._copy_under_lock(restart):
+            # What was asked for is on record as unfinished; another process may finish it now.
+            restart = False
+
+    async def _copy_under_lock(self, restart: bool) -> bool:
+        """Make the first copy if there must be one; returns False if it has to be done again.
+
+        The lock goes with the connection that holds it, so a copy that lost its connections is not
+        done again under the same lock.
+        """
         lock = await self._until(lambda: self._in_thread(lock_pipeline, self.settings.source))
         try:
-            done = await self._interruptible(self._copy_if_needed(plan, restart))
+            # Another process may have held the lock and changed everything meanwhile.
+            await self._copy_if_needed(await self._replan(), restart)
+            return True
+        except CopyAbandonedError as abandoned:
+            log.warning("copy_abandoned", reason=str(abandoned))
+            return False
         finally:
             await self._in_thread(lock.close)
-        if done:
-            await self._until(self._dead_letters.open)
-            await self._stream_on()
 
     async def _copy_if_needed(self, plan: PipelinePlan, restart: bool) -> None:
         assert self._relations is not None
@@ -186,13 +220,12 @@ class Pipeline:
             self.board,
             self._dead_letters,
             self._until,
-            self._replan,
         )
 
     # -- preparation
 
     async def _open_sink(self) -> Sink:
-        sink = await open_sink(self.settings.qdrant)
+        sink = await open_sink(self.settings.qdrant, RequestMetrics(self.metrics))
         try:
             await sink.ping()
         except BaseException:
@@ -213,7 +246,7 @@ class Pipeline:
             return plan
 
     async def _replan(self) -> PipelinePlan:
-        """Read the catalog again: a table was rewritten or changed before its copy began (R54)."""
+        """Read the catalog again: tables may have been rewritten before their copy began (R54)."""
         plan = self._plan = await self._until(lambda: self._in_thread(self._make_plan))
         self._relations = Relations(plan.tables, self.settings, self.metrics)
         return plan
@@ -226,6 +259,8 @@ class Pipeline:
             database=plan.server.database,
             protocol=1,
         )
+        self.metrics.buffer_limit_bytes.set(_BUFFERED_BATCHES * self.settings.pipeline.batch_bytes)
+        self.board.set_versions(postgres=str(plan.server.version_num))
         for planned in plan.tables:
             self.metrics.add_table(planned.name)
             self.board.table(planned.name).update(
@@ -249,7 +284,6 @@ class Pipeline:
     async def _stream_on(self) -> None:
         """Stream, and connect again whenever the connection is lost."""
         assert self._dead_letters is not None
-        applier = Applier(self.sink, self._fetch, self._dead_letters, self.metrics, self._on_stall)
         assert self._relations is not None
         resync = self._resync = Resync(
             self.settings,
@@ -258,6 +292,9 @@ class Pipeline:
             self.metrics,
             self._first_copy().backfill,
             self._until,
+        )
+        applier = Applier(
+            self.sink, self._fetch, self._dead_letters, self.metrics, self._on_stall, resync
         )
         monitor = SourceMonitor(
             self.settings,
@@ -280,8 +317,15 @@ class Pipeline:
         if self._stop.is_set():
             return
         assert self._relations is not None
-        connection, status_seconds = await self._in_thread(self._start_stream)
+        assert self._resync is not None
+        assert self._dead_letters is not None
+        connection = await self._in_thread(self._start_stream)
         try:
+            # Whoever had the slot before may have parked rows and applied transactions.
+            await self._dead_letters.open()
+            await self._in_thread(self._resync.open)
+            await self._resync.compare()
+            timeout = connection.wal_sender_timeout_seconds
             gatherer = Gatherer(
                 self._relations.route,
                 batch_rows=self.settings.pipeline.batch_rows,
@@ -297,9 +341,13 @@ class Pipeline:
                 metrics=self.metrics,
                 make_durable=self.sink.make_durable,
                 stop=self._stop,
-                status_seconds=min(status_seconds, self.settings.pipeline.status_interval_seconds),
+                status_seconds=min(
+                    timeout / 3 or 10.0, self.settings.pipeline.status_interval_seconds
+                ),
                 board=self.board,
                 between=self._between,
+                let_go_seconds=self.settings.pipeline.let_go_seconds,
+                silence_seconds=2 * timeout or _SILENCE_SECONDS,
             )
             self._state("streaming")
             for planned in self.tables:
@@ -315,6 +363,10 @@ class Pipeline:
         first backoff."""
         try:
             await session.run()
+        except LetGoError as error:
+            log.warning("slot_let_go", reason=error.message)
+            session.connection.close()
+            await self._until(self.sink.ping)
         except SourceError as error:
             if not is_transient(error):
                 raise
@@ -331,7 +383,7 @@ class Pipeline:
             needs_text(column.type) for planned in self.tables for column in planned.table.columns
         )
 
-    def _start_stream(self) -> tuple[ReplicationConnection, float]:
+    def _start_stream(self) -> ReplicationConnection:
         source = self.settings.source
         assert self._plan is not None
         connection = ReplicationConnection.open(source)
@@ -344,7 +396,6 @@ class Pipeline:
                     f"{self._plan.server.system_identifier} "
                     f"to {identity.system_identifier}",
                 )
-            timeout = connection.wal_sender_timeout_seconds
             connection.start(
                 source.slot,
                 source.publication,
@@ -354,7 +405,7 @@ class Pipeline:
             connection.close()
             raise
         log.info("streaming_started", slot=source.slot, applied=str(Lsn(self.positions.applied)))
-        return connection, timeout / 3 if timeout > 0 else 10.0
+        return connection
 
     async def _between(self, batch: Batch | None) -> None:
         """With the applier at rest: keep book, and read stale tables again."""
@@ -363,7 +414,7 @@ class Pipeline:
         if batch is not None:
             self._keep_book(batch)
         if self._relations.stale:
-            await self._resync.run()
+            await self._resync.run(self.positions.applied)
 
     def _keep_book(self, batch: Batch) -> None:
         assert self._relations is not None
@@ -371,7 +422,6 @@ class Pipeline:
         assert self._resync.recent is not None
         for xid in batch.xids:
             self._resync.recent.add(xid)
-        self._relations.note(batch)
         for oid, table in batch.tables.items():
             self.board.table(batch.bindings[oid].planned.name).add(changes_applied=len(table))
         self.board.positions(
@@ -414,13 +464,20 @@ class Pipeline:
                 raise _StoppedError
 
         started = time.monotonic()
+        failed: set[type[CdcSyncError]] = set()
 
         def on_retry(error: CdcSyncError, seconds: float) -> None:
             if budget_seconds is not None and time.monotonic() - started > budget_seconds:
                 raise error
+            failed.add(SinkError if isinstance(error, SinkError) else SourceError)
             self._on_stall(error, seconds)
 
-        return await retrying(operation, on_retry, sleep)
+        result = await retrying(operation, on_retry, sleep)
+        if SinkError in failed:
+            self.board.set_sink(True)
+        if SourceError in failed:
+            self.board.set_source(True)
+        return result
 
     def _on_stall(self, error: CdcSyncError, seconds: float) -> None:
         if isinstance(error, SinkError):
@@ -436,6 +493,24 @@ class Pipeline:
         log.warning(
             "retrying", kind=error.kind.value, error=error.message, seconds=round(seconds, 2)
         )
+
+    async def _watch_sink(self) -> None:
+        """Ask Qdrant how it is, now and then: while nothing is written, or workers write, nobody
+        else would notice."""
+        lost = False
+        while True:
+            await asyncio.sleep(_SINK_LOOK_SECONDS)
+            if self._sink is None:
+                continue
+            try:
+                await self._sink.ping()
+            except SinkError as error:
+                lost = True
+                self.board.set_sink(False, error.message)
+            else:
+                if lost:
+                    self.board.set_sink(True)
+                lost = False
 
     async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.to_thread(function, *arguments)

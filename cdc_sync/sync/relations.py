@@ -57,12 +57,12 @@ class Relations:
         for known in state.tables:
             for planned in self._planned.values():
                 if planned.name == known.table and is_stale(known.plan_fingerprint, planned):
-                    self._mark(planned, "changed while the pipeline was down")
+                    self.mark(planned, "changed while the pipeline was down")
 
     def observe(self, oid: int, definition: str) -> None:
         """Mark a table that was redefined since it was read as a whole."""
         if redefined(self._definitions[oid], definition):
-            self._mark(self._planned[oid], "changed in the catalog")
+            self.mark(self._planned[oid], "changed in the catalog")
         else:
             self._definitions[oid] = definition
 
@@ -91,16 +91,16 @@ class Relations:
         for key in [key for key in self._types if key[0] == oid]:
             del self._types[key]
 
-    def note(self, batch: Batch) -> None:
-        """Mark tables that the batch wrote by other columns than those they are synced to."""
+    def note(self, batch: Batch) -> list[PlannedTable]:
+        """Mark tables that the batch writes by other columns than those they are synced to, and
+        return them, whether they were marked before or not."""
+        found = []
         for oid, binding in batch.bindings.items():
             synced = self._synced.get(oid)
             if synced is not None and binding.planned.plan.columns != synced.columns:
-                self._mark(binding.planned, "rows were written by other columns")
-
-    def mark(self, oid: int, reason: str) -> None:
-        """Mark a table stale."""
-        self._mark(self._planned[oid], reason)
+                self.mark(binding.planned, "rows were written by other columns")
+                found.append(binding.planned)
+        return found
 
     def synced(self, planned: PlannedTable) -> None:
         """The table was read again as a whole, by this plan."""
@@ -111,7 +111,8 @@ class Relations:
         self._bindings.pop(planned.plan.oid, None)
         self.stale.discard(planned.plan.oid)
 
-    def _mark(self, planned: PlannedTable, reason: str) -> None:
+    def mark(self, planned: PlannedTable, reason: str) -> None:
+        """Mark a table stale."""
         if planned.plan.oid not in self.stale:
             self.stale.add(planned.plan.oid)
             log.info("resync_wanted", table=planned.name, reason=reason)

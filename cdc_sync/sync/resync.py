@@ -7,6 +7,10 @@ transaction is still running is thrown away and taken again. What was applied by
 the daemon is not known by id; all of that had begun before this life did, so the first resync waits
 until every transaction of that time is over. Everything later than S comes by the stream and is
 written over the copy.
+
+That a table is stale is found by comparing it with what is on record of its last copy. Rows that
+were written by columns which it had only for a while leave no such difference, so there the record
+says so, before they are written.
 """
 
 from __future__ import annotations
@@ -22,11 +26,12 @@ from cdc_sync.postgres.catalog import read_table
 from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.publication import read_publication
 from cdc_sync.postgres.refetch import widen_xid
-from cdc_sync.postgres.snapshot import SnapshotHolder
-from cdc_sync.postgres.watch import SourcePosition, transaction_horizon
+from cdc_sync.postgres.snapshot import SnapshotHolder, TableRewrittenError
+from cdc_sync.postgres.watch import SourcePosition, source_position, transaction_horizon
 from cdc_sync.qdrant.sink import Sink
 from cdc_sync.sync.backfill import Backfill
-from cdc_sync.sync.planning import fingerprint, plan_table
+from cdc_sync.sync.gather import Batch
+from cdc_sync.sync.planning import fingerprint, plan_table, stale_fingerprint
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.routing import PlannedTable
 
@@ -89,6 +94,8 @@ class Resync:
         self._metrics = metrics
         self._backfill = backfill
         self._retry = retry
+        self._recorded: set[int] = set()
+        self._barriers: dict[int, int] = {}
         self.recent: RecentTransactions | None = None
 
     def open(self) -> None:
@@ -110,11 +117,50 @@ class Resync:
         for oid, definition in definitions.items():
             self._relations.observe(oid, definition)
 
-    async def run(self) -> None:
-        """Read all stale tables again. The applier must be at rest until this returns."""
-        stale = sorted(self._relations.stale)
-        for oid in stale:
-            await self._retry(lambda oid=oid: self._table(oid))  # type: ignore[misc]
+    async def compare(self) -> None:
+        """Mark tables that are not as the record says. Errors as of the state store."""
+        state = await self._sink.state.load(self._settings.pipeline.name)
+        if state is not None:
+            self._relations.compare(state)
+
+    async def note(self, batch: Batch) -> None:
+        """Mark tables which the batch is going to write by other columns than they were copied by,
+        also on record. Errors as of the state store."""
+        for planned in self._relations.note(batch):
+            await self._record_stale(planned)
+
+    async def outdated(self, planned: PlannedTable) -> None:
+        """Mark a table whose rows could not be read by key, since its columns have changed. Errors
+        as of the state store."""
+        self._relations.mark(planned, "columns changed before rows were read again")
+        await self._record_stale(planned)
+
+    async def run(self, applied: int) -> None:
+        """Read stale tables again. The applier must be at rest until this returns; ``applied`` is
+        where it stands.
+
+        While the stream is behind, rows of the old columns are still to come and would make the
+        table stale again, so first it has to come to where the server was when this was seen.
+        """
+        for oid in sorted(self._relations.stale):
+            if oid not in self._barriers:
+                await self._retry(lambda oid=oid: self._set_barrier(oid))  # type: ignore[misc]
+            if applied < self._barriers[oid]:
+                continue
+            try:
+                await self._retry(lambda oid=oid: self._table(oid))  # type: ignore[misc]
+            except TableRewrittenError as error:
+                # It was rewritten while its copy was being prepared; the next time will do.
+                log.info("resync_postponed", reason=error.message)
+                continue
+            del self._barriers[oid]
+
+    async def _set_barrier(self, oid: int) -> None:
+        self._barriers[oid] = await asyncio.to_thread(self._position)
+
+    def _position(self) -> int:
+        with connect(self._settings.source, application_name="cdc_sync watch") as connection:
+            return int(source_position(connection, self._settings.source.slot).current)
 
     async def _table(self, oid: int) -> None:
         planned = await asyncio.to_thread(self._plan, oid)
@@ -127,7 +173,8 @@ class Resync:
         finally:
             await asyncio.to_thread(holder.close)
         await self._sink.make_durable()
-        await self._remember(planned)
+        await self._record(planned, fingerprint(planned))
+        self._recorded.discard(oid)
         self._relations.synced(planned)
         self._metrics.add_table(planned.name).schema_changes["resynced"].inc()
         log.info("resync_completed", table=planned.name, rows=totals[oid].rows)
@@ -136,7 +183,15 @@ class Resync:
         before = next(p for p in self._relations.tables if p.plan.oid == oid)
         with connect(self._settings.source, application_name="cdc_sync watch") as connection:
             publication = read_publication(connection, self._settings.source.publication)
-            return plan_table(read_table(connection, oid), before.options, publication)
+            planned = plan_table(read_table(connection, oid), before.options, publication)
+        # A table that was renamed stays what it is on record, in its collection.
+        plan = dataclasses.replace(
+            planned.plan,
+            schema=before.plan.schema,
+            table=before.plan.table,
+            collection=before.plan.collection,
+        )
+        return dataclasses.replace(planned, plan=plan)
 
     async def _snapshot(self, planned: PlannedTable) -> SnapshotHolder:
         assert self.recent is not None
@@ -150,14 +205,17 @@ class Resync:
             await asyncio.to_thread(holder.close)
             await asyncio.sleep(_RETRY_SECONDS)
 
-    async def _remember(self, planned: PlannedTable) -> None:
+    async def _record_stale(self, planned: PlannedTable) -> None:
+        if planned.plan.oid not in self._recorded:
+            await self._record(planned, stale_fingerprint(planned))
+            self._recorded.add(planned.plan.oid)
+
+    async def _record(self, planned: PlannedTable, text: str) -> None:
         state = await self._sink.state.load(self._settings.pipeline.name)
         if state is None:
             return
         tables = tuple(
-            dataclasses.replace(t, plan_fingerprint=fingerprint(planned))
-            if t.table == planned.name
-            else t
+            dataclasses.replace(t, plan_fingerprint=text) if t.table == planned.name else t
             for t in state.tables
         )
         await self._sink.state.save(dataclasses.replace(state, tables=tables))

@@ -195,6 +195,8 @@ class StreamSession:
                 gatherer.feed(frame)
                 size += len(frame)
             self.metrics.received_bytes.inc(size)
+            self.metrics.changes_ignored.inc(gatherer.ignored_changes)
+            gatherer.ignored_changes = 0
             self.metrics.stage_seconds["decode"].inc(time.perf_counter() - started)
             self._receive()
             if gatherer.ready:
@@ -357,7 +359,9 @@ class StreamSession:
         if applied <= self.positions.confirmed:
             return
         self._last_durable = time.monotonic()
+        started = time.perf_counter()
         await self.make_durable()
+        self.metrics.stage_seconds["checkpoint"].inc(time.perf_counter() - started)
         self.positions.confirmed = max(self.positions.confirmed, applied)
         self._send_status("progress")
         self.metrics.checkpoint_writes["ok"].inc()

@@ -61,4 +61,4 @@ def schema_changes_go_unseen() -> None:
     def ignore(self: Relations, *_: object) -> None:
         return None
 
-    Relations._mark = ignore  # type: ignore[method-assign]
+    Relations.mark = ignore  # type: ignore[method-assign]
