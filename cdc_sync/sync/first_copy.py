@@ -112,6 +112,15 @@ class FirstCopy:
                 f"the replication slot {source.slot} was invalidated "
                 f"({slot.invalidation_reason or 'WAL removed'})",
             )
+        if plan.publication is None:
+            # A new one would not exist for the changes that the slot still holds (R56).
+            raise SourceError(
+                ErrorKind.PUBLICATION_UNUSABLE,
+                f"the publication {source.publication} is gone, and the slot {source.slot} cannot "
+                "go on without it",
+                f"Changes older than a publication do not see it: copy anew with "
+                "--migration.restart, which makes both again.",
+            )
         return False
 
     def _check_same_tables(self, plan: PipelinePlan, state: PipelineState) -> None:

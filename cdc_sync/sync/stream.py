@@ -135,7 +135,7 @@ class StreamSession:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            # Cancelled, not stopped: the batch in flight may take for ever, so it is not waited for.
+            # Not stopped: the batch in flight may take for ever, so it is not waited for.
             writer.cancel()
             raise
         finally:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -88,14 +89,14 @@ class Bench:
         self.rows, self.dim = rows, dim
         with psycopg.connect(server.url(), autocommit=True) as connection:
             connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
-            connection.execute(TABLE.format(dim=dim))  # type: ignore[arg-type]
+            connection.execute(TABLE.format(dim=dim))
             connection.execute("CREATE PUBLICATION bench FOR TABLE docs")
             self.insert_slot = self._slot(connection, "bench_insert")
-            connection.execute(LOAD.format(dim=dim, first=1, last=rows))  # type: ignore[arg-type]
+            connection.execute(LOAD.format(dim=dim, first=1, last=rows))
             connection.execute("VACUUM ANALYZE docs")
             self.update_slot = self._slot(connection, "bench_update")
             connection.execute("UPDATE docs SET views = views + 1")
-        self.source = SourceSettings(url=server.url(), slot="bench", publication="bench")  # type: ignore[arg-type]
+        self.source = SourceSettings(url=server.url(), slot="bench", publication="bench")
         with connect(self.source) as connection:
             self.planned = plan_table(find_table(connection, "docs"), PlanOptions(), None)
             self.types = TypeResolver(connection)
@@ -238,18 +239,32 @@ def table(figures: list[Figure]) -> str:
     return "\n".join(lines)
 
 
+def write_readme(report: str) -> None:
+    """Replace what stands between the markers of the README."""
+    readme = Path(__file__).parents[2] / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition("<!-- bench -->")
+    _, _, after = rest.partition("<!-- /bench -->")
+    readme.write_text(f"{before}<!-- bench -->\n{report}<!-- /bench -->{after}", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
     arguments = parser.parse_args()
     figures = run(arguments.rows, arguments.dim, arguments.rounds)
-    sys.stdout.write(
-        f"Python {platform.python_version()}, {arguments.rows} rows, {arguments.dim}-d, "
-        f"median of {arguments.rounds} rounds\n\n{table(figures)}\n"
+    report = (
+        f"{table(figures)}\n\nPython {platform.python_version()}, Postgres 18, "
+        f"{os.cpu_count()} cores shared by server and client, {arguments.rows:,} rows with 9 columns besides the vector, "
+        f"median of {arguments.rounds} rounds.\n"
     )
+    sys.stdout.write(report)
+    if arguments.readme:
+        write_readme(report)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(f) for f in figures], indent=2) + "\n")
     return 0

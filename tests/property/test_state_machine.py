@@ -179,9 +179,7 @@ class SyncMachine(RuleBasedStateMachine):
         self.load.end(connection, "ROLLBACK")
 
     @rule(connection=connections, statement=row_statements, key=keys, other=keys)
-    def roll_back_to_savepoint(
-        self, connection: int, statement: str, key: int, other: int
-    ) -> None:
+    def roll_back_to_savepoint(self, connection: int, statement: str, key: int, other: int) -> None:
         self.load.begin(connection)
         self.load.abandon(connection, statement, key, other)
 

@@ -65,9 +65,7 @@ class PipelineEnd:
 class PipelineProcess:
     """One life of a pipeline."""
 
-    def __init__(
-        self, settings: Settings, log_path: Path, sabotage: Break | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, log_path: Path, sabotage: Break | None = None) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([_MODULE])
         self.log_path = log_path

@@ -94,8 +94,7 @@ class CountingWriter:
                 f"UPDATE counters SET version = version + 1 WHERE id BETWEEN {key} AND {key + 3}",
                 f"INSERT INTO counters VALUES ({key}, 1) ON CONFLICT DO NOTHING",
                 f"DELETE FROM counters WHERE id = {key}",
-                f"UPDATE counters SET id = {other}, version = version + 1 WHERE id = {key}"
-                f" AND NOT EXISTS (SELECT FROM counters WHERE id = {other})",
+                f"UPDATE counters SET id = {other}, version = version + 1 WHERE id = {key}",
             )
         )
 

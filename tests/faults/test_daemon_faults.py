@@ -1,0 +1,375 @@
+"""The daemon lives through everything that Qdrant, Postgres and the network do to it: whatever
+fails, in the end nothing is missing and nothing is stale (section "Failures" of the design)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from cdc_sync.demo.embedded import StopMode
+from tests.support.fault_cases import (
+    check,
+    create_items,
+    create_loaded,
+    is_ready,
+    slot_active,
+    under_load,
+    until,
+)
+from tests.support.fix_pipeline import SyncTable
+from tests.support.fix_postgres import Database, DatabaseFactory, PrivatePostgres
+from tests.support.proxy import Direction, ProxyTo
+from tests.support.qdrant_control import Faults, QdrantProcess
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def faults(qdrant_private: QdrantProcess) -> Faults:
+    return qdrant_private.script
+
+
+# -- Qdrant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["unavailable", "killed"])
+def test_qdrant_away_under_load(
+    database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, how: str
+) -> None:
+    table = create_loaded(database18)
+    synced = sync_table(database18, "everything", qdrant=qdrant_private)
+    daemon = synced.daemon
+    daemon.wait(lambda: is_ready(daemon), "readiness")
+    with under_load(database18, table, seed=2):
+        if how == "killed":
+            qdrant_private.kill()
+        else:
+            qdrant_private.script.down()
+        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 10)
+        assert daemon.get("/livez")[0] == 200
+        status, message = check(daemon, "/readyz", "sink")
+        assert status == 503
+        assert message is not None
+        assert "UNAVAILABLE" in message
+        assert daemon.metric("cdc_sync_sink_up") == 0
+        assert daemon.metric("cdc_sync_source_up") == 1
+        early, bytes_early = daemon.metric("cdc_sync_lag_seconds"), lag_bytes(daemon)
+        time.sleep(1.5)
+        assert daemon.metric("cdc_sync_lag_seconds") >= early + 1
+        assert lag_bytes(daemon) > bytes_early
+        if how == "killed":
+            qdrant_private.restart()
+        else:
+            qdrant_private.script.down(False)
+        daemon.wait(lambda: is_ready(daemon), "readiness again", 20)
+    synced.assert_equal()
+    daemon.wait(lambda: daemon.metric("cdc_sync_lag_seconds") == 0, "no lag", 5)
+    assert daemon.metric("cdc_sync_sink_up") == 1
+    assert daemon.metric("cdc_sync_sink_retries_total", kind="sink_unavailable") > 0
+
+
+def lag_bytes(daemon: Any) -> float:
+    total: float = daemon.metric("cdc_sync_lag_bytes")
+    return total
+
+
+def test_qdrant_away_while_nothing_is_written(
+    database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess
+) -> None:
+    create_items(database18, 10)
+    synced = sync_table(database18, "items", qdrant=qdrant_private)
+    assert is_ready(synced.daemon)
+    qdrant_private.kill()
+    synced.daemon.wait(lambda: not is_ready(synced.daemon), "the end of readiness", 12)
+    qdrant_private.restart()
+    synced.daemon.wait(lambda: is_ready(synced.daemon), "readiness again", 12)
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("R7")
+def test_it_lets_go_of_the_slot_while_qdrant_is_away(
+    private_postgres: PrivatePostgres,
+    database18_factory: DatabaseFactory,
+    sync_table: SyncTable,
+    qdrant_private: QdrantProcess,
+) -> None:
+    server = private_postgres()
+    database = database18_factory(server)
+    create_items(database, 10)
+    synced = sync_table(database, "items", qdrant=qdrant_private, pipeline={"let_go_seconds": 1})
+    daemon = synced.daemon
+    assert slot_active(database, daemon.slot)
+    qdrant_private.kill()
+    database.execute("UPDATE items SET note = 'while away'")
+    daemon.wait(lambda: not slot_active(database, daemon.slot), "letting go", 10)
+    # It stays away as long as Qdrant does, and says how old what waits is.
+    before = daemon.metric("cdc_sync_lag_seconds")
+    for _ in range(16):
+        time.sleep(0.4)
+        assert not slot_active(database, daemon.slot)
+    assert daemon.metric("cdc_sync_lag_seconds") > before + 3
+    assert daemon.get("/livez")[0] == 200
+    assert check(daemon, "/readyz", "sink")[0] == 503
+    started = time.monotonic()
+    server.stop("fast", timeout_seconds=20)
+    assert time.monotonic() - started < 5
+    server.start()
+    database.execute("DELETE FROM items WHERE id = 3")
+    qdrant_private.restart()
+    daemon.wait(lambda: is_ready(daemon), "readiness again", 30)
+    synced.assert_equal()
+
+
+@pytest.mark.slow
+def test_qdrant_slow_limiting_and_losing_answers_under_load(
+    database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
+) -> None:
+    table = create_loaded(database18)
+    synced = sync_table(database18, "everything", qdrant=qdrant_private)
+    with under_load(database18, table, seed=3):
+        for _ in range(2):
+            faults.slow("write", 0.3, times=4)
+            faults.reject("write", "RESOURCE_EXHAUSTED", "Rate limit", retry_after=1, times=2)
+            faults.wait_timeout("write", times=3)
+            faults.fail_after_apply("write", times=3)
+            faults.fail_after_apply("write", "INTERNAL", "Service internal error", times=2)
+            synced.daemon.wait(lambda: faults.queued() == 0, "every fault", 40)
+    synced.assert_equal()
+    for kind in ("sink_rate_limited", "sink_unknown", "sink_unavailable"):
+        assert synced.daemon.metric("cdc_sync_sink_retries_total", kind=kind) > 0
+
+
+def test_it_waits_as_long_as_qdrant_asks_for(
+    database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
+) -> None:
+    create_items(database18, 10)
+    synced = sync_table(database18, "items", qdrant=qdrant_private)
+    faults.clear_log()
+    faults.reject("write", "RESOURCE_EXHAUSTED", "Rate limit", retry_after=2)
+    database18.execute("UPDATE items SET note = 'limited' WHERE id = 1")
+    synced.assert_equal()
+    writes = [e for e in faults.log() if e["collection"] == synced.collection and e["points"]]
+    assert len(writes) == 2
+    assert writes[1]["start"] - writes[0]["end"] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [11, 12])
+def test_random_faults_under_load(
+    database18: Database,
+    sync_table: SyncTable,
+    qdrant_private: QdrantProcess,
+    faults: Faults,
+    seed: int,
+) -> None:
+    print(f"seed {seed}")  # noqa: T201 - shown when it fails
+    table = create_loaded(database18, seed=seed)
+    faults.random(0.2, seed)
+    synced = sync_table(database18, "everything", qdrant=qdrant_private)
+    with under_load(database18, table, seed=seed):
+        time.sleep(4)
+    faults.random(0, seed)
+    synced.assert_equal()
+
+
+# -- Postgres
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+@pytest.mark.requirement("R8")
+def test_postgres_restarts_while_streaming(
+    private_postgres: PrivatePostgres,
+    database18_factory: DatabaseFactory,
+    sync_table: SyncTable,
+    qdrant_private: QdrantProcess,
+    mode: StopMode,
+) -> None:
+    server = private_postgres()
+    database = database18_factory(server)
+    table = create_loaded(database)
+    synced = sync_table(database, "everything", qdrant=qdrant_private)
+    daemon = synced.daemon
+    with under_load(database, table, seed=4, reconnect=True):
+        time.sleep(0.7)
+        server.stop(mode)
+        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 10)
+        assert daemon.get("/livez")[0] == 200
+        assert check(daemon, "/readyz", "source")[1]
+        assert daemon.metric("cdc_sync_source_up") == 0
+        server.start()
+        daemon.wait(lambda: is_ready(daemon), "readiness again", 20)
+        server.restart(mode)
+        time.sleep(0.7)
+    synced.assert_equal()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_postgres_restarts_while_copying(
+    private_postgres: PrivatePostgres,
+    database18_factory: DatabaseFactory,
+    sync_table: SyncTable,
+    qdrant_private: QdrantProcess,
+    faults: Faults,
+    mode: StopMode,
+    workers: int,
+) -> None:
+    server = private_postgres()
+    database = database18_factory(server)
+    create_loaded(database, rows=1500)
+    synced = sync_table(
+        database,
+        "everything",
+        qdrant=qdrant_private,
+        start=False,
+        pipeline={"copy_workers": workers},
+    )
+    faults.slow("Upsert", 0.3, times=10_000)
+    synced.daemon.start(wait=False)
+    copying(synced.daemon, faults, synced.collection)
+    server.stop(mode)
+    time.sleep(0.5)
+    server.start()
+    # Rows that the first try has copied, and the next must not leave behind.
+    database.execute("DELETE FROM everything WHERE id % 3 = 0")
+    faults.clear()
+    synced.daemon.wait_state("streaming")
+    synced.assert_equal()
+    assert database.execute("SELECT count(*) FROM pg_replication_slots") == [(1,)]
+
+
+def copying(daemon: Any, faults: Faults, collection: str) -> None:
+    """Wait until rows of the copy are being written."""
+    daemon.wait(
+        lambda: any(e["collection"] == collection and e["points"] for e in faults.log()),
+        "the copy",
+    )
+
+
+@pytest.mark.slow
+def test_the_walsender_is_terminated_again_and_again(
+    database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess
+) -> None:
+    table = create_loaded(database18)
+    synced = sync_table(database18, "everything", qdrant=qdrant_private)
+    with under_load(database18, table, seed=5):
+        for _ in range(5):
+            until(lambda: slot_active(database18, synced.daemon.slot), "the walsender")
+            database18.execute(
+                "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+                " WHERE slot_name = %s AND active_pid IS NOT NULL",
+                (synced.daemon.slot,),
+            )
+            time.sleep(0.3)
+    synced.assert_equal()
+    assert synced.daemon.metric("cdc_sync_source_reconnects_total") >= 5
+
+
+# -- the network
+
+
+@pytest.mark.slow
+def test_the_way_to_postgres_fails(
+    database18: Database,
+    sync_table: SyncTable,
+    qdrant_private: QdrantProcess,
+    proxy_to: ProxyTo,
+) -> None:
+    proxy = proxy_to(database18.server.host, database18.server.port)
+    table = create_loaded(database18)
+    synced = sync_table(
+        database18, "everything", qdrant=qdrant_private, pg_url=database18.url_through(proxy)
+    )
+    daemon = synced.daemon
+    with under_load(database18, table, seed=6):
+        for count in (1, 10_000, 300_000):
+            proxy.cut_after(count)
+            daemon.wait(lambda: proxy.cuts > 0, "the cut")
+            time.sleep(0.5)
+        proxy.stall()
+        time.sleep(1.5)
+        proxy.resume()
+        proxy.stall(Direction.UP)
+        time.sleep(1)
+        proxy.resume()
+        proxy.delay(0.1)
+        time.sleep(1)
+        proxy.refuse()
+        proxy.cut()
+        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 10)
+        proxy.accept()
+        daemon.wait(lambda: is_ready(daemon), "readiness again", 20)
+        proxy.delay(0)
+    synced.assert_equal()
+
+
+@pytest.mark.slow
+def test_a_silent_postgres_is_noticed(
+    database18: Database,
+    sync_table: SyncTable,
+    qdrant_private: QdrantProcess,
+    proxy_to: ProxyTo,
+) -> None:
+    """TCP says nothing of a peer that keeps the connection open and is gone behind it."""
+    proxy = proxy_to(database18.server.host, database18.server.port)
+    create_items(database18, 10)
+    database18.execute(f'ALTER DATABASE "{database18.name}" SET wal_sender_timeout = 1000')
+    synced = sync_table(
+        database18, "items", qdrant=qdrant_private, pg_url=database18.url_through(proxy)
+    )
+    daemon = synced.daemon
+    time.sleep(3)
+    assert daemon.metric("cdc_sync_source_reconnects_total") == 0, "an idle stream is no silence"
+    proxy.stall()
+    daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 10)
+    message = check(daemon, "/readyz", "source")[1]
+    assert message is not None
+    assert "has not answered" in message
+    proxy.resume()
+    database18.execute("UPDATE items SET note = 'back'")
+    daemon.wait(lambda: is_ready(daemon), "readiness again", 30)
+    synced.assert_equal()
+
+
+@pytest.mark.slow
+def test_the_way_to_qdrant_fails(
+    database18: Database,
+    sync_table: SyncTable,
+    qdrant_private: QdrantProcess,
+    proxy_to: ProxyTo,
+) -> None:
+    host, _, port = qdrant_private.url.removeprefix("http://").rpartition(":")
+    proxy = proxy_to(host, int(port))
+    table = create_loaded(database18)
+    synced = sync_table(
+        database18,
+        "everything",
+        qdrant=qdrant_private,
+        qdrant_url=f"http://{proxy.host}:{proxy.port}",
+        qdrant_settings={"timeout_seconds": 2},
+    )
+    daemon = synced.daemon
+    with under_load(database18, table, seed=7):
+        for count in (1, 1_000, 300_000):
+            proxy.cut_after(count, Direction.UP)
+            time.sleep(0.7)
+        proxy.cut_after(100, Direction.DOWN)
+        time.sleep(0.7)
+        proxy.delay(0.1)
+        time.sleep(1)
+        proxy.stall()
+        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 15)
+        proxy.resume()
+        proxy.delay(0)
+        daemon.wait(lambda: is_ready(daemon), "readiness again", 20)
+        proxy.refuse()
+        proxy.cut()
+        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 10)
+        proxy.accept()
+        daemon.wait(lambda: is_ready(daemon), "readiness again", 20)
+    synced.assert_equal()
