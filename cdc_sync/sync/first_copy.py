@@ -118,7 +118,7 @@ class FirstCopy:
                 ErrorKind.PUBLICATION_UNUSABLE,
                 f"the publication {source.publication} is gone, and the slot {source.slot} cannot "
                 "go on without it",
-                f"Changes older than a publication do not see it: copy anew with "
+                "Changes older than a publication do not see it: copy anew with "
                 "--migration.restart, which makes both again.",
             )
         return False

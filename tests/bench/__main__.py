@@ -259,7 +259,8 @@ def main() -> int:
     figures = run(arguments.rows, arguments.dim, arguments.rounds)
     report = (
         f"{table(figures)}\n\nPython {platform.python_version()}, Postgres 18, "
-        f"{os.cpu_count()} cores shared by server and client, {arguments.rows:,} rows with 9 columns besides the vector, "
+        f"{os.cpu_count()} cores shared by server and client, {arguments.rows:,} rows with 9 "
+        "columns besides the vector, "
         f"median of {arguments.rounds} rounds.\n"
     )
     sys.stdout.write(report)

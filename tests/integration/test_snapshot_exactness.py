@@ -23,6 +23,7 @@ from cdc_sync.postgres.connect import PgConnection, connect
 from cdc_sync.postgres.replication import CreatedSlot, ReplicationConnection
 from cdc_sync.postgres.snapshot import SnapshotHolder, copy_query, copy_rows, import_snapshot
 from cdc_sync.rows import PointId, Row
+from cdc_sync.sync import backfill
 from cdc_sync.sync.backfill import Backfill, CopyTotals, cut
 from cdc_sync.sync.copying import Chunk
 from cdc_sync.sync.first_copy import FirstCopy
@@ -50,7 +51,6 @@ def faults(qdrant: QdrantTarget) -> Faults:
 
 
 def create_docs(database: Database, rows: int = 2000, filler: int = 300) -> None:
-    """A table of several chunks."""
     database.execute(
         "CREATE TABLE docs (id bigint PRIMARY KEY, n int, note text, emb vector(4));"
         f"INSERT INTO docs SELECT i, i, repeat(chr(97 + i % 26), {filler}),"
@@ -193,10 +193,15 @@ def test_the_test_sees_a_copy_under_another_snapshot(
 
 # -- the engine's first copy
 
+TWO_WORKERS: Final = {"copy_workers": 2}
+ONE_LANE: Final = {"parallel_requests": 1}
+
 
 def hold_the_copy(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> None:
-    """Let both workers' first writes wait; what is written before the copy does not."""
+    """Let both workers' first writes wait; what is written before the copy does not. There are
+    several chunks, and a worker has one request under way."""
     copy = Backfill.copy
+    monkeypatch.setattr(backfill, "CHUNK_ROWS", 500)
 
     async def holding(
         self: Backfill, tables: Sequence[PlannedTable], snapshot: str
@@ -219,7 +224,7 @@ async def test_timeouts_of_the_role_do_not_end_the_copy(
     if database.major >= 17:
         timeouts.append("transaction_timeout")
     settings = pipeline_settings(
-        database, qdrant, "docs", pg_url=role.url, pipeline={"copy_workers": 2}
+        database, qdrant, "docs", pg_url=role.url, pipeline=TWO_WORKERS, target=ONE_LANE
     )
     with database.connect() as connection:
         for timeout in timeouts:
@@ -289,7 +294,7 @@ async def test_a_killed_worker_is_replaced(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     create_docs(database18)
-    settings = pipeline_settings(database18, qdrant, "docs", pipeline={"copy_workers": 2})
+    settings = pipeline_settings(database18, qdrant, "docs", pipeline=TWO_WORKERS, target=ONE_LANE)
     hold_the_copy(monkeypatch, faults)
     before = {child.pid for child in psutil.Process().children()}
     async with running(settings, database18, qdrant, wait=False) as life:
