@@ -451,7 +451,7 @@ def _replan_column(
         _check_same_vector(where, before, before.vector, type_)
         return ColumnPlan(name, type_, None, before.vector)
     if in_key and before is not None:
-        if _key_family(before.type) != _key_family(type_):
+        if key_family(before.type) != key_family(type_):
             raise MappingError(
                 f"{where} is part of the key and changed its type from {describe(before.type)} to "
                 f"{describe(type_)}, so the points' ids change",
@@ -495,7 +495,7 @@ def _check_same_vector(where: str, before: ColumnPlan, vector: VectorPlan, type_
         )
 
 
-def _key_family(type_: PgType) -> str:
+def key_family(type_: PgType) -> str:
     """Return what decides how values of a key column become ids; types of one family give the same
     ids.
     """

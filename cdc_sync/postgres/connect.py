@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import socket
 from typing import Any, Final, TypeAlias
 
 import psycopg
@@ -167,6 +168,18 @@ def _pin_session(connection: PgConnection) -> None:
     result = connection.pgconn.exec_("; ".join(settings).encode())
     if result.status != pq.ExecStatus.TUPLES_OK:
         raise translate(result_error(connection, result), "setting up the session")
+
+
+def interrupt(connection: PgConnection) -> None:
+    """End whatever another thread waits for on the connection; it fails there as a lost one does.
+
+    Closing it instead would free what that thread is using.
+    """
+    try:
+        with socket.socket(fileno=os.dup(connection.fileno())) as held:
+            held.shutdown(socket.SHUT_RDWR)
+    except (OSError, psycopg.Error):
+        pass  # It has just been closed.
 
 
 def result_error(connection: PgConnection, result: pq.abc.PGresult) -> psycopg.Error:

@@ -22,7 +22,7 @@ from cdc_sync.rows import PointId, RawValue, Row
 from cdc_sync.sync.coalesce import Pending, TableBatch
 from cdc_sync.sync.dead_letters import DeadLetterOffice
 from cdc_sync.sync.gather import Batch
-from cdc_sync.sync.retry import retrying
+from cdc_sync.sync.retry import is_sink_trouble, retrying
 from cdc_sync.sync.routing import Binding, PlannedTable
 
 log = get_logger(__name__)
@@ -74,8 +74,8 @@ class Applier:
     ) -> None:
         """Write the whole batch; returns when Qdrant has completed all of it.
 
-        Transient failures are retried until ``sleep``, which passes the time between two tries,
-        raises. Raises that, and what is not transient, with nothing in flight any more.
+        Transient failures of the sink are retried until ``sleep``, which passes the time between
+        two tries, raises. Raises that, and every other failure, with nothing in flight any more.
         """
         self._sleep = sleep
         await self._retry(lambda: self._stale.note(batch))
@@ -191,7 +191,7 @@ class Applier:
         self._metrics.add_table(binding.planned.name).changes["truncate"].inc()
 
     async def _retry(self, operation: Callable[[], Awaitable[T]]) -> T:
-        return await retrying(operation, self._on_stall, self._sleep)
+        return await retrying(operation, self._on_stall, self._sleep, is_sink_trouble)
 
     def _resolved(self, binding: Binding, resolution: ToastResolution, rows: int) -> None:
         if rows > 0:

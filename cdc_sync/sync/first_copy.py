@@ -136,8 +136,8 @@ class FirstCopy:
                 )
             if not same_configuration(before.plan_fingerprint, fingerprint(planned)):
                 raise ConfigError(
-                    f"the configuration of table {planned.name} is not the one its collection was "
-                    "filled by",
+                    f"the configuration of table {planned.name}, or its key, is not the one its "
+                    "collection was filled by",
                     "Undo the change, or copy anew with --migration.restart.",
                 )
         if known:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TypeVar
@@ -28,7 +29,7 @@ from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics, State
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.pgoutput.lsn import Lsn
-from cdc_sync.postgres.connect import PgConnection, connect
+from cdc_sync.postgres.connect import PgConnection, connect, interrupt
 from cdc_sync.postgres.exclusive import lock_pipeline
 from cdc_sync.postgres.preflight import preflight_source
 from cdc_sync.postgres.refetch import fetch_rows
@@ -46,7 +47,7 @@ from cdc_sync.sync.planning import PipelinePlan, plan_pipeline
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.requests import RequestMetrics
 from cdc_sync.sync.resync import Resync
-from cdc_sync.sync.retry import is_transient, retrying
+from cdc_sync.sync.retry import is_sink_trouble, is_transient, retrying
 from cdc_sync.sync.routing import PlannedTable
 from cdc_sync.sync.stream import LetGoError, Positions, StreamSession
 
@@ -57,6 +58,8 @@ T = TypeVar("T")
 #: Batches in memory at the most: one being written, one sealed, one being gathered.
 _BUFFERED_BATCHES = 3
 _FETCH_TIMEOUT_SECONDS = 60.0
+#: A session that ends sooner is a failed try.
+_SHORT_SESSION_SECONDS = 10.0
 #: How long Postgres may say nothing where wal_sender_timeout does not say it.
 _SILENCE_SECONDS = 120.0
 #: Between two questions to Qdrant.
@@ -93,6 +96,7 @@ class Pipeline:
         self._resync: Resync | None = None
         self._stop = asyncio.Event()
         self._reading: PgConnection | None = None
+        self._reading_lock = threading.Lock()
 
     @property
     def sink(self) -> Sink:
@@ -138,8 +142,7 @@ class Pipeline:
             work.cancel()
             stopping.cancel()
             await asyncio.gather(work, stopping, return_exceptions=True)
-            if self._reading is not None:
-                self._reading.close()
+            self._stop_reading()
             if self._sink is not None:
                 await self._sink.close()
 
@@ -291,7 +294,7 @@ class Pipeline:
             self._relations,
             self.metrics,
             self._first_copy().backfill,
-            self._until,
+            lambda operation: self._until(operation, retry=is_sink_trouble),
         )
         applier = Applier(
             self.sink, self._fetch, self._dead_letters, self.metrics, self._on_stall, resync
@@ -359,8 +362,9 @@ class Pipeline:
             connection.close()
 
     async def _run_session(self, session: StreamSession) -> None:
-        """Run until it ends. A lost connection is no failed try: the next session starts with the
-        first backoff."""
+        """Run until it ends. A connection lost after a while is no failed try: the next session
+        starts with the first backoff."""
+        started = time.monotonic()
         try:
             await session.run()
         except LetGoError as error:
@@ -368,7 +372,7 @@ class Pipeline:
             session.connection.close()
             await self._until(self.sink.ping)
         except SourceError as error:
-            if not is_transient(error):
+            if not is_transient(error) or time.monotonic() - started < _SHORT_SESSION_SECONDS:
                 raise
             self._on_stall(error, 0.0)
 
@@ -439,21 +443,40 @@ class Pipeline:
         keys: Sequence[Sequence[RawValue]],
         xids: Collection[int],
     ) -> list[Row]:
-        if self._reading is None:
-            self._reading = connect(self.settings.source, application_name="cdc_sync read")
-        try:
-            return fetch_rows(
-                self._reading, plan, keys, xids, row_filter, timeout_seconds=_FETCH_TIMEOUT_SECONDS
-            )
-        except SourceError:
-            self._reading.close()
-            self._reading = None
-            raise
+        with self._reading_lock:
+            if self._reading is None:
+                self._reading = connect(self.settings.source, application_name="cdc_sync read")
+            try:
+                return fetch_rows(
+                    self._reading,
+                    plan,
+                    keys,
+                    xids,
+                    row_filter,
+                    timeout_seconds=_FETCH_TIMEOUT_SECONDS,
+                )
+            except SourceError:
+                self._reading.close()
+                self._reading = None
+                raise
+
+    def _stop_reading(self) -> None:
+        """Close the connection for reading rows again. A thread may still wait on it, since threads
+        cannot be cancelled: it is interrupted, and closes the connection itself."""
+        if self._reading_lock.acquire(blocking=False):
+            if self._reading is not None:
+                self._reading.close()
+            self._reading_lock.release()
+        elif self._reading is not None:
+            interrupt(self._reading)
 
     # -- trying again
 
     async def _until(
-        self, operation: Callable[[], Awaitable[T]], budget_seconds: float | None = None
+        self,
+        operation: Callable[[], Awaitable[T]],
+        budget_seconds: float | None = None,
+        retry: Callable[[BaseException], bool] = is_transient,
     ) -> T:
         """Try until it works; raises :class:`_StoppedError` rather than wait when it is to stop."""
 
@@ -472,7 +495,7 @@ class Pipeline:
             failed.add(SinkError if isinstance(error, SinkError) else SourceError)
             self._on_stall(error, seconds)
 
-        result = await retrying(operation, on_retry, sleep)
+        result = await retrying(operation, on_retry, sleep, retry)
         if SinkError in failed:
             self.board.set_sink(True)
         if SourceError in failed:

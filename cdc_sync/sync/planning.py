@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cdc_sync.config import Settings, TableSettings
 from cdc_sync.errors import ConfigError
 from cdc_sync.mapping.ids import plan_fingerprint
-from cdc_sync.mapping.planner import PlanOptions, build_plan
+from cdc_sync.mapping.planner import PlanOptions, build_plan, key_family
 from cdc_sync.mapping.table import Table, redefined
 from cdc_sync.postgres.catalog import ServerInfo, find_table, server_info
 from cdc_sync.postgres.connect import PgConnection
@@ -117,7 +117,11 @@ def same_configuration(one: str, other: str) -> bool:
 
 
 def _configuration(planned: PlannedTable) -> str:
-    return hashlib.sha256(repr(planned.options).encode()).hexdigest()[:16]
+    """What must stay for the points to keep their ids and their form."""
+    plan = planned.plan
+    key = [(plan.columns[i].name, key_family(plan.columns[i].type)) for i in plan.key]
+    content = f"{planned.options!r} {key!r}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _check_distinct(planned: Sequence[PlannedTable]) -> None:

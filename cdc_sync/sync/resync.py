@@ -20,6 +20,7 @@ import dataclasses
 from collections.abc import Awaitable, Callable
 
 from cdc_sync.config import Settings
+from cdc_sync.mapping.planner import replan
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.postgres.catalog import read_table
@@ -184,6 +185,8 @@ class Resync:
         with connect(self._settings.source, application_name="cdc_sync watch") as connection:
             publication = read_publication(connection, self._settings.source.publication)
             planned = plan_table(read_table(connection, oid), before.options, publication)
+        # For what it raises: changes that would stop the stream are not for a copy either.
+        replan(before.plan, [(c.name, c.type) for c in planned.plan.columns], before.options)
         # A table that was renamed stays what it is on record, in its collection.
         plan = dataclasses.replace(
             planned.plan,

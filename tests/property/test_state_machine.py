@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -183,13 +184,13 @@ class SyncMachine(RuleBasedStateMachine):
         self.load.begin(connection)
         self.load.abandon(connection, statement, key, other)
 
-    @rule(connection=connections, key=keys, other=keys, commit=st.booleans())
-    def truncate_between(self, connection: int, key: int, other: int, commit: bool) -> None:
+    @rule(connection=connections, key=keys, fill=st.booleans(), commit=st.booleans())
+    def truncate_between(self, connection: int, key: int, fill: bool, commit: bool) -> None:
         """Rows before a TRUNCATE and after it, in one transaction."""
         self.load.begin(connection)
         self.load.rows(connection, "insert", key)
         self.load.ddl(connection, "truncate")
-        self.load.rows(connection, "insert", other)
+        self.load.rows(connection, "fill" if fill else "insert", key)
         self.load.end(connection, "COMMIT" if commit else "ROLLBACK")
 
     # -- the table
@@ -242,6 +243,8 @@ class SyncMachine(RuleBasedStateMachine):
                 self.faults.fail_after_apply("write", times=times)
             case "wait_timeout":
                 self.faults.wait_timeout("write", times=times)
+            case "silent":
+                self.faults.never_answer("write", applied=False, times=times)
             case _:
                 # A write that outlives a killed pipeline and comes after those of the next one
                 # could not be told from a new one, so it is over before that has started.
@@ -265,6 +268,14 @@ class SyncMachine(RuleBasedStateMachine):
             self.check_order()
             self.qdrant.restart()
             self.around.done["qdrant killed"] += 1
+
+    def wait_for_unanswered_write(self) -> None:
+        """Wait until the write has come; then a little, in which it must not be confirmed."""
+        deadline = time.monotonic() + 10
+        while self.faults.queued():
+            assert time.monotonic() < deadline, "no write came"
+            time.sleep(0.01)
+        time.sleep(0.6)
 
     # -- what must hold
 
@@ -313,8 +324,8 @@ class SyncMachine(RuleBasedStateMachine):
 @pytest.fixture
 def around(
     postgres18: PostgresServer, qdrant_private: QdrantProcess, tmp_path: Path
-) -> Iterator[Surroundings]:
-    yield Surroundings(postgres18, qdrant_private, tmp_path)
+) -> Surroundings:
+    return Surroundings(postgres18, qdrant_private, tmp_path)
 
 
 def machine_in(around: Surroundings) -> type[SyncMachine]:
@@ -346,6 +357,62 @@ def run_machine(around: Surroundings, examples: int, seed_: int) -> None:
 def test_whatever_happens_both_sides_end_equal(around: Surroundings) -> None:
     run_machine(around, examples=8, seed_=1)
     assert around.done["checkpoint"] >= 8
+
+
+# -- that it can fail
+
+
+def coalesced(machine: SyncMachine) -> None:
+    """A row and a change of it in one batch."""
+    machine.change_rows_at_once(0, ["delete", "insert", "update_payload"], 1, 1)
+
+
+def deleted(machine: SyncMachine) -> None:
+    machine.change_rows([(0, "delete", 2, 2)])
+
+
+def moved(machine: SyncMachine) -> None:
+    machine.change_rows([(0, "change_key", 1, 7)])
+
+
+def crashed_before_it_was_written(machine: SyncMachine) -> None:
+    machine.fail_writes("silent", 1)
+    machine.change_rows([(0, "update_both", 1, 1)])
+    machine.wait_for_unanswered_write()
+    machine.crash(again=True)
+
+
+def altered(machine: SyncMachine) -> None:
+    machine.change_table(0, "add_default", 0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "mistake"),
+    [
+        (coalesced, breaks.unchanged_becomes_null),
+        (deleted, breaks.one_delete_is_dropped),
+        (moved, breaks.a_moved_row_stays),
+        (crashed_before_it_was_written, breaks.confirmed_before_it_is_written),
+        (altered, breaks.schema_changes_go_unseen),
+    ],
+)
+def test_the_machine_finds_a_mistake(
+    around: Surroundings, steps: Callable[[SyncMachine], None], mistake: Break
+) -> None:
+    """Few steps, with the mistake in the pipeline and without."""
+    for sabotage in (None, mistake):
+        around.sabotage = sabotage
+        machine = machine_in(around)()
+        try:
+            machine.start(wait=True)
+            steps(machine)
+            if sabotage is None:
+                machine.checkpoint()
+            else:
+                with pytest.raises(AssertionError, match=r"payload|vector|extra|missing"):
+                    machine.checkpoint()
+        finally:
+            machine.close()
 
 
 @pytest.mark.campaign

@@ -9,6 +9,7 @@ from cdc_sync.sync.coalesce import TableBatch
 from cdc_sync.sync.gather import Batch
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.resync import Resync
+from cdc_sync.sync.routing import PlannedTable
 from cdc_sync.sync.stream import StreamSession
 
 
@@ -18,7 +19,8 @@ def unchanged_becomes_null() -> None:
     def fill(newer: Row, older: Row) -> Row:
         return [None if value is UNCHANGED else value for value in newer]
 
-    coalesce.fill = gather.fill = fill
+    coalesce.fill = fill
+    gather.fill = fill  # type: ignore[attr-defined]
 
 
 def one_delete_is_dropped() -> None:
@@ -59,7 +61,7 @@ def confirmed_before_it_is_written() -> None:
 def schema_changes_go_unseen() -> None:
     """No table is ever marked to be read again."""
 
-    def ignore(self: Relations, *_: object) -> None:
+    def ignore(self: Relations, planned: PlannedTable, reason: str) -> None:
         return None
 
     Relations.mark = ignore  # type: ignore[method-assign]
@@ -68,7 +70,7 @@ def schema_changes_go_unseen() -> None:
 def stale_tables_are_left() -> None:
     """Marked tables are not read again: as if that took very long."""
 
-    async def run(self: Resync, *_: object) -> None:
+    async def run(self: Resync, applied: int) -> None:
         return None
 
     Resync.run = run  # type: ignore[method-assign]

@@ -37,7 +37,8 @@ Break = Callable[[], None]
 
 @dataclass(frozen=True)
 class PipelineStatus:
-    """``looks``: how often the monitor has compared the tables with the catalog."""
+    """``looks``: how often the monitor has compared the tables with the catalog and found nothing
+    to do."""
 
     state: str
     applied: int
@@ -47,8 +48,8 @@ class PipelineStatus:
     schema_changes: dict[str, float]
 
     def settled(self, lsn: int, looks: int) -> bool:
-        """Whether everything before the position is confirmed, the catalog was looked at so often,
-        and no table waits to be read again."""
+        """Whether everything before the position is confirmed, the catalog was found unchanged so
+        often, and no table waits to be read again."""
         return self.confirmed >= lsn and self.looks >= looks and not self.stale
 
 
@@ -227,9 +228,9 @@ def _count_looks() -> list[int]:
     looks = [0]
     observe = Resync.observe
 
-    def counted(self: Resync, position: SourcePosition, signatures: dict[int, str]) -> None:
-        observe(self, position, signatures)
-        looks[0] += 1
+    def counted(self: Resync, position: SourcePosition, definitions: dict[int, str]) -> None:
+        observe(self, position, definitions)
+        looks[0] += not self._relations.stale
 
     Resync.observe = counted  # type: ignore[method-assign]
     return looks

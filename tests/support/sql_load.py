@@ -39,6 +39,9 @@ ROWS: Final = {
     f" {{r}}, 'sad', repeat(md5('{{r}}'), 90), vec({{r}}, {DIM}), vec({{r}}, 4))"
     " ON CONFLICT DO NOTHING",
     "insert_bare": f"INSERT INTO {TABLE} (id, n) VALUES ({{k}}, {{r}}) ON CONFLICT DO NOTHING",
+    "fill": f"INSERT INTO {TABLE} (id, note, n, big, emb) SELECT i, 'f{{r}}', {{r}},"
+    f" repeat(md5(i::text), 90), vec({{r}} + i, {DIM}) FROM generate_series(0, {KEYS - 1}) i"
+    " ON CONFLICT DO NOTHING",
     "upsert": f"INSERT INTO {TABLE} (id, n) VALUES ({{k}}, {{r}})"
     " ON CONFLICT (id) DO UPDATE SET n = excluded.n",
     "update_payload": f"UPDATE {TABLE} SET note = 'u{{r}}', n = {{r}} WHERE id = {{k}}",
