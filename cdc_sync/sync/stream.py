@@ -218,8 +218,11 @@ class StreamSession:
     async def _pause(self) -> None:
         started = time.perf_counter()
         self._space.clear()
+        # Not wait_for, which before Python 3.12 forgets that it was cancelled if the wait is over at
+        # that moment: the session would wait for its reader for ever.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._space.wait(), _IDLE_SECONDS)
+            async with asyncio.timeout(_IDLE_SECONDS):
+                await self._space.wait()
         self.metrics.stage_seconds["buffer_wait"].inc(time.perf_counter() - started)
 
     async def _wait_readable(self) -> None:
@@ -247,7 +250,8 @@ class StreamSession:
             if not self.gatherer.ready:
                 self._news.clear()
                 try:
-                    await asyncio.wait_for(self._news.wait(), _IDLE_SECONDS)
+                    async with asyncio.timeout(_IDLE_SECONDS):
+                        await self._news.wait()
                 except TimeoutError:
                     await self._rest(None)
                 continue
@@ -268,7 +272,8 @@ class StreamSession:
     async def _sleep(self, seconds: float) -> None:
         """Pass the time before something is tried again, unless the connection is gone."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._lost.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._lost.wait()
         if self._lost.is_set():
             raise BatchAbandonedError
 

@@ -4,6 +4,7 @@ fails, in the end nothing is missing and nothing is stale (section "Failures" of
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -241,6 +242,36 @@ def test_postgres_restarts_while_copying(
     synced.daemon.wait_state("streaming")
     synced.assert_equal()
     assert database.execute("SELECT count(*) FROM pg_replication_slots") == [(1,)]
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("R7")
+def test_a_fast_shutdown_is_not_held_up_by_a_row_that_must_be_read_again(
+    private_postgres: PrivatePostgres,
+    database18_factory: DatabaseFactory,
+    sync_table: SyncTable,
+    qdrant_private: QdrantProcess,
+    faults: Faults,
+) -> None:
+    """Postgres refuses new connections by then, and waits for the stream's consumer."""
+    server = private_postgres()
+    database = database18_factory(server)
+    create_loaded(database, rows=20)
+    synced = sync_table(database, "everything", qdrant=qdrant_private)
+    qdrant_private.client().delete(synced.collection, points_selector=[7], wait=True)
+    faults.hold("write")
+    database.execute("UPDATE everything SET revision = 1 WHERE id = 7")
+    synced.daemon.wait(lambda: faults.held() == 1, "the write")
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(server.stop, "fast", 30)
+        time.sleep(1)
+        started = time.monotonic()
+        faults.release()
+        stopped.result()
+        assert time.monotonic() - started < 8
+    server.start()
+    synced.daemon.wait(lambda: is_ready(synced.daemon), "readiness again", 20)
+    synced.assert_equal()
 
 
 def copying(daemon: Any, faults: Faults, collection: str) -> None:

@@ -1,5 +1,5 @@
-"""The streaming session against a server and a sink of a few lines each: whatever is cut off, killed
-or slow, every commit arrives, and none is confirmed before it has.
+"""The streaming session against a server and a sink of a few lines each: whatever is cut off,
+killed or slow, every commit arrives, and none is confirmed before it has.
 
 The server sends again what was committed at or after the position it was told, as Postgres does;
 positions of keepalives often equal the next commit's.
@@ -143,8 +143,8 @@ def _keepalive(lsn: int) -> bytes:
 
 @dataclass
 class Sink:
-    """The target: the version it has of each key. It writes a batch key by key, and now and then has
-    to try again."""
+    """The target: the version it has of each key. It writes a batch key by key, and now and then
+    has to try again."""
 
     choose: random.Random
     versions: dict[PointId, int] = field(default_factory=dict)
@@ -235,7 +235,7 @@ async def session(
     task = asyncio.create_task(running.run())
     try:
         while not task.done() and server.confirmed < server.end:
-            await asyncio.sleep(0.001)
+            await asyncio.wait({task}, timeout=0.001)
         stop.set()
         with contextlib.suppress(SourceError):
             await task

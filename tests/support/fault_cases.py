@@ -79,7 +79,12 @@ def is_ready(daemon: Daemon) -> bool:
     return daemon.get("/readyz")[0] == 200
 
 
-def twin(synced: Synced, directory: Path, pipeline: Mapping[str, object] | None = None) -> Daemon:
+def twin(
+    synced: Synced,
+    directory: Path,
+    pipeline: Mapping[str, object] | None = None,
+    table_settings: Mapping[str, object] | None = None,
+) -> Daemon:
     """Another daemon for the same pipeline; the caller closes it."""
     assert synced.qdrant is not None
     directory.mkdir()
@@ -88,7 +93,7 @@ def twin(synced: Synced, directory: Path, pipeline: Mapping[str, object] | None 
         pg_url=synced.database.url,
         qdrant_url=synced.qdrant_url,
         api_key=synced.qdrant.api_key,
-        tables=[{"name": synced.table, "collection": synced.collection}],
+        tables=[{"name": synced.table, "collection": synced.collection, **(table_settings or {})}],
         slot=synced.daemon.slot,
         pipeline=pipeline,
     )
