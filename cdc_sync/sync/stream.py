@@ -218,8 +218,8 @@ class StreamSession:
     async def _pause(self) -> None:
         started = time.perf_counter()
         self._space.clear()
-        # Not wait_for, which before Python 3.12 forgets that it was cancelled if the wait is over at
-        # that moment: the session would wait for its reader for ever.
+        # Not wait_for, which before Python 3.12 forgets that it was cancelled if the wait is over
+        # at that moment: the session would wait for its reader for ever.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_IDLE_SECONDS):
                 await self._space.wait()

@@ -21,7 +21,8 @@ def test_a_million_rows_in_one_transaction(
     database18.execute("INSERT INTO small VALUES (0, 0, '[1,2]')")
     synced = sync_table(database18, "small", qdrant=qdrant)
     database18.execute(
-        "INSERT INTO small SELECT i, i %% 100, ARRAY[i, 1]::vector(2) FROM generate_series(1, %s) i",
+        "INSERT INTO small SELECT i, i %% 100, ARRAY[i, 1]::vector(2) "
+        "FROM generate_series(1, %s) i",
         (ROWS,),
     )
     database18.execute("UPDATE small SET n = -1 WHERE id <= 10")

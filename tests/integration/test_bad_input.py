@@ -69,7 +69,7 @@ class Attempt:
         assert not client.collection_exists(self.collection)
 
     def fails(self, code: int, *says: str) -> str:
-        """Both ``run`` and ``check`` end with the code and say all of it; nothing is left behind."""
+        """Both ``run`` and ``check`` end with the code and say all of it."""
         outputs = []
         for command in ("check", "run"):
             exit_code, output = self.run(command)
