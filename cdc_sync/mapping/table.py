@@ -145,10 +145,10 @@ def redefined(before: str, after: str) -> bool:
     """Whether a table's columns changed between two definitions, or ALTER TABLE computed its rows
     anew.
 
-    A definition is ``columns.storage.versions``: the columns, the files that hold the rows, and the
-    transactions that last touched the columns' catalog entries. What rewrites rows and keeps the
-    columns (``ALTER COLUMN n TYPE int USING n * 2``) changes the last two at once; VACUUM FULL and
-    TRUNCATE change only the files, SET DEFAULT and GRANT only the versions.
+    A definition is ``columns.storage.versions``: the columns and partitions, the files that hold
+    the rows, and the transactions that last touched the columns' catalog entries. What rewrites
+    rows and keeps the columns (``ALTER COLUMN n TYPE int USING n * 2``) changes the last two at
+    once; VACUUM FULL and TRUNCATE change only the files, SET DEFAULT and GRANT only the versions.
     """
     columns, _, rest = before.partition(".")
     columns_now, _, rest_now = after.partition(".")

@@ -19,7 +19,13 @@ _DEFINITIONS = """
              (SELECT md5(string_agg(concat_ws('|', a.attnum, a.attname, a.atttypid, a.atttypmod,
                                               a.attgenerated), ',' ORDER BY a.attnum))
                 FROM pg_catalog.pg_attribute a
-               WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped), '.',
+               WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
+             (WITH RECURSIVE part (oid) AS (
+                SELECT i.inhrelid FROM pg_catalog.pg_inherits i
+                 WHERE i.inhparent = c.oid AND c.relkind = 'p'
+                UNION ALL
+                SELECT i.inhrelid FROM pg_catalog.pg_inherits i JOIN part ON i.inhparent = part.oid)
+              SELECT md5(string_agg(part.oid::text, ',' ORDER BY part.oid)) FROM part), '.',
              (WITH RECURSIVE tree (oid) AS (
                 SELECT c.oid UNION ALL
                 SELECT i.inhrelid FROM pg_catalog.pg_inherits i JOIN tree ON i.inhparent = tree.oid
@@ -96,11 +102,14 @@ def source_position(connection: PgConnection, slot: str) -> SourcePosition:
 
 
 def transaction_horizon(connection: PgConnection) -> int:
-    """The next transaction id (64 bit): every transaction that is running or over has a smaller
-    one."""
+    """A transaction id (64 bit) above that of every transaction that is running or over.
+
+    Takes one for itself, since no snapshot tells: a running transaction may lie at or above a
+    snapshot's ``xmax``, which is the newest one that is over, plus one.
+    """
     try:
         with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::int8")
+            cursor.execute("SELECT pg_current_xact_id()::text::int8")
             row = cursor.fetchone()
     except psycopg.Error as error:
         raise translate(error, "reading the current snapshot") from error

@@ -33,6 +33,8 @@ def pipeline_record(state: PipelineState) -> Record:
                 "collection": table.collection,
                 "plan_fingerprint": table.plan_fingerprint,
                 "copied": table.copied,
+                "oid": table.oid,
+                "vectors": list(table.vectors),
             }
             for table in state.tables
         ],
@@ -85,6 +87,8 @@ def _table_state(record: object, where: str) -> TableState:
         collection=_text(record, "collection", where),
         plan_fingerprint=_text(record, "plan_fingerprint", where),
         copied=record["copied"] is True,
+        oid=_number(record, "oid", where),
+        vectors=_names(record, "vectors", where),
     )
 
 
@@ -103,6 +107,13 @@ def _text(record: Mapping[str, object], name: str, where: str) -> str:
     if not isinstance(value, str):
         raise _damaged(where, name)
     return value
+
+
+def _names(record: Mapping[str, object], name: str, where: str) -> tuple[str, ...]:
+    value = record.get(name)
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise _damaged(where, name)
+    return tuple(value)
 
 
 def _number(record: Mapping[str, object], name: str, where: str) -> int:

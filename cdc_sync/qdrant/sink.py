@@ -128,12 +128,17 @@ class CollectionState:
 
 @dataclass(frozen=True, slots=True)
 class TableState:
-    """Our record of one table of the pipeline; ``copied`` once its first copy is complete."""
+    """Our record of one table of the pipeline; ``copied`` once its first copy is complete.
+
+    ``oid`` is the table's, ``vectors`` its columns that are vectors of the collection.
+    """
 
     table: str
     collection: str
     plan_fingerprint: str
     copied: bool = False
+    oid: int = 0
+    vectors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,6 +134,13 @@ class FirstCopy:
                     "Copy anew with --migration.restart, or give the table a pipeline of its own "
                     "(other pipeline.name, source.slot and source.publication).",
                 )
+            if before.oid != planned.plan.oid:
+                raise SourceError(
+                    ErrorKind.TABLE_UNUSABLE,
+                    f"table {planned.name} is not the one that was copied: it was dropped and "
+                    "created again, or another was renamed to it",
+                    "Copy anew with --migration.restart.",
+                )
             if not same_configuration(before.plan_fingerprint, fingerprint(planned)):
                 raise ConfigError(
                     f"the configuration of table {planned.name}, or its key, is not the one its "
@@ -295,7 +302,14 @@ class FirstCopy:
             timeline=plan.server.timeline,
             slot_lsn=0,
             tables=tuple(
-                TableState(planned.name, planned.plan.collection, fingerprint(planned), copied)
+                TableState(
+                    planned.name,
+                    planned.plan.collection,
+                    fingerprint(planned),
+                    copied,
+                    planned.plan.oid,
+                    tuple(c.name for c in planned.plan.columns if c.vector is not None),
+                )
                 for planned in plan.tables
             ),
         )

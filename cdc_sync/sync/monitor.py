@@ -4,16 +4,19 @@ few seconds."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from cdc_sync.config import Settings
-from cdc_sync.errors import SourceError
+from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
+from cdc_sync.postgres.catalog import ServerInfo
 from cdc_sync.postgres.connect import PgConnection, connect
+from cdc_sync.postgres.publication import check_publication, read_publication
 from cdc_sync.postgres.watch import SourcePosition, definitions, source_position
 from cdc_sync.sync.relations import Relations
+from cdc_sync.sync.retry import is_transient
 from cdc_sync.sync.stream import Positions, publish_lag
 
 log = get_logger(__name__)
@@ -32,6 +35,7 @@ class SourceMonitor:
         board: StatusBoard,
         positions: Positions,
         relations: Relations,
+        server: ServerInfo,
         on_look: Callable[[SourcePosition, dict[int, str]], None],
     ) -> None:
         self._settings = settings
@@ -39,6 +43,7 @@ class SourceMonitor:
         self._board = board
         self._positions = positions
         self._relations = relations
+        self._server = server
         self._on_look = on_look
         self._connection: PgConnection | None = None
 
@@ -49,6 +54,8 @@ class SourceMonitor:
                 try:
                     position, found = await asyncio.to_thread(self._look)
                 except SourceError as error:
+                    if not is_transient(error):
+                        raise
                     log.debug("monitor_failed", kind=error.kind.value, error=error.message)
                 else:
                     self._publish(position)
@@ -64,13 +71,44 @@ class SourceMonitor:
             if self._connection is None:
                 self._connection = connect(self._settings.source, application_name="cdc_sync watch")
             oids = [planned.plan.oid for planned in self._relations.tables]
-            return (
-                source_position(self._connection, self._settings.source.slot),
-                definitions(self._connection, oids),
-            )
+            found = definitions(self._connection, oids)
+            self._check_tables(found)
+            self._check_publication(self._connection)
+            return source_position(self._connection, self._settings.source.slot), found
         except SourceError:
             self._close()
             raise
+
+    def _check_tables(self, found: Mapping[int, str]) -> None:
+        for planned in self._relations.tables:
+            if planned.plan.oid not in found:
+                raise SourceError(
+                    ErrorKind.TABLE_UNUSABLE,
+                    f"table {planned.name} was dropped",
+                    "Take it out of the configuration, or create it again, and copy anew with "
+                    "--migration.restart.",
+                )
+
+    def _check_publication(self, connection: PgConnection) -> None:
+        """A publication that is gone or carries less loses changes without a word (R57)."""
+        name = self._settings.source.publication
+        publication = read_publication(connection, name)
+        if publication is None:
+            raise SourceError(
+                ErrorKind.PUBLICATION_UNUSABLE,
+                f"publication {name} was dropped",
+                "Copy anew with --migration.restart, which makes it again.",
+            )
+        # Which columns it carries is seen in the stream.
+        wanted = [(planned.table, ()) for planned in self._relations.tables]
+        try:
+            check_publication(publication, wanted, self._server)
+        except SourceError as error:
+            raise SourceError(
+                error.kind,
+                f"{error.message}, since it was altered; changes made meanwhile are not sent",
+                f"{error.remedy}\nThen copy anew with --migration.restart.",
+            ) from error
 
     def _close(self) -> None:
         if self._connection is not None:

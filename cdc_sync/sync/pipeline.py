@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -36,14 +37,14 @@ from cdc_sync.postgres.refetch import fetch_rows
 from cdc_sync.postgres.replication import ReplicationConnection, StreamOptions
 from cdc_sync.postgres.slot import read_slot
 from cdc_sync.qdrant.open import open_sink
-from cdc_sync.qdrant.sink import Sink
+from cdc_sync.qdrant.sink import PipelineState, Sink
 from cdc_sync.rows import RawValue, Row
 from cdc_sync.sync.applier import Applier
 from cdc_sync.sync.dead_letters import DeadLetterOffice
 from cdc_sync.sync.first_copy import CopyAbandonedError, FirstCopy
 from cdc_sync.sync.gather import Batch, Gatherer
 from cdc_sync.sync.monitor import SourceMonitor
-from cdc_sync.sync.planning import PipelinePlan, plan_pipeline
+from cdc_sync.sync.planning import PipelinePlan, plan_pipeline, without_new_vectors
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.requests import RequestMetrics
 from cdc_sync.sync.resync import Resync
@@ -63,7 +64,7 @@ _SHORT_SESSION_SECONDS = 10.0
 #: How long Postgres may say nothing where wal_sender_timeout does not say it.
 _SILENCE_SECONDS = 120.0
 #: Between two questions to Qdrant.
-_SINK_LOOK_SECONDS = 5.0
+_SINK_LOOK_SECONDS = 2.0
 
 
 class Pipeline:
@@ -94,6 +95,7 @@ class Pipeline:
         self._relations: Relations | None = None
         self._dead_letters: DeadLetterOffice | None = None
         self._resync: Resync | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._reading: PgConnection | None = None
         self._reading_lock = threading.Lock()
@@ -210,9 +212,20 @@ class Pipeline:
             self.positions.applied = self.positions.confirmed = lsn
             return
         assert state is not None
-        for planned in plan.tables:
+        self._adopt(plan, state)
+        for planned in self.tables:
             await self._until(lambda p=planned: self.sink.inspect(p.plan))  # type: ignore[misc]
         self._relations.compare(state)
+
+    def _adopt(self, plan: PipelinePlan, state: PipelineState) -> None:
+        """Go on with the collections as they were made."""
+        vectors = {table.table: table.vectors for table in state.tables}
+        tables = tuple(without_new_vectors(p, vectors[p.name]) for p in plan.tables)
+        for before, now in zip(plan.tables, tables, strict=True):
+            for warning in now.warnings[len(before.warnings) :]:
+                log.warning("plan_warning", table=now.name, warning=warning)
+        self._plan = dataclasses.replace(plan, tables=tables)
+        self._relations = Relations(tables, self.settings, self.metrics)
 
     def _first_copy(self) -> FirstCopy:
         assert self._dead_letters is not None
@@ -288,6 +301,8 @@ class Pipeline:
         """Stream, and connect again whenever the connection is lost."""
         assert self._dead_letters is not None
         assert self._relations is not None
+        assert self._plan is not None
+        plan = self._plan
         resync = self._resync = Resync(
             self.settings,
             self.sink,
@@ -305,16 +320,28 @@ class Pipeline:
             self.board,
             self.positions,
             self._relations,
+            plan.server,
             resync.observe,
         )
         await self._until(lambda: self._in_thread(resync.open))
-        watching = asyncio.create_task(monitor.run())
+        watching = self._watching = asyncio.create_task(self._watch(monitor))
         try:
             while not self._stop.is_set():
                 await self._until(lambda: self._session(applier))
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
+
+    async def _watch(self, monitor: SourceMonitor) -> None:
+        """Watch the source. What it finds may mean that changes were not sent, so that is put on
+        record before the pipeline ends: the tables are read again at the next start."""
+        assert self._resync is not None
+        try:
+            await monitor.run()
+        except SourceError:
+            for planned in self.tables:
+                await self._resync.outdated(planned)
+            raise
 
     async def _session(self, applier: Applier) -> None:
         if self._stop.is_set():
@@ -325,6 +352,7 @@ class Pipeline:
         connection = await self._in_thread(self._start_stream)
         try:
             # Whoever had the slot before may have parked rows and applied transactions.
+            self.positions.go_back(await self._in_thread(self._read_confirmed))
             await self._dead_letters.open()
             await self._in_thread(self._resync.open)
             await self._resync.compare()
@@ -351,6 +379,11 @@ class Pipeline:
                 between=self._between,
                 let_go_seconds=self.settings.pipeline.let_go_seconds,
                 silence_seconds=2 * timeout or _SILENCE_SECONDS,
+            )
+            log.info(
+                "streaming_started",
+                slot=self.settings.source.slot,
+                applied=str(Lsn(self.positions.applied)),
             )
             self._state("streaming")
             for planned in self.tables:
@@ -393,6 +426,13 @@ class Pipeline:
         connection = ReplicationConnection.open(source)
         try:
             identity = connection.identify()
+            if identity.xlog_position < self.positions.applied:
+                raise SourceError(
+                    ErrorKind.SOURCE_CHANGED,
+                    f"the server stands at {identity.xlog_position}, before what was already "
+                    f"applied ({Lsn(self.positions.applied)}): it was restored to an earlier state",
+                    "Copy anew with --migration.restart.",
+                )
             if identity.system_identifier != self._plan.server.system_identifier:
                 raise SourceError(
                     ErrorKind.SOURCE_CHANGED,
@@ -408,13 +448,20 @@ class Pipeline:
         except BaseException:
             connection.close()
             raise
-        log.info("streaming_started", slot=source.slot, applied=str(Lsn(self.positions.applied)))
         return connection
+
+    def _read_confirmed(self) -> int:
+        """Where the slot stands; it moves no more by others once this process has it."""
+        with connect(self.settings.source) as connection:
+            slot = read_slot(connection, self.settings.source.slot)
+        return int(slot.confirmed_flush_lsn or 0) if slot is not None else 0
 
     async def _between(self, batch: Batch | None) -> None:
         """With the applier at rest: keep book, and read stale tables again."""
         assert self._relations is not None
         assert self._resync is not None
+        if self._watching is not None and self._watching.done():
+            self._watching.result()
         if batch is not None:
             self._keep_book(batch)
         if self._relations.stale:

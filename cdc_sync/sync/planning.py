@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from cdc_sync.config import Settings, TableSettings
 from cdc_sync.errors import ConfigError
 from cdc_sync.mapping.ids import plan_fingerprint
-from cdc_sync.mapping.planner import PlanOptions, build_plan, key_family
+from cdc_sync.mapping.planner import PlanOptions, build_plan, key_family, replan
 from cdc_sync.mapping.table import Table, redefined
 from cdc_sync.postgres.catalog import ServerInfo, find_table, server_info
 from cdc_sync.postgres.connect import PgConnection
@@ -95,6 +96,32 @@ def plan_table(table: Table, options: PlanOptions, publication: Publication | No
     )
 
 
+def without_new_vectors(planned: PlannedTable, known: Sequence[str]) -> PlannedTable:
+    """The table without vector columns that were added after its collection was made.
+
+    A vector is added to a collection only when it is made; until the table is copied anew such a
+    column is left out, as it is while streaming.
+    """
+    new = {
+        column.name
+        for column in planned.plan.columns
+        if column.vector is not None and column.name not in known
+    }
+    if not new:
+        return planned
+    kept = [(c.name, c.type) for c in planned.plan.columns if c.name not in new]
+    warning = (
+        f"{planned.name}: vector column {', '.join(sorted(new))} was added after the copy and is "
+        "left out; copy anew with --migration.restart to take it in"
+    )
+    return dataclasses.replace(
+        planned,
+        plan=replan(planned.plan, kept, planned.options),
+        ignored=planned.ignored | new,
+        warnings=(*planned.warnings, warning),
+    )
+
+
 def fingerprint(planned: PlannedTable) -> str:
     """``configuration:plan:definition``: by what a collection was filled."""
     return f"{_configuration(planned)}:{plan_fingerprint(planned.plan)}:{planned.table.definition}"
@@ -107,7 +134,7 @@ def stale_fingerprint(planned: PlannedTable) -> str:
 
 def is_stale(recorded: str, planned: PlannedTable) -> bool:
     """Whether a collection with this fingerprint is not as the table now is."""
-    _, plan, definition = recorded.split(":")
+    plan, _, definition = recorded.partition(":")[2].partition(":")
     return plan != plan_fingerprint(planned.plan) or redefined(definition, planned.table.definition)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Awaitable, Callable
 
 from cdc_sync.config import Settings
@@ -38,8 +39,10 @@ from cdc_sync.sync.routing import PlannedTable
 
 log = get_logger(__name__)
 
-#: How long to wait before a snapshot is taken again.
-_RETRY_SECONDS = 0.05
+#: How long the stream goes on before a snapshot is taken again.
+_RETRY_SECONDS = 1.0
+#: How long a lock on the table may be waited for, with the stream at rest.
+_LOCK_SECONDS = 2.0
 
 
 class RecentTransactions:
@@ -77,6 +80,10 @@ class RecentTransactions:
         self._applied = {x for x in self._applied if widen_xid(x, xmax) >= xmin}
 
 
+class NotYetVisibleError(Exception):
+    """A snapshot that cannot be used: what was applied may not be visible in it."""
+
+
 class Resync:
     """Reads stale tables again."""
 
@@ -97,6 +104,7 @@ class Resync:
         self._retry = retry
         self._recorded: set[int] = set()
         self._barriers: dict[int, int] = {}
+        self._next_try = 0.0
         self.recent: RecentTransactions | None = None
 
     def open(self) -> None:
@@ -143,6 +151,8 @@ class Resync:
         While the stream is behind, rows of the old columns are still to come and would make the
         table stale again, so first it has to come to where the server was when this was seen.
         """
+        if time.monotonic() < self._next_try:
+            return
         for oid in sorted(self._relations.stale):
             if oid not in self._barriers:
                 await self._retry(lambda oid=oid: self._set_barrier(oid))  # type: ignore[misc]
@@ -150,9 +160,10 @@ class Resync:
                 continue
             try:
                 await self._retry(lambda oid=oid: self._table(oid))  # type: ignore[misc]
-            except TableRewrittenError as error:
-                # It was rewritten while its copy was being prepared; the next time will do.
-                log.info("resync_postponed", reason=error.message)
+            except (TableRewrittenError, NotYetVisibleError) as error:
+                # The stream goes on meanwhile.
+                self._next_try = time.monotonic() + _RETRY_SECONDS
+                log.info("resync_postponed", reason=str(error))
                 continue
             del self._barriers[oid]
 
@@ -185,11 +196,16 @@ class Resync:
         with connect(self._settings.source, application_name="cdc_sync watch") as connection:
             publication = read_publication(connection, self._settings.source.publication)
             planned = plan_table(read_table(connection, oid), before.options, publication)
-        # For what it raises: changes that would stop the stream are not for a copy either.
-        replan(before.plan, [(c.name, c.type) for c in planned.plan.columns], before.options)
+        # As the stream does it: changes that stop the stream are not for a copy either, and a new
+        # vector column is not in the collection.
+        again = replan(
+            before.plan, [(c.name, c.type) for c in planned.plan.columns], before.options
+        )
         # A table that was renamed stays what it is on record, in its collection.
         plan = dataclasses.replace(
             planned.plan,
+            columns=again.columns,
+            key=again.key,
             schema=before.plan.schema,
             table=before.plan.table,
             collection=before.plan.collection,
@@ -198,15 +214,19 @@ class Resync:
 
     async def _snapshot(self, planned: PlannedTable) -> SnapshotHolder:
         assert self.recent is not None
-        while True:
-            holder = await asyncio.to_thread(
-                SnapshotHolder.fresh, self._settings.source, [planned.table]
-            )
-            seen = holder.snapshot
-            if self.recent.all_visible(seen.xmin, seen.xmax, frozenset(seen.xip)):
-                return holder
-            await asyncio.to_thread(holder.close)
-            await asyncio.sleep(_RETRY_SECONDS)
+        holder = await asyncio.to_thread(
+            SnapshotHolder.fresh,
+            self._settings.source,
+            [planned.table],
+            lock_timeout_seconds=_LOCK_SECONDS,
+        )
+        seen = holder.snapshot
+        if self.recent.all_visible(seen.xmin, seen.xmax, frozenset(seen.xip)):
+            return holder
+        await asyncio.to_thread(holder.close)
+        raise NotYetVisibleError(
+            "transactions that may have been applied are still open on the server"
+        )
 
     async def _record_stale(self, planned: PlannedTable) -> None:
         if planned.plan.oid not in self._recorded:

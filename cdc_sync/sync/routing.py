@@ -112,7 +112,8 @@ def _check_identity(planned: PlannedTable, relation: Relation) -> None:
             ErrorKind.TABLE_UNUSABLE,
             f"table {planned.name} now has REPLICA IDENTITY NOTHING: its updates and deletes "
             "cannot be followed",
-            f"Run: ALTER TABLE {table} REPLICA IDENTITY DEFAULT;",
+            f"Run: ALTER TABLE {table} REPLICA IDENTITY DEFAULT; then copy anew with "
+            "--migration.restart, since the stream still holds what was written under it.",
         )
     identity = {column.name for column in relation.columns if column.key}
     key = [planned.plan.columns[i].name for i in planned.plan.key]

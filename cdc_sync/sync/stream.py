@@ -49,7 +49,7 @@ _IDLE_SECONDS = 1.0
 
 @dataclass(slots=True)
 class Positions:
-    """Where the pipeline stands; they only grow.
+    """Where the pipeline stands; within a session they only grow.
 
     ``received``: end of what came over the wire. ``applied``: everything before it has been
     completed by Qdrant, an exclusive bound. ``confirmed``: what Postgres was told. ``server_end``:
@@ -62,6 +62,14 @@ class Positions:
     confirmed: int = 0
     server_end: int = 0
     oldest_commit: float | None = None
+
+    def go_back(self, confirmed: int) -> None:
+        """Stand where the slot stands, when a session begins.
+
+        What this process has applied beyond that does not count: another one may have had the slot
+        meanwhile and have written older versions over it, since it began where the slot stood.
+        """
+        self.applied = self.confirmed = confirmed
 
 
 def publish_lag(positions: Positions, metrics: Metrics, board: StatusBoard) -> None:
@@ -261,6 +269,9 @@ class StreamSession:
             await self._rest(batch)
 
     async def _rest(self, batch: Batch | None) -> None:
+        if self._ending:
+            # Another process may have the slot by now.
+            return
         # Reading a table again may take long, and says nothing about whether this loop lives.
         self.board.retire("writer")
         self._resting = True

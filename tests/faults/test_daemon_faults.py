@@ -209,8 +209,7 @@ def test_postgres_restarts_while_streaming(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["fast", "immediate"])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("mode", "workers"), [("fast", 2), ("immediate", 1)])
 def test_postgres_restarts_while_copying(
     private_postgres: PrivatePostgres,
     database18_factory: DatabaseFactory,

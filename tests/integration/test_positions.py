@@ -12,6 +12,7 @@ import pytest
 from psycopg import sql
 from pydantic import SecretStr
 
+from cdc_sync.config import Settings
 from cdc_sync.errors import SinkError
 from cdc_sync.qdrant.sink import Applied, Changes
 from cdc_sync.qdrant.writer import ServerWriter
@@ -29,7 +30,7 @@ from tests.support.pipeline_task import (
     slot_position,
     wal_position,
 )
-from tests.support.proxy import ProxyTo
+from tests.support.proxy import Direction, ProxyTo
 from tests.support.qdrant_control import Faults, QdrantTarget
 
 SEGMENT: Final = 16 << 20
@@ -410,13 +411,7 @@ async def test_a_slot_ahead_of_what_this_process_applied_is_followed(
         proxy.cut()
         await life.wait(lambda: walsender(database18, life.slot)[0] is None, "the cut")
         applied = life.pipeline.positions.applied
-        other = pipeline_settings(database18, qdrant, dict(settings.tables[0]))
-        other = other.model_copy(
-            update={
-                "pipeline": settings.pipeline,
-                "source": settings.source.model_copy(update={"url": SecretStr(database18.url)}),
-            }
-        )
+        other = stand_by_of(settings, database18)
         async with running(other, database18, qdrant) as stand_by:
             database18.execute("UPDATE docs SET note = 'by the other' WHERE id < 5")
             await stand_by.caught_up()
@@ -426,6 +421,58 @@ async def test_a_slot_ahead_of_what_this_process_applied_is_followed(
         database18.execute("UPDATE docs SET note = 'by the first' WHERE id = 7")
         await life.assert_equal()
         assert life.metric("received_messages_total", kind="update") == 1
+
+
+@pytest.mark.requirement("R44", "R46")
+async def test_a_stand_by_that_wrote_older_versions_and_died(
+    database18: Database, qdrant: QdrantTarget, faults: Faults, proxy_to: ProxyTo
+) -> None:
+    """What this process has applied and could not confirm may have been overwritten since: it is
+    applied again, and not skipped."""
+    create_docs(database18)
+    proxy = proxy_to(database18.server.host, database18.server.port)
+    settings = pipeline_settings(
+        database18,
+        qdrant,
+        "docs",
+        pg_url=database18.url_through(proxy),
+        pipeline={"batch_rows": 1},
+        target={"timeout_seconds": 5.0},
+    )
+    client, collection = qdrant.client(), str(settings.tables[0].collection)
+
+    def note() -> object:
+        (point,) = client.retrieve(collection, [1], with_payload=True)
+        return (point.payload or {})["note"]
+
+    async with running(settings, database18, qdrant) as life:
+        # With the first change it asks what the columns' types are.
+        database18.execute("UPDATE docs SET note = 'first' WHERE id = 2")
+        await life.caught_up()
+        before = wal_position(database18)
+        proxy.stall(Direction.UP)
+        database18.execute("UPDATE docs SET note = 'older' WHERE id = 1")
+        database18.execute("UPDATE docs SET note = 'newer' WHERE id = 1")
+        await life.wait(lambda: note() == "newer", "both versions")
+        await asyncio.sleep(0.6)
+        proxy.refuse()
+        proxy.cut()
+        proxy.resume()
+        await life.wait(lambda: walsender(database18, life.slot)[0] is None, "the cut")
+        assert life.confirmed() <= before < life.pipeline.positions.applied
+        faults.slow("write", 0.0)
+        faults.never_answer("write", applied=False)
+        async with running(stand_by_of(settings, database18), database18, qdrant) as stand_by:
+            await stand_by.wait(lambda: faults.queued() == 0 and note() == "older", "the older one")
+        proxy.accept()
+        await life.assert_equal()
+        assert note() == "newer"
+
+
+def stand_by_of(settings: Settings, database: Database) -> Settings:
+    """The same pipeline, connected directly."""
+    url = SecretStr(database.url)
+    return settings.model_copy(update={"source": settings.source.model_copy(update={"url": url})})
 
 
 @pytest.mark.requirement("R44")

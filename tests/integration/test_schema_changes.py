@@ -304,6 +304,16 @@ def test_several_changes_with_rows_in_one_transaction(follow: Follow) -> None:
     followed.assert_equal()
 
 
+def test_a_new_enum_value_is_written(follow: Follow) -> None:
+    followed = follow()
+    followed.execute("ALTER TYPE mood ADD VALUE 'calm' BEFORE 'sad'")
+    followed.execute("UPDATE docs SET feeling = 'calm' WHERE id = 1")
+    followed.execute("ALTER TYPE mood RENAME VALUE 'sad' TO 'low'")
+    followed.execute("UPDATE docs SET feeling = 'low' WHERE id = 2")
+    followed.assert_equal()
+    assert set(followed.pipeline.status().schema_changes.values()) == {0.0}
+
+
 def test_rolled_back_changes_leave_no_trace(follow: Follow) -> None:
     followed = follow()
     followed.execute(
@@ -318,22 +328,22 @@ def test_rolled_back_changes_leave_no_trace(follow: Follow) -> None:
 
 
 @pytest.mark.requirement("R15")
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_what_leaves_columns_and_rows_is_no_schema_change(follow: Follow) -> None:
+    followed = follow()
+    for change in (
         "CREATE INDEX ON docs (n)",
         "CREATE INDEX ON docs USING hnsw (side vector_cosine_ops)",
         "ALTER TABLE docs ALTER COLUMN n SET DEFAULT 5",
         "ALTER TABLE docs REPLICA IDENTITY FULL",
         "VACUUM FULL docs",
         "CLUSTER docs USING docs_pkey",
-        "TRUNCATE docs",
         "ALTER TABLE docs ADD CONSTRAINT positive CHECK (n > -5)",
-    ],
-)
-def test_what_leaves_columns_and_rows_is_no_schema_change(follow: Follow, change: str) -> None:
-    followed = follow()
-    followed.database.execute(change)
+        "TRUNCATE docs",
+    ):
+        followed.database.execute(change)
+        followed.execute("INSERT INTO docs SELECT coalesce(max(id), 0) + 1 FROM docs")
+        with followed.database.connect() as connection:
+            followed.pipeline.wait_settled(connection)
     followed.execute(*ROWS)
     followed.assert_equal()
     assert set(followed.pipeline.status().schema_changes.values()) == {0.0}
@@ -408,8 +418,14 @@ FOUND_AT_RESYNC = ("renamed", "added", "dropped")
 
 
 @pytest.mark.requirement("R32")
-@pytest.mark.parametrize("rows", [False, True], ids=["without rows", "with rows"])
-@pytest.mark.parametrize("change", REFUSED)
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        *((change, False) for change in ("dimension", "no vector", "key", "key type", "added")),
+        *((change, True) for change in ("dimension", "kind", "key", "key type")),
+        *((change, True) for change in ("renamed", "dropped")),
+    ],
+)
 def test_what_the_collection_cannot_take_stops_the_pipeline(
     follow: Follow, change: str, rows: bool
 ) -> None:
@@ -442,3 +458,26 @@ def test_what_the_collection_cannot_take_stops_the_pipeline(
     followed.start(wait=False)
     again = followed.pipeline.wait_end(10)
     assert again.exit_code in (65, 78), again
+
+
+@pytest.mark.requirement("R32")
+def test_another_dimension_ends_the_daemon_with_words_and_a_code(
+    database18: Database, sync_table: SyncTable
+) -> None:
+    database18.execute(CREATE)
+    synced = sync_table(database18, "docs")
+    synced.execute(
+        f"BEGIN; ALTER TABLE docs ALTER COLUMN emb TYPE vector({DIM + 1}) USING NULL;"
+        " UPDATE docs SET note = 'x'; COMMIT"
+    )
+    process = synced.daemon.process
+    assert process is not None
+    assert process.wait(30) == 65
+    (failure,) = [one for one in synced.daemon.events() if one.get("event") == "failed"]
+    assert failure["kind"] == "mapping"
+    assert "public.docs: column emb now has 641 dimensions" in failure["error"]
+    assert "Name another `collection`" in failure["remedy"]
+    assert "Traceback" not in synced.daemon.log()
+    # The position stays before the transaction.
+    synced.daemon.start(wait=False)
+    assert process.wait(30) != 0

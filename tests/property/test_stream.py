@@ -160,13 +160,25 @@ class Sink:
                 self.versions[key] = int.from_bytes(pending.row[1])
 
 
-class Connection:
-    """A connection that ends after so many frames, if it is told to."""
+@dataclass(frozen=True)
+class Cut:
+    """The end of a session, after so many frames. Statuses do not arrive any more once ``deaf``
+    frames are left. ``stand_by``: whose session it is."""
 
-    def __init__(self, server: Server, sink: Sink, frames_until_cut: int | None) -> None:
+    frames: int
+    deaf: int
+    stand_by: bool
+
+
+class Connection:
+    """A connection that ends after so many frames, if it is told to; shortly before, the network
+    loses what the client sends."""
+
+    def __init__(self, server: Server, sink: Sink, cut: Cut | None) -> None:
         self.server, self.sink = server, sink
         self.received = self.write = self.flush = 0
-        self._left = frames_until_cut
+        self._left = cut.frames if cut is not None else None
+        self._deaf = cut.deaf if cut is not None else -1
         self._frames = deque(server.frames())
         self._pipe = os.pipe()
 
@@ -184,7 +196,7 @@ class Connection:
         return taken
 
     def send_status(self, write: int, flush: int, reply: bool = False) -> None:
-        """What the server cannot check. What is sent after the cut does not arrive."""
+        """What the server cannot check."""
         assert self.flush <= flush <= write <= self.received, "a position that was not received"
         assert self.write <= write, "a position that goes back"
         self.write, self.flush = write, flush
@@ -192,7 +204,8 @@ class Connection:
             raise SourceError(ErrorKind.SOURCE_UNAVAILABLE, "cut")
         for key, version in self.server.newest(before=flush).items():
             assert self.sink.versions.get(key, -1) >= version, "confirmed before it was written"
-        self.server.confirmed = max(self.server.confirmed, flush)
+        if self._left is None or self._left > self._deaf:
+            self.server.confirmed = max(self.server.confirmed, flush)
 
     @property
     def received_lsn(self) -> Lsn:
@@ -214,10 +227,11 @@ async def nothing(*_: object) -> None:
 
 
 async def session(
-    server: Server, sink: Sink, positions: Positions, *, cut: int | None, batch_rows: int
+    server: Server, sink: Sink, positions: Positions, *, cut: Cut | None, batch_rows: int
 ) -> None:
     """One life of a connection: to its end, or until all is confirmed."""
     connection, stop = Connection(server, sink, cut), asyncio.Event()
+    positions.go_back(server.confirmed)
     running = StreamSession(
         connection=cast("ReplicationConnection", connection),
         gatherer=Gatherer(
@@ -249,10 +263,10 @@ async def session(
 
 @dataclass(frozen=True)
 class Life:
-    """A process: sessions that are cut after so many frames; then it is killed after so many
-    milliseconds of another."""
+    """A process, with a stand-by: sessions of the one or the other that are cut; then both are
+    killed after so many milliseconds of another."""
 
-    cuts: tuple[int, ...]
+    cuts: tuple[Cut, ...]
     killed_after: int
 
 
@@ -260,10 +274,11 @@ async def play(commits: list[Commit], lives: list[Life], batch_rows: int, seed: 
     server, sink = Server(commits), Sink(random.Random(seed))
     async with asyncio.timeout(20):
         for life in lives:
-            positions = Positions()
+            processes = Positions(), Positions()
             for cut in life.cuts:
+                positions = processes[cut.stand_by]
                 await session(server, sink, positions, cut=cut, batch_rows=batch_rows)
-            last = session(server, sink, positions, cut=None, batch_rows=batch_rows)
+            last = session(server, sink, processes[0], cut=None, batch_rows=batch_rows)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(last, life.killed_after / 1000)
         await session(server, sink, Positions(), cut=None, batch_rows=batch_rows)
@@ -289,7 +304,14 @@ def commit_logs(draw: st.DrawFn) -> list[Commit]:
 
 
 LIVES = st.lists(
-    st.builds(Life, st.lists(st.integers(1, 30), max_size=3).map(tuple), st.integers(0, 25)),
+    st.builds(
+        Life,
+        st.lists(
+            st.builds(Cut, st.integers(1, 30), st.sampled_from([0, 0, 10, 30]), st.booleans()),
+            max_size=4,
+        ).map(tuple),
+        st.integers(0, 25),
+    ),
     max_size=3,
 )
 
@@ -322,6 +344,25 @@ def test_everything_arrives_and_nothing_is_confirmed_before() -> None:
     check_all(Phase.generate, Phase.shrink)
 
 
+def stand_by_goes_back() -> None:
+    """A process applies two versions of a key, and its confirmation is lost with the connection.
+    The stand-by takes over, writes the older version again, and dies. The process goes on."""
+    commits = [
+        Commit(100, 108, ((0, 1),), None, False),
+        Commit(108, 116, ((0, 2),), None, False),
+        Commit(116, 124, ((1, 3),), None, False),
+    ]
+    # A keepalive, and four frames for each transaction.
+    cuts = Cut(13, deaf=13, stand_by=False), Cut(6, deaf=13, stand_by=True)
+    for seed in range(5):
+        asyncio.run(play(commits, [Life(cuts, killed_after=2000)], batch_rows=1, seed=seed))
+
+
+@pytest.mark.requirement("R44", "R46")
+def test_a_stand_by_that_wrote_older_versions() -> None:
+    stand_by_goes_back()
+
+
 # -- breaks that the test must see
 
 
@@ -336,6 +377,12 @@ def test_it_sees_an_inclusive_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather.Gatherer, "_begin", inclusive)
     with pytest.raises((AssertionError, TimeoutError)):
         check_all(Phase.generate)
+
+
+def test_it_sees_a_process_that_trusts_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Positions, "go_back", lambda self, confirmed: None)
+    with pytest.raises(AssertionError, match="confirmed before"):
+        stand_by_goes_back()
 
 
 def test_it_sees_a_position_inside_of_a_transaction(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,6 +416,7 @@ def test_it_sees_a_position_of_another_connection(monkeypatch: pytest.MonkeyPatc
         self.connection.send_status(received, self.positions.confirmed, reply)
 
     monkeypatch.setattr(StreamSession, "_send_status", unchecked)
+    monkeypatch.setattr(Positions, "go_back", lambda self, confirmed: None)
     with pytest.raises(AssertionError, match="not received"):
         check_all(Phase.generate)
 

@@ -195,7 +195,7 @@ class Daemon:
         self, condition: Callable[[], bool], what: str, timeout: float = READY_SECONDS
     ) -> None:
         deadline = time.monotonic() + timeout
-        while not condition():
+        while not self._holds(condition):
             if not self.running:
                 raise AssertionError(
                     f"the daemon ended while waiting for {what}:\n{self.log()[-4000:]}"
@@ -205,6 +205,14 @@ class Daemon:
                     f"{what} did not come within {timeout} s:\n{self.log()[-4000:]}"
                 )
             time.sleep(0.05)
+
+    @staticmethod
+    def _holds(condition: Callable[[], bool]) -> bool:
+        try:
+            return condition()
+        except OSError:
+            # Its endpoint went away while answering: it ends, and wait() says with what words.
+            return False
 
     def wait_state(self, state: str, timeout: float = READY_SECONDS) -> None:
         self.wait(lambda: self.status().get("state") == state, f"state {state}", timeout)
