@@ -13,7 +13,7 @@ from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.postgres.catalog import ServerInfo
 from cdc_sync.postgres.connect import PgConnection, connect
-from cdc_sync.postgres.publication import check_publication, read_publication
+from cdc_sync.postgres.publication import Publication, check_publication, read_publication
 from cdc_sync.postgres.watch import SourcePosition, definitions, source_position
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.retry import is_transient
@@ -71,9 +71,11 @@ class SourceMonitor:
             if self._connection is None:
                 self._connection = connect(self._settings.source, application_name="cdc_sync watch")
             oids = [planned.plan.oid for planned in self._relations.tables]
+            # First the publication: what it has been compared with is then not older.
+            publication = self._publication(self._connection)
             found = definitions(self._connection, oids)
             self._check_tables(found)
-            self._check_publication(self._connection)
+            self._check_publication(publication, found)
             return source_position(self._connection, self._settings.source.slot), found
         except SourceError:
             self._close()
@@ -89,8 +91,8 @@ class SourceMonitor:
                     "--migration.restart.",
                 )
 
-    def _check_publication(self, connection: PgConnection) -> None:
-        """A publication that is gone or carries less loses changes without a word (R57)."""
+    def _publication(self, connection: PgConnection) -> Publication:
+        """A publication that is gone loses changes without a word (R57)."""
         name = self._settings.source.publication
         publication = read_publication(connection, name)
         if publication is None:
@@ -99,8 +101,17 @@ class SourceMonitor:
                 f"publication {name} was dropped",
                 "Copy anew with --migration.restart, which makes it again.",
             )
-        # Which columns it carries is seen in the stream.
-        wanted = [(planned.table, ()) for planned in self._relations.tables]
+        return publication
+
+    def _check_publication(self, publication: Publication, found: Mapping[int, str]) -> None:
+        """So does one that carries less."""
+        # Which columns it carries is seen in the stream. A table that was redefined is planned anew
+        # first: columns of its identity may have other names.
+        wanted = [
+            (planned.table, ())
+            for planned in self._relations.tables
+            if not self._relations.is_redefined(planned.plan.oid, found[planned.plan.oid])
+        ]
         try:
             check_publication(publication, wanted, self._server)
         except SourceError as error:

@@ -59,9 +59,13 @@ class Relations:
                 if planned.name == known.table and is_stale(known.plan_fingerprint, planned):
                     self.mark(planned, "changed while the pipeline was down")
 
+    def is_redefined(self, oid: int, definition: str) -> bool:
+        """Whether a table is not defined any more as when it was read as a whole."""
+        return redefined(self._definitions[oid], definition)
+
     def observe(self, oid: int, definition: str) -> None:
         """Mark a table that was redefined since it was read as a whole."""
-        if redefined(self._definitions[oid], definition):
+        if self.is_redefined(oid, definition):
             self.mark(self._planned[oid], "changed in the catalog")
         else:
             self._definitions[oid] = definition

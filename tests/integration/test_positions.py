@@ -32,6 +32,7 @@ from tests.support.pipeline_task import (
 )
 from tests.support.proxy import Direction, ProxyTo
 from tests.support.qdrant_control import Faults, QdrantTarget
+from tests.support.qdrant_faults import RandomKind
 
 SEGMENT: Final = 16 << 20
 
@@ -137,13 +138,14 @@ async def test_few_statuses_and_write_is_received_while_flush_is_durable(
                 await asyncio.sleep(0.002)
             assert 1 <= statuses(life) - sent < 20
         # What was received is reported at the next occasion, what is durable has not moved.
-        received = life.pipeline.positions.received
+        received: int = life.pipeline.positions.received
         assert received >= bound
 
         def reported() -> bool:
             _, write, flush, replay = walsender(database18, life.slot)
             assert isinstance(write, int)
             assert isinstance(flush, int)
+            assert isinstance(replay, int)
             assert flush == replay <= before
             return write >= received
 
@@ -254,7 +256,9 @@ async def test_one_point_is_never_in_two_requests(
         target={"parallel_requests": 8, "request_points": 4, "timeout_seconds": 1.0},
     )
     async with running(settings, database18, qdrant) as life:
-        kinds = ("unavailable", "internal", "lost_response", "wait_timeout", "slow")
+        kinds: list[RandomKind] = [
+            "unavailable", "internal", "lost_response", "wait_timeout", "slow",
+        ]  # fmt: skip
         faults.random(0.06, seed=7, kinds=kinds)
         with database18.connect() as connection:
             for number in range(60):

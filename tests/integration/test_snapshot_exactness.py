@@ -267,7 +267,8 @@ async def test_a_rewrite_before_the_snapshot_is_imported_is_noticed(
 ) -> None:
     """Under a snapshot from before the rewrite the table would be empty."""
     create_docs(database18, rows=300)
-    create_slot, rewritten = FirstCopy._create_slot, []
+    create_slot = FirstCopy._create_slot
+    rewritten: list[str] = []
 
     def rewriting(self: FirstCopy) -> tuple[ReplicationConnection, CreatedSlot]:
         created = create_slot(self)

@@ -146,7 +146,9 @@ async def follow(database: Database, qdrant: QdrantTarget, case: Case) -> None:
         await life.assert_equal(where=case.row_filter)
         (point,) = client.retrieve(collection, [case.id], with_vectors=True)
         assert isinstance(point.vector, dict)
-        assert len(point.vector["emb"]) == DIM
+        stored = point.vector["emb"]
+        assert isinstance(stored, list)
+        assert len(stored) == DIM
 
 
 def commits(life: Running) -> float:
