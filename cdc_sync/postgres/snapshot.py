@@ -13,11 +13,12 @@ from psycopg import pq
 from cdc_sync.config import SourceSettings
 from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.mapping.plan import TablePlan
-from cdc_sync.mapping.table import Leaf, Table
+from cdc_sync.mapping.table import Leaf, Table, redefined
 from cdc_sync.postgres.connect import PgConnection, connect, result_error, translate
 from cdc_sync.postgres.copy_binary import copy_rows
 from cdc_sync.postgres.identifiers import qualified, quote_ident, quote_literal
 from cdc_sync.postgres.pg_types import sends_binary
+from cdc_sync.postgres.watch import definitions
 
 __all__ = [
     "SnapshotHolder",
@@ -172,6 +173,7 @@ class SnapshotHolder:
             else:
                 import_snapshot(conn, snapshot_id)
             lock_and_verify(conn, tables)
+            _verify_definitions(source, tables)
             snapshot = _current(conn)
             result = run_command(conn, "SELECT pg_export_snapshot()", "exporting the snapshot")
             exported = result.get_value(0, 0)
@@ -237,6 +239,21 @@ def _verify(conn: PgConnection, table: Table) -> None:
     for leaf in table.leaves:
         if now[leaf.oid] != leaf.relfilenode:
             raise _rewritten(table, f"{leaf.schema}.{leaf.name} was truncated or rewritten")
+
+
+def _verify_definitions(source: SourceSettings, tables: Sequence[Table]) -> None:
+    """Compare locked tables with their definitions when they were read.
+
+    Over a connection of its own: a snapshot that is older than the lock shows the catalog as it
+    was, while a query would meet the columns as they are.
+    """
+    if not tables:
+        return
+    with connect(source, application_name="cdc_sync snapshot") as conn:
+        now = definitions(conn, [table.oid for table in tables])
+    for table in tables:
+        if redefined(table.definition, now.get(table.oid, "")):
+            raise _rewritten(table, "its columns were altered")
 
 
 def _rewritten(table: Table, reason: str) -> TableRewrittenError:

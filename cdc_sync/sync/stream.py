@@ -143,7 +143,7 @@ class StreamSession:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            # Not stopped: the batch in flight may take for ever, so it is not waited for.
+            # Not stopped: the batch in flight may take for ever, so it is not tried again.
             writer.cancel()
             raise
         finally:

@@ -158,6 +158,35 @@ def test_it_waits_as_long_as_qdrant_asks_for(
 
 
 @pytest.mark.slow
+def test_a_batch_larger_than_qdrant_takes_in_a_minute_gets_through(
+    database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
+) -> None:
+    """Each try goes on where the last one ended; and it is no reason to let go of the slot."""
+    create_items(database18, 2200)
+    synced = sync_table(database18, "items", qdrant=qdrant_private, pipeline={"let_go_seconds": 5})
+    faults.rate_limit(1800)
+    database18.execute("UPDATE items SET note = 'limited'")
+    synced.daemon.wait_caught_up(40)
+    faults.rate_limit(None)
+    synced.assert_equal()
+    assert synced.daemon.metric("cdc_sync_sink_retries_total", kind="sink_rate_limited") > 0
+    assert "slot_let_go" not in synced.daemon.log()
+
+
+def test_a_slow_qdrant_is_no_reason_to_let_go(
+    database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
+) -> None:
+    create_items(database18, 10)
+    synced = sync_table(database18, "items", qdrant=qdrant_private, pipeline={"let_go_seconds": 1})
+    faults.clear_log()
+    faults.slow("write", 3, times=1000)
+    database18.execute("UPDATE items SET note = 'slow'")
+    synced.assert_equal()
+    assert "slot_let_go" not in synced.daemon.log()
+    assert sum(e["collection"] == synced.collection for e in faults.log()) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [11, 12])
 def test_random_faults_under_load(
     database18: Database,
@@ -221,7 +250,7 @@ def test_postgres_restarts_while_copying(
 ) -> None:
     server = private_postgres()
     database = database18_factory(server)
-    create_loaded(database, rows=1500)
+    create_loaded(database, rows=1000)
     synced = sync_table(
         database,
         "everything",
@@ -270,6 +299,34 @@ def test_a_fast_shutdown_is_not_held_up_by_a_row_that_must_be_read_again(
         assert time.monotonic() - started < 8
     server.start()
     synced.daemon.wait(lambda: is_ready(synced.daemon), "readiness again", 20)
+    synced.assert_equal()
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("R7")
+def test_a_fast_shutdown_is_not_held_up_by_a_table_that_is_read_again(
+    private_postgres: PrivatePostgres,
+    database18_factory: DatabaseFactory,
+    sync_table: SyncTable,
+    qdrant_private: QdrantProcess,
+    faults: Faults,
+) -> None:
+    server = private_postgres()
+    database = database18_factory(server)
+    create_loaded(database, rows=1000)
+    synced = sync_table(database, "everything", qdrant=qdrant_private)
+    faults.clear_log()
+    faults.slow("Upsert", 0.5, times=10_000)
+    database.execute("ALTER TABLE everything ADD extra int DEFAULT 7")
+    copying(synced.daemon, faults, synced.collection)
+    # Changes that wait for their turn meanwhile.
+    database.execute("UPDATE everything SET revision = 1 WHERE id % 50 = 0")
+    started = time.monotonic()
+    server.stop("fast", 30)
+    assert time.monotonic() - started < 10
+    server.start()
+    faults.clear()
+    synced.daemon.wait(lambda: "resync_completed" in synced.daemon.log(), "the end of it", 40)
     synced.assert_equal()
 
 

@@ -239,15 +239,16 @@ def test_killed_while_points_have_a_field_of_a_column_that_is_gone(follow: Follo
 
 
 @pytest.mark.requirement("R53")
-def test_change_while_slot_creation_waits(follow: Follow) -> None:
-    """Between plan and copy: the copy selects the columns of the plan, and no row changes after."""
+@pytest.mark.parametrize("change", ["add with default", "rename", "drop", "int to bigint"])
+def test_change_while_slot_creation_waits(follow: Follow, change: str) -> None:
+    """Between plan and copy: the copy is made by another plan, and no row changes after."""
     followed = follow(start=False)
     with followed.database.connect(autocommit=False) as writer:
         writer.execute("CREATE TABLE elsewhere ()")
         followed.start(wait=False)
         followed.pipeline.wait(lambda status: status.state == "snapshotting", "the copy")
         time.sleep(0.3)
-        followed.execute(CHANGES["add with default"])
+        followed.execute(CHANGES[change])
         writer.commit()
     followed.assert_equal()
 

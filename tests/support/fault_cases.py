@@ -29,6 +29,8 @@ def create_loaded(database: Database, rows: int = 200, seed: int = 1) -> Everyth
     """Create the table ``everything`` with so many rows."""
     with database.connect() as connection:
         table = create_everything_table(connection, "everything", dim=DIM)
+        # Without an estimate of its rows it is cut small enough for several workers.
+        connection.execute("ALTER TABLE everything SET (autovacuum_enabled = false)")
         load(connection, table, rows, seed=seed)
     return table
 
