@@ -35,6 +35,7 @@ from cdc_sync.pgoutput.messages import Relation
 from cdc_sync.postgres.catalog import TypeResolver, find_table
 from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.replication import ReplicationConnection
+from cdc_sync.postgres.slot import read_slot
 from cdc_sync.postgres.snapshot import copy_query, copy_rows
 from cdc_sync.sync.gather import Gatherer
 from cdc_sync.sync.planning import plan_table
@@ -111,29 +112,40 @@ class Bench:
 
     # -- the stream
 
-    def drain(self, slot: str, take: Callable[[bytes], None] | None) -> None:
+    def drain(self, slot: str, take: Callable[[bytes], None] | None) -> Sample:
         """Read all changes of the slot, from its beginning (nothing is ever confirmed)."""
+        self._wait_free(slot)
         connection = ReplicationConnection.open(self.source)
         try:
             connection.start(slot, "bench")
-            seen = 0
-            while seen < self.rows:
-                frames = connection.read(512, 1 << 20)
-                if not frames:
-                    time.sleep(0.0002)
-                for frame in frames:
-                    if take is not None:
-                        take(frame)
-                # Begin, Relation, Type and Commit are few; the last frames tell when all rows are
-                # in.
-                seen += len(frames)
+            return timed(lambda: self._read(connection, take))
         finally:
             connection.close()
+
+    def _read(
+        self, connection: ReplicationConnection, take: Callable[[bytes], None] | None
+    ) -> None:
+        seen = 0
+        # Begin, Relation, Type and Commit are few beside the rows.
+        while seen < self.rows:
+            frames = connection.read(512, 1 << 20)
+            if not frames:
+                time.sleep(0.0002)
+            for frame in frames:
+                if take is not None:
+                    take(frame)
+            seen += len(frames)
+
+    def _wait_free(self, slot: str) -> None:
+        """Wait until the walsender of the last round has noticed that it is over."""
+        with connect(self.source) as connection:
+            while (found := read_slot(connection, slot)) is not None and found.active:
+                time.sleep(0.01)
 
     def _route(self, relation: Relation) -> Binding | None:
         return bind(self.planned, relation, self.types.resolve)
 
-    def apply_stream(self, slot: str) -> None:
+    def apply_stream(self, slot: str) -> Sample:
         """Decode, coalesce, map and encode every change of the slot."""
         gatherer = Gatherer(self._route, batch_rows=4096, batch_bytes=16 << 20)
 
@@ -142,9 +154,11 @@ class Bench:
             if gatherer.full:
                 self._encode(gatherer)
 
-        self.drain(slot, take)
-        if gatherer.ready:
-            self._encode(gatherer)
+        sample = self.drain(slot, take)
+        if not gatherer.ready:
+            return sample
+        rest = timed(lambda: self._encode(gatherer))
+        return Sample(sample.seconds + rest.seconds, sample.cpu + rest.cpu)
 
     def _encode(self, gatherer: Gatherer) -> None:
         codec = self.codec
@@ -178,15 +192,15 @@ class Bench:
 def measure(
     rows: int,
     rounds: int,
-    limit: Callable[[], None],
-    ours: Callable[[], None],
+    limit: Callable[[], Sample],
+    ours: Callable[[], Sample],
     names: tuple[str, str],
 ) -> list[Figure]:
     limit()  # once to warm caches on both sides
     limits, own = [], []
     for _ in range(rounds):
-        limits.append(timed(limit))
-        own.append(timed(ours))
+        limits.append(limit())
+        own.append(ours())
 
     def figure(name: str, samples: list[Sample], ratio: float | None) -> Figure:
         return Figure(
@@ -222,8 +236,8 @@ def run(rows: int, dim: int, rounds: int) -> list[Figure]:
             *measure(
                 rows,
                 rounds,
-                bench.copy_drain,
-                bench.copy_apply,
+                lambda: timed(bench.copy_drain),
+                lambda: timed(bench.copy_apply),
                 (f"copy, {dim}-d, one connection: copy limit", "  ours into a null sink"),
             ),
         ]
