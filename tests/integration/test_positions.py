@@ -90,9 +90,7 @@ async def test_a_stalled_sink_does_not_cost_the_connection(
     create_docs(database18)
     with database18.connect() as connection:
         name = sql.Identifier(database18.name)
-        connection.execute(
-            sql.SQL("ALTER DATABASE {} SET wal_sender_timeout = '1s'").format(name)
-        )
+        connection.execute(sql.SQL("ALTER DATABASE {} SET wal_sender_timeout = '1s'").format(name))
     settings = pipeline_settings(database18, qdrant, "docs", pipeline={"batch_rows": batch_rows})
     async with running(settings, database18, qdrant) as life:
         pid = walsender(database18, life.slot)[0]
