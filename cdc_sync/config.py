@@ -155,8 +155,8 @@ class PipelineSettings(_Section):
     let_go_seconds: float = Field(
         30.0,
         gt=0,
-        description="Let go of the slot's connection once Qdrant has not completed a batch for so "
-        "long; it would hold up a fast shutdown of Postgres.",
+        description="Let go of the slot's connection once Qdrant has failed for so long; it would "
+        "hold up a fast shutdown of Postgres.",
     )
 
 

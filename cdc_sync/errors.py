@@ -236,7 +236,8 @@ class MappingError(CdcSyncError):
 class SinkError(CdcSyncError):
     """Qdrant is away, refuses, or holds a collection that does not fit.
 
-    ``retry_after_seconds`` is what the server asked for, when it did.
+    ``retry_after_seconds`` is what the server asked for, when it did. ``completed`` are ids of
+    points that were written for certain all the same, and need not be written again.
     """
 
     def __init__(
@@ -248,6 +249,7 @@ class SinkError(CdcSyncError):
     ) -> None:
         super().__init__(kind, message, remedy)
         self.retry_after_seconds = retry_after_seconds
+        self.completed: frozenset[object] = frozenset()
 
     def __reduce__(self) -> tuple[type[CdcSyncError], tuple[ErrorKind, str, str, float | None]]:  # type: ignore[override]
         return (type(self), (self.kind, self.message, self.remedy, self.retry_after_seconds))

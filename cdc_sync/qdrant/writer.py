@@ -19,7 +19,7 @@ from qdrant_client import grpc as q
 from qdrant_client.conversions.conversion import grpc_to_payload
 
 from cdc_sync.config import QdrantSettings
-from cdc_sync.errors import MappingError
+from cdc_sync.errors import MappingError, SinkError
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.wire import WireCodec
 from cdc_sync.qdrant import messages
@@ -51,6 +51,7 @@ Item = TypeVar("Item")
 
 @dataclass(slots=True)
 class _Outcome:
+    completed: set[PointId] = field(default_factory=set)
     missing: set[PointId] = field(default_factory=set)
     refused: list[tuple[PointId, str]] = field(default_factory=list)
 
@@ -90,9 +91,13 @@ class ServerWriter:
         jobs = deque(self._cut(changes))
         outcome = _Outcome()
         lanes = min(self._settings.parallel_requests, len(jobs))
-        await settle(
-            [asyncio.create_task(self._lane(lane, jobs, outcome)) for lane in range(lanes)]
-        )
+        try:
+            await settle(
+                [asyncio.create_task(self._lane(lane, jobs, outcome)) for lane in range(lanes)]
+            )
+        except SinkError as error:
+            error.completed = frozenset(outcome.completed - outcome.missing)
+            raise
         return Applied(frozenset(outcome.missing), tuple(outcome.refused))
 
     def _cut(self, changes: Changes) -> list[_Job]:
@@ -180,6 +185,7 @@ class ServerWriter:
         """
         try:
             await send(items)
+            outcome.completed.update(id_ for id_, _ in items)
         except RpcError as failure:
             if failure.invalid and len(items) == 1:
                 outcome.refused.append((items[0][0], reason(failure.details)))

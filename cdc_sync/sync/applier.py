@@ -24,6 +24,7 @@ from cdc_sync.sync.dead_letters import DeadLetterOffice
 from cdc_sync.sync.gather import Batch
 from cdc_sync.sync.retry import is_sink_trouble, retrying
 from cdc_sync.sync.routing import Binding, PlannedTable
+from cdc_sync.sync.writing import writing
 
 log = get_logger(__name__)
 
@@ -67,17 +68,23 @@ class Applier:
         self._on_stall = on_stall
         self._stale = stale
         self._sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self._progress: Callable[[], None] = lambda: None
         self._writers: dict[TablePlan, TableWriter] = {}
 
     async def apply(
-        self, batch: Batch, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self,
+        batch: Batch,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         """Write the whole batch; returns when Qdrant has completed all of it.
 
         Transient failures of the sink are retried until ``sleep``, which passes the time between
         two tries, raises. Raises that, and every other failure, with nothing in flight any more.
+        ``progress`` is called whenever part of the batch has been completed.
         """
         self._sleep = sleep
+        self._progress = progress
         await self._retry(lambda: self._stale.note(batch))
         if batch.truncates:
             for oid in batch.truncates:
@@ -178,7 +185,7 @@ class Applier:
         writer = self.writer(binding.planned.plan)
         nulled = writer.values_nulled
         try:
-            return await self._retry(lambda: writer.apply(changes))
+            return await self._retry(writing(writer, changes, self._progress))
         finally:
             self._metrics.add_table(binding.planned.name).values_nulled.inc(
                 writer.values_nulled - nulled

@@ -23,6 +23,7 @@ from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Changes, Sink, TableWriter
 from cdc_sync.rows import PointId, Row
 from cdc_sync.sync.retry import retrying
+from cdc_sync.sync.writing import writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ async def copy_chunk(connection: PgConnection, writer: TableWriter, task: CopyTa
         size += sum(len(v) for row in rows for v in row if isinstance(v, bytes))
         reading = asyncio.ensure_future(asyncio.to_thread(_next_rows, batches))
         try:
-            applied = await retrying(lambda c=changes: writer.apply(c), on_retry)  # type: ignore[misc]
+            applied = await retrying(writing(writer, changes), on_retry)
         finally:
             # The thread cannot be cancelled; the connection is used by nobody else until it is
             # done.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -22,7 +23,7 @@ STANDBY_SECONDS = 2.0
 
 
 class _Backoff(wait_base):
-    """Full jitter, and never sooner than the server asked for."""
+    """Full jitter; where the server says when to come again, then, and not much later."""
 
     def __init__(self) -> None:
         self._jitter = wait_random_exponential(
@@ -33,7 +34,7 @@ class _Backoff(wait_base):
         wait = self._jitter(retry_state)
         error = retry_state.outcome.exception() if retry_state.outcome is not None else None
         if isinstance(error, SinkError) and error.retry_after_seconds is not None:
-            wait = max(wait, error.retry_after_seconds)
+            wait = error.retry_after_seconds * random.uniform(1.0, 1.25)
         if isinstance(error, SourceError) and error.kind is ErrorKind.SLOT_ACTIVE:
             wait = min(wait, STANDBY_SECONDS)
         return wait

@@ -92,9 +92,15 @@ class BatchAbandonedError(Exception):
 
 class BatchWriter(Protocol):
     """What the stream needs of the applier. ``sleep`` passes the time before something is tried
-    again; what it raises ends the batch."""
+    again; what it raises ends the batch. ``progress`` is called whenever part of it is
+    completed."""
 
-    async def apply(self, batch: Batch, sleep: Callable[[float], Awaitable[None]]) -> None: ...
+    async def apply(
+        self,
+        batch: Batch,
+        sleep: Callable[[float], Awaitable[None]],
+        progress: Callable[[], None],
+    ) -> None: ...
 
 
 @dataclass(slots=True)
@@ -122,6 +128,7 @@ class StreamSession:
     _space: asyncio.Event = field(default_factory=asyncio.Event)
     _in_flight: Batch | None = None
     _in_flight_since: float = 0.0
+    _failing: bool = False
     _last_status: float = 0.0
     _last_durable: float = 0.0
     _last_heard: float = field(default_factory=time.monotonic)
@@ -282,6 +289,7 @@ class StreamSession:
 
     async def _sleep(self, seconds: float) -> None:
         """Pass the time before something is tried again, unless the connection is gone."""
+        self._failing = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._lost.wait()
@@ -292,10 +300,11 @@ class StreamSession:
         if not batch.empty:
             # How long Qdrant takes says nothing about whether this loop lives.
             self.board.retire("writer")
-            self._in_flight, self._in_flight_since = batch, time.monotonic()
+            self._in_flight = batch
+            self._progress()
             started = time.perf_counter()
             try:
-                await self.applier.apply(batch, self._sleep)
+                await self.applier.apply(batch, self._sleep, self._progress)
             except BaseException:
                 if self._carried is None:
                     self._carried = batch.oldest_commit
@@ -342,7 +351,7 @@ class StreamSession:
                 # (R7).
                 raise LetGoError(
                     ErrorKind.SOURCE_UNAVAILABLE,
-                    f"let go of the slot: Qdrant has not completed a batch for "
+                    f"let go of the slot: Qdrant has not completed anything for "
                     f"{self.let_go_seconds:g} s",
                     "The connection is taken up again once Qdrant answers.",
                 )
@@ -367,7 +376,15 @@ class StreamSession:
 
     @property
     def _stalled_seconds(self) -> float:
-        return time.monotonic() - self._in_flight_since if self._in_flight is not None else 0.0
+        """How long Qdrant has not completed anything. One that is slow and does not fail is waited
+        for: a batch given up would be sent again from its beginning, each time."""
+        if self._in_flight is None or not self._failing:
+            return 0.0
+        return time.monotonic() - self._in_flight_since
+
+    def _progress(self) -> None:
+        self._in_flight_since = time.monotonic()
+        self._failing = False
 
     async def _confirm(self, force: bool = False) -> None:
         """Tell Postgres how far it may forget, once that is safe from a power loss too."""

@@ -157,6 +157,22 @@ def test_it_waits_as_long_as_qdrant_asks_for(
     assert writes[1]["start"] - writes[0]["end"] >= 2
 
 
+@pytest.mark.slow
+def test_a_batch_larger_than_qdrant_takes_in_a_minute_gets_through(
+    database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
+) -> None:
+    """Each try goes on where the last one ended; and it is no reason to let go of the slot."""
+    create_items(database18, 2200)
+    synced = sync_table(database18, "items", qdrant=qdrant_private, pipeline={"let_go_seconds": 10})
+    faults.rate_limit(1800)
+    database18.execute("UPDATE items SET note = 'limited'")
+    synced.daemon.wait_caught_up(90)
+    faults.rate_limit(None)
+    synced.assert_equal()
+    assert synced.daemon.metric("cdc_sync_sink_retries_total", kind="sink_rate_limited") > 0
+    assert "slot_let_go" not in synced.daemon.log()
+
+
 def test_a_slow_qdrant_is_no_reason_to_let_go(
     database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
 ) -> None:

@@ -166,10 +166,9 @@ def test_every_transaction_is_in_the_snapshot_or_replayed(protocol_database: Dat
 def test_tens_of_thousands_of_transactions(protocol_database: Database) -> None:
     protocol_database.execute(SCHEMA)
     replayed = rounds = 0
-    while replayed < 20_000:
+    while replayed < 20_000 or rounds < 2:
         replayed += join_exactly(protocol_database, rounds, seconds=6.0)[1]
         rounds += 1
-    assert rounds >= 2
 
 
 def test_the_test_sees_a_copy_under_another_snapshot(
@@ -214,19 +213,18 @@ def hold_the_copy(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> None:
 
 @pytest.mark.requirement("R53")
 async def test_timeouts_of_the_role_do_not_end_the_copy(
-    database: Database, qdrant: QdrantTarget, faults: Faults, monkeypatch: pytest.MonkeyPatch
+    database18: Database, qdrant: QdrantTarget, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exporter and holder are idle in transaction for longer than the role may be, and so long do
     the workers' statements take."""
-    create_docs(database)
-    role = database.create_cdc_role(["docs"])
-    timeouts = ["idle_in_transaction_session_timeout", "statement_timeout", "idle_session_timeout"]
-    if database.major >= 17:
-        timeouts.append("transaction_timeout")
+    create_docs(database18)
+    role = database18.create_cdc_role(["docs"])
+    timeouts = ["idle_in_transaction_session_timeout", "statement_timeout"]
+    timeouts += ["idle_session_timeout", "transaction_timeout"]
     settings = pipeline_settings(
-        database, qdrant, "docs", pg_url=role.url, pipeline=TWO_WORKERS, target=ONE_LANE
+        database18, qdrant, "docs", pg_url=role.url, pipeline=TWO_WORKERS, target=ONE_LANE
     )
-    with database.connect() as connection:
+    with database18.connect() as connection:
         for timeout in timeouts:
             connection.execute(
                 sql.SQL("ALTER ROLE {} SET {} = '1s'").format(
@@ -239,12 +237,12 @@ async def test_timeouts_of_the_role_do_not_end_the_copy(
             )
         )
     hold_the_copy(monkeypatch, faults)
-    async with running(settings, database, qdrant, wait=False) as life:
+    async with running(settings, database18, qdrant, wait=False) as life:
         await life.wait(lambda: faults.held() == 2, "both workers")
-        await asyncio.sleep(2.2)
+        await asyncio.sleep(1.6)
         faults.release()
         await life.wait_streaming()
-        database.execute("UPDATE docs SET n = -1 WHERE id = 1")
+        database18.execute("UPDATE docs SET n = -1 WHERE id = 1")
         await life.assert_equal()
 
 

@@ -149,7 +149,12 @@ class Sink:
     choose: random.Random
     versions: dict[PointId, int] = field(default_factory=dict)
 
-    async def apply(self, batch: Batch, sleep: Callable[[float], Awaitable[None]]) -> None:
+    async def apply(
+        self,
+        batch: Batch,
+        sleep: Callable[[float], Awaitable[None]],
+        progress: Callable[[], None],
+    ) -> None:
         for table in batch.tables.values():
             for key, pending in table.pending.items():
                 await asyncio.sleep(0.001 * self.choose.randrange(3))
