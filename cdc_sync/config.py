@@ -6,7 +6,7 @@ say nothing.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
@@ -114,12 +114,61 @@ class TableSettings(_Section):
         description="Makes ids distinct where several tables share a collection.",
         examples=["items"],
     )
-    drop_nulls: bool = Field(
-        False, description="Leave NULL columns out of the payload instead of writing null."
+    exclude: list[str] = Field(default_factory=list, description="Columns to leave out.")
+    rename: dict[str, str] = Field(
+        default_factory=dict,
+        description="Payload field or vector name by column; default: the column's name.",
+        examples=[{"embedding": "dense"}],
     )
-    numeric_as_string: bool = Field(False, description="Write numeric columns as strings always.")
-    skip_bytea: bool = Field(
-        False, description="Leave bytea columns out instead of writing base64."
+    where: str | None = Field(
+        None,
+        min_length=1,
+        description="SQL predicate: only rows for which it is true are kept in step.",
+        examples=["deleted_at IS NULL"],
+    )
+    constants: dict[str, str | int | float | bool | None] = Field(
+        default_factory=dict,
+        description="Payload fields with a fixed value, written to every point.",
+        examples=[{"source": "shop"}],
+    )
+    payload_key: str | None = Field(
+        None,
+        min_length=1,
+        description="Payload field that holds all columns as one object; default: each its own.",
+        examples=["metadata"],
+    )
+    drop_nulls: bool | list[str] = Field(
+        False,
+        description="Leave NULLs out of the payload instead of writing null: all, or of these "
+        "columns.",
+    )
+    numeric_as_string: bool | list[str] = Field(
+        False, description="Write numeric columns as strings always: all, or these columns."
+    )
+    skip_bytea: bool | list[str] = Field(
+        False,
+        description="Leave bytea columns out instead of writing base64: all, or these columns.",
+    )
+    ids: Literal["native", "qdrant-migration"] = Field(
+        "native",
+        description="How keys become point ids; qdrant-migration: as Qdrant's migration tool "
+        "computes them.",
+    )
+    preset: Literal["langchain", "llamaindex", "vecs"] | None = Field(
+        None,
+        description="Map the table as that library's own Qdrant store reads it.",
+        examples=["langchain"],
+    )
+    preset_collection: str | None = Field(
+        None,
+        description="With preset langchain: the LangChain collection whose rows are taken; "
+        "default: all, told apart by a payload field.",
+        examples=["docs"],
+    )
+    collection_config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings of a collection that is created, by Qdrant's own names.",
+        examples=[{"shard_number": 2, "on_disk_payload": True}],
     )
 
 
@@ -131,8 +180,11 @@ class PipelineSettings(_Section):
         pattern=r"^[A-Za-z0-9_.-]{1,64}$",
         description="Name of the pipeline in its own records.",
     )
-    copy_workers: int = Field(
-        0, ge=0, le=64, description="Worker processes of the copy; 0: as many as CPU cores."
+    shard: str | None = Field(
+        None,
+        pattern=r"^[1-9][0-9]*/[1-9][0-9]*$",
+        description="i/n: keep only the i-th of n parts of every table, by a hash of its key.",
+        examples=["1/4"],
     )
     batch_rows: int = Field(4096, ge=1, description="Rows gathered into one batch, at most.")
     batch_bytes: int = Field(
@@ -157,6 +209,50 @@ class PipelineSettings(_Section):
         gt=0,
         description="Let go of the slot's connection once Qdrant has failed for so long; it would "
         "hold up a fast shutdown of Postgres.",
+    )
+
+
+class MigrationSettings(_Section):
+    """The copy of tables."""
+
+    num_workers: int = Field(
+        0, ge=0, le=256, description="Worker processes of the copy; 0: as many as CPU cores."
+    )
+    batch_size: int = Field(
+        1024, ge=1, le=100_000, description="Rows a worker reads and writes at once, at most."
+    )
+    batch_delay: int = Field(
+        0, ge=0, description="Milliseconds a worker rests after each batch, to spare both sides."
+    )
+    window_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="How long the copy may hold the stream before changes are applied again; "
+        "bounds lag and retained WAL.",
+    )
+    chunk_rows: int = Field(
+        5_000, ge=100, description="Rows a chunk, about: the unit of work, and of resuming."
+    )
+    create_collection: bool = Field(
+        True, description="Create collections that do not exist; else that is an error."
+    )
+    defer_hnsw: bool = Field(
+        False, description="Build the HNSW index only after the first copy (m = 0 until then)."
+    )
+    adopt: bool = Field(
+        False,
+        description="Take over collections that hold points already: verify and repair them "
+        "instead of copying.",
+    )
+    extra_points: Literal["remove", "report"] = Field(
+        "remove",
+        description="What becomes of points that have no row, found by an adoption.",
+    )
+    executor: Literal["processes", "ray"] = Field(
+        "processes", description="What runs the workers: local processes, or a Ray cluster."
+    )
+    ray_address: str = Field(
+        "auto", description="Address of the Ray cluster, or local for one in this process."
     )
 
 
@@ -188,5 +284,6 @@ class Settings(_Section):
     qdrant: QdrantSettings = Field(default_factory=QdrantSettings)
     tables: list[TableSettings] = Field(min_length=1, description="The tables to keep in step.")
     pipeline: PipelineSettings = Field(default_factory=PipelineSettings)
+    migration: MigrationSettings = Field(default_factory=MigrationSettings)
     http: HttpSettings = Field(default_factory=HttpSettings)
     log: LogSettings = Field(default_factory=LogSettings)

@@ -37,7 +37,7 @@ _FLAGS: Final = (
         "migration.num-workers",
         "N",
         "Worker processes of the copy. Default: as many as CPU cores.",
-        "PIPELINE__COPY_WORKERS",
+        "MIGRATION__NUM_WORKERS",
     ),
     ("pipeline.name", "NAME", "Name of the pipeline in its own records.", "PIPELINE__NAME"),
     ("http.host", "ADDRESS", "Address of the HTTP endpoint.", "HTTP__HOST"),

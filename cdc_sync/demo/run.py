@@ -17,6 +17,7 @@ from pydantic import SecretStr
 
 from cdc_sync.config import (
     HttpSettings,
+    MigrationSettings,
     PipelineSettings,
     QdrantSettings,
     Settings,
@@ -116,7 +117,8 @@ def demo_settings(url: str, qdrant_directory: Path) -> Settings:
         source=SourceSettings(url=SecretStr(url), slot=_NAME, publication=_NAME),
         qdrant=QdrantSettings(url=f"edge:{qdrant_directory}"),
         tables=[TableSettings(name=TABLE)],
-        pipeline=PipelineSettings(name="demo", copy_workers=1, status_interval_seconds=0.5),
+        pipeline=PipelineSettings(name="demo", status_interval_seconds=0.5),
+        migration=MigrationSettings(num_workers=1),
         http=HttpSettings(enabled=False),
     )
 

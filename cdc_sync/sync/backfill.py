@@ -93,7 +93,7 @@ class Backfill:
     @property
     def workers(self) -> int:
         """Number of worker processes."""
-        return self._settings.pipeline.copy_workers or os.cpu_count() or 1
+        return self._settings.migration.num_workers or os.cpu_count() or 1
 
     async def copy(self, tables: Sequence[PlannedTable], snapshot: str) -> dict[int, CopyTotals]:
         """Copy the tables; returns totals by table OID once every chunk is completed by Qdrant.

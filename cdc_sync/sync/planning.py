@@ -52,9 +52,9 @@ def plan_options(settings: TableSettings) -> PlanOptions:
         unnamed_vector=settings.unnamed_vector,
         bit_vectors=tuple(settings.bit_vectors),
         namespace=settings.namespace,
-        drop_nulls=settings.drop_nulls,
-        numeric_as_string=settings.numeric_as_string,
-        skip_bytea=settings.skip_bytea,
+        drop_nulls=settings.drop_nulls is True,
+        numeric_as_string=settings.numeric_as_string is True,
+        skip_bytea=settings.skip_bytea is True,
     )
 
 

@@ -256,7 +256,7 @@ def test_postgres_restarts_while_copying(
         "everything",
         qdrant=qdrant_private,
         start=False,
-        pipeline={"copy_workers": workers},
+        migration={"num_workers": workers},
     )
     faults.slow("Upsert", 0.3, times=10_000)
     synced.daemon.start(wait=False)

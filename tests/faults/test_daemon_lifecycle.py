@@ -108,7 +108,8 @@ def test_sigterm_while_copying(
         "everything",
         qdrant=qdrant_private,
         start=False,
-        pipeline={"copy_workers": workers, **GRACE},
+        pipeline=GRACE,
+        migration={"num_workers": workers},
     )
     faults.slow("Upsert", 0.2, times=10_000)
     synced.daemon.start(wait=False)

@@ -15,6 +15,7 @@ import pytest
 from pydantic import SecretStr
 
 from cdc_sync.config import (
+    MigrationSettings,
     PipelineSettings,
     QdrantSettings,
     Settings,
@@ -122,7 +123,8 @@ def follow(database18: Database, qdrant: QdrantTarget, tmp_path: Path) -> Iterat
                 source=SourceSettings(url=SecretStr(database18.url), slot=name, publication=name),
                 qdrant=QdrantSettings(url=qdrant.url),
                 tables=[TableSettings(name="docs", collection=collection)],
-                pipeline=PipelineSettings(name=name, copy_workers=1),
+                pipeline=PipelineSettings(name=name),
+                migration=MigrationSettings(num_workers=1),
             )
             followed = Followed(
                 database18, settings, qdrant, collection or "docs", tmp_path / "pipeline.log", stack

@@ -192,7 +192,7 @@ def test_the_test_sees_a_copy_under_another_snapshot(
 
 # -- the engine's first copy
 
-TWO_WORKERS: Final = {"copy_workers": 2}
+TWO_WORKERS: Final = {"num_workers": 2}
 ONE_LANE: Final = {"parallel_requests": 1}
 
 
@@ -222,7 +222,7 @@ async def test_timeouts_of_the_role_do_not_end_the_copy(
     timeouts = ["idle_in_transaction_session_timeout", "statement_timeout"]
     timeouts += ["idle_session_timeout", "transaction_timeout"]
     settings = pipeline_settings(
-        database18, qdrant, "docs", pg_url=role.url, pipeline=TWO_WORKERS, target=ONE_LANE
+        database18, qdrant, "docs", pg_url=role.url, migration=TWO_WORKERS, target=ONE_LANE
     )
     with database18.connect() as connection:
         for timeout in timeouts:
@@ -293,7 +293,7 @@ async def test_a_killed_worker_is_replaced(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     create_docs(database18)
-    settings = pipeline_settings(database18, qdrant, "docs", pipeline=TWO_WORKERS, target=ONE_LANE)
+    settings = pipeline_settings(database18, qdrant, "docs", migration=TWO_WORKERS, target=ONE_LANE)
     hold_the_copy(monkeypatch, faults)
     before = {child.pid for child in psutil.Process().children()}
     async with running(settings, database18, qdrant, wait=False) as life:

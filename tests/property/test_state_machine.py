@@ -32,6 +32,7 @@ from hypothesis.stateful import (
 from pydantic import SecretStr
 
 from cdc_sync.config import (
+    MigrationSettings,
     PipelineSettings,
     QdrantSettings,
     Settings,
@@ -96,8 +97,9 @@ class SyncMachine(RuleBasedStateMachine):
             qdrant=QdrantSettings(url=self.qdrant.url, timeout_seconds=5.0),
             tables=[TableSettings(name=TABLE, collection=self.collection)],
             pipeline=PipelineSettings(
-                name=self.database.name, copy_workers=1, batch_rows=5, shutdown_timeout_seconds=5.0
+                name=self.database.name, batch_rows=5, shutdown_timeout_seconds=5.0
             ),
+            migration=MigrationSettings(num_workers=1),
         )
         self.pipeline: PipelineProcess | None = None
         self.watcher = self.database.connect()

@@ -57,6 +57,7 @@ class Daemon:
         api_key: str | None = None,
         pipeline: Mapping[str, object] | None = None,
         qdrant: Mapping[str, object] | None = None,
+        migration: Mapping[str, object] | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.pg_url = pg_url
@@ -71,7 +72,8 @@ class Daemon:
             tables,
             source={"url": pg_url, "slot": slot, "publication": slot},
             qdrant=target,
-            pipeline={"name": slot, "copy_workers": 2, **(pipeline or {})},
+            pipeline={"name": slot, **(pipeline or {})},
+            migration={"num_workers": 2, **(migration or {})},
             http={"port": 0},
             log={"format": "json", "level": "debug"},
         )

@@ -65,7 +65,7 @@ def sync_table(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SyncT
     """Make a daemon for a table: ``sync_table(database, "docs", target="server"|"edge", ...)``.
 
     ``start=False`` leaves starting to the test. Other keywords go to the table's configuration;
-    ``pipeline``, ``qdrant`` and ``pg_url`` to the daemon's.
+    ``pipeline``, ``migration``, ``qdrant`` and ``pg_url`` to the daemon's.
     """
     with ExitStack() as stack:
 
@@ -80,6 +80,7 @@ def sync_table(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SyncT
             pg_url: str | None = None,
             qdrant_url: str | None = None,
             pipeline: Mapping[str, object] | None = None,
+            migration: Mapping[str, object] | None = None,
             qdrant_settings: Mapping[str, object] | None = None,
             compare_options: Mapping[str, object] | None = None,
             **table_settings: object,
@@ -99,6 +100,7 @@ def sync_table(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SyncT
                 slot=slot,
                 pipeline=pipeline,
                 qdrant=qdrant_settings,
+                migration=migration,
             )
             stack.callback(daemon.close)
             if start:

@@ -32,6 +32,7 @@ def pipeline_settings(
     pg_url: str | None = None,
     pipeline: Mapping[str, object] | None = None,
     target: Mapping[str, object] | None = None,
+    migration: Mapping[str, object] | None = None,
 ) -> Settings:
     """Settings for tables (by name, or as in the configuration); slot and publication have one name
     of their own, a collection without a name gets one."""
@@ -44,7 +45,8 @@ def pipeline_settings(
             "source": {"url": pg_url or database.url, "slot": name, "publication": name},
             "qdrant": {"url": qdrant.url, "api_key": qdrant.api_key, **(target or {})},
             "tables": sections,
-            "pipeline": {"name": name, "copy_workers": 1, **(pipeline or {})},
+            "pipeline": {"name": name, **(pipeline or {})},
+            "migration": {"num_workers": 1, **(migration or {})},
             "http": {"enabled": False},
         }
     )

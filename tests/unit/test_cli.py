@@ -211,7 +211,7 @@ def test_run_passes_the_settings_on(daemon: Daemon) -> None:
     assert settings.qdrant.url == "http://q:6334"
     assert settings.qdrant.api_key is not None
     assert settings.qdrant.api_key.get_secret_value() == API_KEY
-    assert settings.pipeline.copy_workers == 3
+    assert settings.migration.num_workers == 3
     assert settings.pipeline.name == "mine"
     assert (settings.http.host, settings.http.port) == ("0.0.0.0", 0)
     assert (settings.log.level, settings.log.format) == ("error", "json")

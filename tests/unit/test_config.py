@@ -107,13 +107,13 @@ def test_the_config_file_comes_from_the_environment_unless_given(
 def test_environment_values_become_numbers_and_booleans(write: Write) -> None:
     environ = {
         "CDC_SYNC_HTTP__ENABLED": "false",
-        "CDC_SYNC_PIPELINE__COPY_WORKERS": "3",
+        "CDC_SYNC_MIGRATION__NUM_WORKERS": "3",
         "CDC_SYNC_QDRANT__TIMEOUT_SECONDS": "2.5",
         "CDC_SYNC_QDRANT__API_KEY": "123456",
     }
     settings = load(write(MINIMAL), {}, environ).settings
     assert settings.http.enabled is False
-    assert settings.pipeline.copy_workers == 3
+    assert settings.migration.num_workers == 3
     assert settings.qdrant.timeout_seconds == 2.5
     assert settings.qdrant.api_key is not None
     assert settings.qdrant.api_key.get_secret_value() == "123456"
@@ -159,7 +159,7 @@ def test_flags_alone_describe_one_table() -> None:
     assert table.columns == ["id", "title", "odd,name"]
     assert table.collection == "goods"
     assert table.metrics == {"a": "cosine", "b": "dot", "c": "euclid"}
-    assert settings.pipeline.copy_workers == 2
+    assert settings.migration.num_workers == 2
     assert settings.source.url.get_secret_value() == URL
 
 
