@@ -16,7 +16,6 @@ setting that silently does not hold. Messages name keys, variables, files and li
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import tomllib
@@ -31,7 +30,15 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from cdc_sync.config import Settings, TableSettings
 from cdc_sync.errors import ConfigError
-from cdc_sync.settings_schema import SECTIONS, expected_text, line_of, suggest, unknown_keys
+from cdc_sync.flag_values import table_flag_value
+from cdc_sync.settings_schema import (
+    SECTIONS,
+    expected_text,
+    line_of,
+    setting_location,
+    suggest,
+    unknown_keys,
+)
 
 PREFIX: Final = "CDC_SYNC_"
 CONFIG_VARIABLE: Final = "CDC_SYNC_CONFIG"
@@ -45,6 +52,8 @@ OTHER_VARIABLES: Final = frozenset({CONFIG_VARIABLE})
 #: Flag (without the dashes) -> setting.
 FLAGS: Final[Mapping[str, str]] = {
     "pg.url": "source.url",
+    "source.slot": "source.slot",
+    "source.publication": "source.publication",
     "qdrant.url": "qdrant.url",
     "qdrant.api-key": "qdrant.api_key",
     "migration.num-workers": "migration.num_workers",
@@ -66,8 +75,10 @@ TABLE_FLAGS: Final[Mapping[str, str]] = {
     "pg.table": "name",
     "pg.key-column": "key",
     "pg.columns": "columns",
+    "pg.where": "where",
     "qdrant.collection": "collection",
     "qdrant.distance-metric": "metrics",
+    "migration.ids": "ids",
 }
 
 # A Kubernetes Service called cdc-sync or cdc-sync-... makes the kubelet set variables with our
@@ -418,7 +429,7 @@ def _put_flag_table(layer: _Layer, flags: Mapping[str, object], below: Sequence[
     origins = {key: base.origins[f"tables[{index}].{key}"] for key in entry}
     for name, value in flags.items():
         key = TABLE_FLAGS[name]
-        entry[key] = _table_flag_value(name, value, entry.get(key))
+        entry[key] = table_flag_value(name, value, entry.get(key))
         origins[key] = Origin("flag", f"--{name}")
     layer.values["tables"] = [entry]
     layer.origins.update({f"tables[0].{key}": origin for key, origin in origins.items()})
@@ -437,45 +448,6 @@ def _index_of_table(
         f"{named}: which table this is for is not said ({len(configured)} tables are configured).",
         "Add --pg.table.",
     )
-
-
-def _table_flag_value(name: str, value: object, configured: object) -> object:
-    if name in ("pg.key-column", "pg.columns"):
-        return _comma_list(name, value)
-    if name == "qdrant.distance-metric":
-        metrics = _metric_pairs(value)
-        return {**configured, **metrics} if isinstance(configured, dict) else metrics
-    return value
-
-
-def _comma_list(name: str, value: object) -> list[str]:
-    """``a,b`` as a list; a name with a comma is written in double quotes, as in SQL."""
-    texts = [value] if isinstance(value, str) else value
-    assert isinstance(texts, list | tuple)
-    rows = csv.reader(texts, skipinitialspace=True, strict=True)
-    try:
-        items = [item.strip() for row in rows for item in row]
-    except csv.Error:
-        items = []
-    if not items or not all(items):
-        raise ConfigError(
-            f"--{name}: expected column names separated by commas.", f"Write --{name} id,title"
-        )
-    return items
-
-
-def _metric_pairs(value: object) -> dict[str, str]:
-    metrics: dict[str, str] = {}
-    for item in _comma_list("qdrant.distance-metric", value):
-        column, equals, metric = item.rpartition("=")
-        if not equals or not column.strip() or not metric.strip():
-            raise ConfigError(
-                "--qdrant.distance-metric: expected column=metric.",
-                "Write --qdrant.distance-metric embedding=cosine "
-                "(or euclid, dot, manhattan); repeat it for more columns.",
-            )
-        metrics[column.strip()] = metric.strip().lower()
-    return metrics
 
 
 # -- merging and validation
@@ -533,6 +505,7 @@ def _validate(merged: Mapping[str, object], origins: Mapping[str, Origin], text:
 def _problem(
     kind: str, location: tuple[str | int, ...], origins: Mapping[str, Origin], text: str
 ) -> str:
+    location = setting_location(location)
     key = dotted(location)
     origin = next((origins[part] for part in _prefixes(location) if part in origins), None)
     if kind == "missing" or (location == ("tables",) and origin is None):

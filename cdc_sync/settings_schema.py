@@ -6,7 +6,7 @@ import difflib
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final, Literal, Union, get_args, get_origin
+from typing import Any, Final, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel, SecretStr
@@ -51,9 +51,32 @@ def expected_text(location: Location) -> str:
     if len(rest) < 2:
         return "an array of tables, [[tables]]"
     info = TableSettings.model_fields[str(rest[1])]
-    if len(rest) > 2:
-        return _type_text(get_args(info.annotation)[-1])
+    if len(rest) > 2 and (container := _container(info.annotation)) is not None:
+        return _type_text(get_args(container)[-1])
     return field_text(info)
+
+
+def setting_location(location: Location) -> Location:
+    """The part of a pydantic location that names a setting, or an item of one.
+
+    Where a field takes several types pydantic adds the one it tried, which is no key of a file.
+    """
+    if location[:1] != ("tables",) or len(location) < 3:
+        return location
+    info = TableSettings.model_fields.get(str(location[2]))
+    if info is None:
+        return location
+    return location[: 4 if _container(info.annotation) is not None else 3]
+
+
+def _container(annotation: object) -> object | None:
+    """The list or dict type of a field that takes nothing else but None."""
+    options = [annotation]
+    if get_origin(annotation) in (Union, types.UnionType):
+        options = [item for item in get_args(annotation) if item is not types.NoneType]
+    if len(options) == 1 and get_origin(options[0]) in (list, dict):
+        return options[0]
+    return None
 
 
 def field_text(info: FieldInfo) -> str:
@@ -69,10 +92,13 @@ def _type_text(annotation: object) -> str:
     if origin is Literal:
         return "one of " + ", ".join(f'"{value}"' for value in arguments)
     if origin in (Union, types.UnionType):
-        return _type_text(next(item for item in arguments if item is not types.NoneType))
+        kinds = [_type_text(item) for item in arguments if item is not types.NoneType]
+        return " or ".join([", ".join(kinds[:-1]), kinds[-1]]) if kinds[1:] else kinds[0]
     if origin is list:
         return "an array of strings"
     if origin is dict:
+        if arguments[1] is Any:
+            return "a table"
         return f"a table whose values are {_type_text(arguments[1])} each"
     return "a string"
 

@@ -7,7 +7,7 @@ everything else together.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import typer
@@ -18,8 +18,10 @@ from cdc_sync.errors import ExitCode
 
 @dataclass(slots=True)
 class Invocation:
-    """What the commands and the error handling of one run share."""
+    """What the commands and the error handling of one run share: the command line, and whether
+    traces are shown."""
 
+    arguments: list[str] = field(default_factory=list)
     debug: bool = False
 
 

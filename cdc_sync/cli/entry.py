@@ -20,6 +20,11 @@ from cdc_sync.cli.check import check
 from cdc_sync.cli.config_init import config_init
 from cdc_sync.cli.config_show import config_show
 from cdc_sync.cli.demo import demo
+from cdc_sync.cli.migrate import migrate
+from cdc_sync.cli.official import MigrateCommand
+from cdc_sync.cli.options import SwitchCommand
+from cdc_sync.cli.plan import plan
+from cdc_sync.cli.resync import resync
 from cdc_sync.cli.run import run
 from cdc_sync.cli.version import version
 from cdc_sync.errors import CdcSyncError, ExitCode
@@ -27,19 +32,22 @@ from cdc_sync.errors import CdcSyncError, ExitCode
 _INTERRUPTED = 130
 
 # The order is that of the help.
-app.command()(run)
-app.command()(check)
+app.command(cls=SwitchCommand)(run)
+app.command(cls=MigrateCommand, context_settings={"help_option_names": ["--help", "-h"]})(migrate)
+app.command(cls=SwitchCommand)(plan)
+app.command(cls=SwitchCommand)(resync)
+app.command(cls=SwitchCommand)(check)
 app.command()(demo)
 app.command()(version)
 config_app.command("init")(config_init)
-config_app.command("show")(config_show)
+config_app.command("show", cls=SwitchCommand)(config_show)
 app.add_typer(config_app, name="config")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. ``arguments`` default to ``sys.argv[1:]``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    invocation = Invocation()
+    invocation = Invocation(given)
     try:
         code = app(args=given, prog_name="cdc-sync", standalone_mode=False, obj=invocation)
         sys.stdout.flush()

@@ -32,14 +32,14 @@ def run(
 
     Takes a TOML file, or flags for one table; flags override the file.
     """
-    with _ended_by_sigterm():
+    with ended_by_sigterm():
         from cdc_sync.sync.daemon import run_pipeline
 
         return run_pipeline(loaded.settings, restart=restart)
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def ended_by_sigterm() -> Iterator[None]:
     """Let SIGTERM end the process while imports are under way.
 
     As process 1 of a container there is no default action. The pipeline installs its own handler.

@@ -7,8 +7,10 @@ strings.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
+import re
 import struct
 from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
@@ -18,6 +20,12 @@ import orjson
 from cdc_sync.errors import MappingError
 from cdc_sync.mapping import numbers
 from cdc_sync.mapping.decoding import MALFORMED, DecodeOptions, describe, malformed
+from cdc_sync.mapping.migration_ids import (
+    MIGRATION_SCHEMES,
+    SHARED_ID_REMEDY,
+    SharedIdError,
+    compile_migration_id,
+)
 from cdc_sync.mapping.plan import ColumnPlan, IdScheme, TablePlan, VectorPlan
 from cdc_sync.mapping.strings import uuid_binary, uuid_text
 from cdc_sync.mapping.table import PgType, TypeKind
@@ -46,6 +54,11 @@ _STRING_TYPES: Final = frozenset(
 _TEXT_TYPES: Final = frozenset({"text", "varchar", "bpchar", "name"})
 _NUMBER_TYPES: Final = frozenset({*_INTEGER_LAYOUTS, "xid8", "bool", "float4", "float8", "numeric"})
 _EXTENSION_KEYS: Final = frozenset({("citext", "citext"), ("ltree", "ltree")})
+#: Only the spelling of which there is one for each uuid, and not version 8: those are the hashes of
+#: other texts.
+_TEXT_UUID: Final = re.compile(
+    rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-79a-f][0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}"
+)
 
 
 def is_key_type(type_: PgType) -> bool:
@@ -60,8 +73,12 @@ def is_key_type(type_: PgType) -> bool:
     return base.schema == "pg_catalog" and base.name in _STRING_TYPES | _NUMBER_TYPES
 
 
-def id_scheme(types: Sequence[PgType], namespace: str | None) -> IdScheme:
-    """Return how keys of these column types become ids."""
+def id_scheme(
+    types: Sequence[PgType], namespace: str | None, text_uuids: bool = False
+) -> IdScheme:
+    """Return how keys of these column types become ids; with ``text_uuids`` texts that spell a
+    uuid become that one.
+    """
     if namespace is not None or len(types) != 1:
         return IdScheme.HASHED
     base = types[0].base
@@ -70,14 +87,16 @@ def id_scheme(types: Sequence[PgType], namespace: str | None) -> IdScheme:
             return IdScheme.UUID
         if base.name in _INTEGER_LAYOUTS:
             return IdScheme.INTEGER
+        if text_uuids and base.name in ("text", "varchar"):
+            return IdScheme.TEXT_UUID
     return IdScheme.HASHED
 
 
-def hashed_id(text: str) -> str:
-    """Return the id of a canonical text: its UUIDv5, hyphenated."""
+def hashed_id(text: str, version: int = 5) -> str:
+    """Return the id of a canonical text: its UUIDv5, hyphenated; or the same as another version."""
     digest = hashlib.sha1(_NAMESPACE_BYTES + text.encode("utf-8"), usedforsecurity=False).digest()
-    version = bytes([digest[6] & 0x0F | 0x50, digest[7], digest[8] & 0x3F | 0x80])
-    return uuid_binary(digest[:6] + version + digest[9:16])
+    middle = bytes([digest[6] & 0x0F | version << 4, digest[7], digest[8] & 0x3F | 0x80])
+    return uuid_binary(digest[:6] + middle + digest[9:16])
 
 
 def compile_point_id(plan: TablePlan) -> PointIdFunction:
@@ -95,7 +114,22 @@ def compile_point_id(plan: TablePlan) -> PointIdFunction:
         return lambda row: hashed_id(f"{head}{text(row)}]")
     if plan.id_scheme is IdScheme.UUID:
         return _compile_uuid(plan)
+    if plan.id_scheme is IdScheme.TEXT_UUID:
+        return _compile_text_uuid(plan)
+    if plan.id_scheme in MIGRATION_SCHEMES:
+        return _compile_migration(plan)
     return _compile_integer(plan)
+
+
+def key_plan(plan: TablePlan) -> TablePlan:
+    """The plan of the table's key columns alone, in key order: for rows that have no other."""
+    columns = tuple(plan.columns[position] for position in plan.key)
+    return dataclasses.replace(plan, columns=columns, key=tuple(range(len(columns))))
+
+
+def compile_key_id(plan: TablePlan) -> PointIdFunction:
+    """As :func:`compile_point_id`, for rows of :func:`key_plan`."""
+    return compile_point_id(key_plan(plan))
 
 
 def _json_string(value: str) -> str:
@@ -120,6 +154,19 @@ def _compile_uuid(plan: TablePlan) -> PointIdFunction:
     return point_id
 
 
+def _compile_text_uuid(plan: TablePlan) -> PointIdFunction:
+    position = plan.key[0]
+    text = compile_key_text(plan)
+
+    def point_id(row: Row) -> PointId:
+        value = row[position]
+        if isinstance(value, bytes) and _TEXT_UUID.fullmatch(value):
+            return value.decode("ascii")
+        return hashed_id(text(row), version=8)
+
+    return point_id
+
+
 def _compile_integer(plan: TablePlan) -> PointIdFunction:
     position = plan.key[0]
     column = plan.columns[position]
@@ -139,6 +186,29 @@ def _compile_integer(plan: TablePlan) -> PointIdFunction:
         else:
             raise _no_key(plan, column, value)
         return number if number >= 0 else hashed_id(f'["{number}"]')
+
+    return point_id
+
+
+def _compile_migration(plan: TablePlan) -> PointIdFunction:
+    position = plan.key[0]
+    column = plan.columns[position]
+    binary, text = compile_migration_id(column.type, plan.id_scheme)
+
+    def point_id(row: Row) -> PointId:
+        value = row[position]
+        if value is None or value is UNCHANGED:
+            raise _no_key(plan, column, value)
+        try:
+            return text(value) if isinstance(value, TextValue) else binary(value)
+        except SharedIdError as error:
+            raise MappingError(
+                f"{plan.qualified_name}: key column {column.name} holds a text that may have the "
+                f'same point id as another key (ids = "{plan.id_scheme.value}")',
+                SHARED_ID_REMEDY,
+            ) from error
+        except MALFORMED as error:
+            raise _malformed_key(plan, column) from error
 
     return point_id
 
@@ -263,12 +333,22 @@ def plan_fingerprint(plan: TablePlan) -> str:
         "drop_nulls": plan.drop_nulls,
         "numeric_as_string": plan.numeric_as_string,
     }
+    # Only where used, so that plans without them keep their fingerprint.
+    if plan.payload_key is not None:
+        content["payload_key"] = plan.payload_key
+    if plan.object_field is not None:
+        content["object_field"] = plan.object_field
+    if plan.constants:
+        content["constants"] = sorted(plan.constants)
+    if plan.shard is not None:
+        content["shard"] = plan.shard
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
 
 
 def _column_facts(column: ColumnPlan) -> list[object]:
     vector = None if column.vector is None else _vector_facts(column.vector)
-    return [column.name, _type_facts(column.type), column.field, vector]
+    facts: list[object] = [column.name, _type_facts(column.type), column.field, vector]
+    return facts if column.part is None else [*facts, column.part.value]
 
 
 def _vector_facts(vector: VectorPlan) -> list[object]:

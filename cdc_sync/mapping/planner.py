@@ -8,21 +8,41 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from cdc_sync.errors import ConfigError, MappingError
+from cdc_sync.mapping.column_options import (
+    check_column_options,
+    check_fields,
+    check_parts,
+    column_part,
+    payload_field,
+    reserved_fields,
+    selects,
+)
 from cdc_sync.mapping.decoding import describe
 from cdc_sync.mapping.ids import id_scheme
-from cdc_sync.mapping.indexes import VectorIndexes, payload_indexes, vector_indexes
+from cdc_sync.mapping.indexes import payload_indexes
 from cdc_sync.mapping.keys import check_columns, choose_key, quoted, sql_name, unusable
+from cdc_sync.mapping.migration_ids import NATIVE_IDS, migration_scheme
 from cdc_sync.mapping.plan import (
-    NAMESPACE_FIELD,
     ColumnPlan,
-    Datatype,
+    Constant,
+    IdScheme,
     Metric,
+    Part,
+    PayloadIndex,
+    PayloadIndexType,
     TablePlan,
     VectorKind,
     VectorPlan,
 )
 from cdc_sync.mapping.table import Column, PgType, Table, TypeKind
 from cdc_sync.mapping.values import binary_decoder
+from cdc_sync.mapping.vector_indexes import VectorIndexes, vector_indexes
+from cdc_sync.mapping.vector_settings import (
+    DEFAULT,
+    find_datatype,
+    find_dimension,
+    find_metric,
+)
 from cdc_sync.mapping.vectors import declared_dimension, vector_base
 
 #: Qdrant takes vectors of up to this many dimensions.
@@ -35,7 +55,14 @@ _MAX_COLLECTION_NAME: Final = 255
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
     """What the configuration says about a table. ``metrics`` are by column: cosine, euclid, dot,
-    manhattan.
+    manhattan. ``drop_nulls``, ``numeric_as_string`` and ``skip_bytea`` are for all columns or for
+    those named. ``ids`` is "native", or the value of an :class:`IdScheme` of the migration tool.
+    ``where`` and ``shard`` say which rows are kept; the mapping does not use them.
+
+    ``parts`` are the columns that make an object, or are hidden; ``other_columns`` is what payload
+    columns of which nothing is said are to it. ``text_uuids``: texts that spell a uuid become that
+    point id. ``indexes`` are on payload fields. ``only``: of the published rows, those are kept
+    whose column has this value, in binary format.
     """
 
     key: Sequence[str] | None = None
@@ -46,9 +73,25 @@ class PlanOptions:
     unnamed_vector: str | None = None
     bit_vectors: Sequence[str] = ()
     namespace: str | None = None
-    drop_nulls: bool = False
-    numeric_as_string: bool = False
-    skip_bytea: bool = False
+    drop_nulls: bool | tuple[str, ...] = False
+    numeric_as_string: bool | tuple[str, ...] = False
+    skip_bytea: bool | tuple[str, ...] = False
+    exclude: Sequence[str] = ()
+    rename: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Constant] = field(default_factory=dict)
+    payload_key: str | None = None
+    where: str | None = None
+    shard: str | None = None
+    ids: str = NATIVE_IDS
+    # What a preset adds; see mapping/presets.py.
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    other_columns: Part | None = None
+    object_field: str | None = None
+    text_uuids: bool = False
+    indexes: Mapping[str, PayloadIndexType] = field(default_factory=dict)
+    only: tuple[str, bytes] | None = None
+    # Left out of what options are told apart by: an existing collection keeps its settings.
+    collection_config: Mapping[str, object] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +114,7 @@ def build_plan(
     """
     _check_options(table, options)
     key = choose_key(table, options.key)
+    check_column_options(table, options, key)
     warnings: list[str] = []
     selected = _select_columns(table, key, options, published_columns, warnings)
     columns = []
@@ -79,6 +123,7 @@ def build_plan(
         if planned is not None:
             columns.append(planned)
     _check_vector_options(table, columns, options)
+    check_fields(table, columns, options)
     if not any(column.vector for column in columns):
         warnings.append(
             f"{table.qualified_name}: no vector column; its points have a payload only and cannot "
@@ -86,7 +131,7 @@ def build_plan(
             "searched by similarity"
         )
     positions = {column.name: position for position, column in enumerate(columns)}
-    scheme = id_scheme([columns[positions[name]].type for name in key], options.namespace)
+    scheme = _id_scheme(table, [columns[positions[name]] for name in key], options)
     plan = TablePlan(
         oid=table.oid,
         schema=table.schema,
@@ -97,12 +142,32 @@ def build_plan(
         id_scheme=scheme,
         namespace=options.namespace,
         payload_indexes=payload_indexes(
-            table, columns, key, scheme, options.namespace, options.numeric_as_string
-        ),
+            table,
+            columns,
+            key,
+            scheme,
+            options.namespace,
+            options.numeric_as_string,
+            options.payload_key,
+            options.object_field,
+        )
+        + tuple(PayloadIndex(name, type_) for name, type_ in options.indexes.items()),
         drop_nulls=options.drop_nulls,
         numeric_as_string=options.numeric_as_string,
+        payload_key=options.payload_key,
+        object_field=options.object_field,
+        constants=tuple(options.constants.items()),
+        shard=options.shard,
+        collection_config=options.collection_config,
     )
     return PlanResult(plan, tuple(warnings))
+
+
+def _id_scheme(table: Table, key: Sequence[ColumnPlan], options: PlanOptions) -> IdScheme:
+    if options.ids == NATIVE_IDS:
+        return id_scheme([column.type for column in key], options.namespace, options.text_uuids)
+    columns = [(column.name, column.type) for column in key]
+    return migration_scheme(table.qualified_name, columns, options.namespace, options.ids)
 
 
 def _check_options(table: Table, options: PlanOptions) -> None:
@@ -157,7 +222,7 @@ def _select_columns(
     selected = []
     left_out = []
     for column in table.columns:
-        if wanted is not None and column.name not in wanted:
+        if column.name in options.exclude or (wanted is not None and column.name not in wanted):
             continue
         sent = not column.generated if published is None else column.name in published
         if sent:
@@ -204,13 +269,17 @@ def _plan_column(
         return ColumnPlan(column.name, column.type, None, vector)
     in_key = column.name in key
     unwanted = options.columns is not None and column.name not in options.columns
-    if unwanted or (options.skip_bytea and _is_bytea(column.type)):
+    if unwanted or (selects(options.skip_bytea, column.name) and _is_bytea(column.type)):
         return ColumnPlan(column.name, column.type) if in_key else None
-    if options.namespace is not None and column.name == NAMESPACE_FIELD:
+    part = column_part(options, column.name, in_key)
+    if part is Part.HIDDEN:
+        return ColumnPlan(column.name, column.type, part=part)
+    name = payload_field(options, column.name)
+    if part is None and (purpose := reserved_fields(options).get(name)) is not None:
         raise unusable(
             table,
-            f"column {NAMESPACE_FIELD} has the name of the payload field that holds the namespace",
-            "Leave it out with `columns`, or rename it.",
+            f"column {column.name} has the name of the payload field that holds {purpose}",
+            "Leave it out with `exclude`, or `rename` it.",
         )
     try:
         binary_decoder(column.type)
@@ -226,7 +295,8 @@ def _plan_column(
             "payload "
             "string; name it in `bit_vectors` to make it a vector"
         )
-    return ColumnPlan(column.name, column.type, column.name, None)
+    field_name = name if part in (None, Part.MEMBER) else None
+    return ColumnPlan(column.name, column.type, field_name, None, part)
 
 
 def _leave_out(table: Table, name: str) -> str:
@@ -268,7 +338,8 @@ def _plan_vector(
         "not know; it is not used"
         for index in facts.unsupported
     ]
-    name = "" if column.name == options.unnamed_vector else column.name
+    unnamed = column.name == options.unnamed_vector
+    name = "" if unnamed else payload_field(options, column.name)
     if kind is VectorKind.SPARSE:
         if not name:
             raise ConfigError(
@@ -278,14 +349,12 @@ def _plan_vector(
             )
         _check_sparse(table, column, facts, options, warnings)
         return VectorPlan(name, kind, None, Metric.DOT)
-    base = vector_base(column.type)
-    datatype = {"halfvec": Datatype.FLOAT16, "bit": Datatype.UINT8, "varbit": Datatype.UINT8}
     return VectorPlan(
         name=name,
         kind=kind,
-        size=_dimension(table, column, options),
+        size=_dimension(table, column, facts, options),
         metric=_metric(table, column, facts, options, warnings),
-        datatype=datatype.get(base.name, Datatype.FLOAT32),
+        datatype=find_datatype(column.type, name, options.collection_config),
         hnsw_m=facts.hnsw_m,
         hnsw_ef_construct=facts.hnsw_ef_construct,
     )
@@ -315,29 +384,10 @@ def _check_sparse(
         )
 
 
-def _dimension(table: Table, column: Column, options: PlanOptions) -> int:
-    declared = declared_dimension(column.type)
-    configured = options.dimensions.get(column.name)
-    if declared is not None and configured is not None and declared != configured:
-        raise ConfigError(
-            f"{table.qualified_name}: `dimensions` gives column {column.name} {configured} "
-            "dimensions, its "
-            f"type declares {declared}",
-            f"Leave {column.name} out of `dimensions`.",
-        )
-    size = declared if declared is not None else configured
-    if size is None:
-        base = vector_base(column.type)
-        suffix = "[]" if column.type.base.kind is TypeKind.ARRAY else ""
-        raise unusable(
-            table,
-            f"column {column.name} is declared without a dimension, and a collection needs one",
-            f"ALTER TABLE {sql_name(table)} ALTER COLUMN {quoted(column.name)} "
-            f"TYPE {base.name}(<n>){suffix};\n"
-            f"or dimensions = {{ {quoted(column.name)} = <n> }} in the table's configuration; "
-            "rows of "
-            "another dimension are then set aside.",
-        )
+def _dimension(
+    table: Table, column: Column, facts: VectorIndexes, options: PlanOptions
+) -> int:
+    size = find_dimension(table, column, facts, options).size
     if not 1 <= size <= MAX_DIMENSION:
         raise unusable(
             table,
@@ -354,30 +404,13 @@ def _metric(
     options: PlanOptions,
     warnings: list[str],
 ) -> Metric:
-    configured = options.metrics.get(column.name)
-    if configured is not None:
-        return Metric[configured.upper()]
-    first: tuple[str, Metric] | None = None
-    for index, metric in facts.metrics.items():
-        if first is not None and metric is not first[1]:
-            raise unusable(
-                table,
-                f"indexes of column {column.name} disagree about its metric: {first[0]} is for "
-                f"{first[1].value}, {index} for {metric.value}",
-                f'metrics = {{ {quoted(column.name)} = "{first[1].name.lower()}" }} (or another) '
-                "in the table's configuration.",
-            )
-        first = first or (index, metric)
-    if first is not None:
-        return first[1]
-    if _is_bits(column.type):
-        return Metric.MANHATTAN
-    warnings.append(
-        f"{table.qualified_name}: no vector index tells the metric of column {column.name}; it is "
-        "Cosine "
-        "unless `metrics` says otherwise"
-    )
-    return Metric.COSINE
+    metric, origin = find_metric(table, column, facts, options)
+    if origin == DEFAULT and metric is Metric.COSINE:
+        warnings.append(
+            f"{table.qualified_name}: no vector index tells the metric of column {column.name}; it "
+            "is Cosine unless `metrics` says otherwise"
+        )
+    return metric
 
 
 def _check_vector_options(
@@ -423,13 +456,18 @@ def replan(
             )
     planned = []
     for name, type_ in columns:
+        if name in options.exclude:
+            continue
         if options.columns is not None and name not in options.columns and name not in key:
             continue
         column = _replan_column(plan, name, type_, before.get(name), name in key, options)
         if column is not None:
             planned.append(column)
+    _check_new_fields(plan, planned, options)
+    check_parts(plan, planned)
     positions = {column.name: position for position, column in enumerate(planned)}
-    fields = {column.field for column in planned} | {NAMESPACE_FIELD}
+    fields = {column.field for column in planned} | {name for name, _ in plan.marks}
+    fields |= set(options.indexes)
     return dataclasses.replace(
         plan,
         columns=tuple(planned),
@@ -457,19 +495,38 @@ def _replan_column(
                 f"{describe(type_)}, so the points' ids change",
                 "Copy the table anew.",
             )
-        return ColumnPlan(name, type_, before.field, None)
-    if vector_kind(type_) is not None or (options.skip_bytea and _is_bytea(type_)):
+        return ColumnPlan(name, type_, before.field, None, before.part)
+    skipped = selects(options.skip_bytea, name) and _is_bytea(type_)
+    if vector_kind(type_) is not None or skipped:
         return None
-    if plan.namespace is not None and name == NAMESPACE_FIELD:
-        raise MappingError(
-            f"{where} has the name of the payload field that holds the namespace",
-            "Leave it out with `columns`, or rename it.",
-        )
     try:
         binary_decoder(type_)
     except MappingError as error:
         raise MappingError(f"{where}: {error.message}", error.remedy) from error
-    return ColumnPlan(name, type_, name, None)
+    part = column_part(options, name, in_key)
+    field_name = payload_field(options, name) if part in (None, Part.MEMBER) else None
+    return ColumnPlan(name, type_, field_name, None, part)
+
+
+def _check_new_fields(
+    plan: TablePlan, columns: Sequence[ColumnPlan], options: PlanOptions
+) -> None:
+    """Refuse a new column that would write the payload field of something else."""
+    taken = reserved_fields(options) | {
+        name: "a constant of the configuration" for name, _ in plan.constants
+    }
+    # The new ones last, so that the message names them.
+    before = {column.name for column in plan.columns}
+    for column in sorted(columns, key=lambda one: one.name not in before):
+        if column.field is None or column.part is not None:
+            continue
+        if (purpose := taken.get(column.field)) is not None:
+            raise MappingError(
+                f"{plan.qualified_name}: column {column.name} has the name of the payload field "
+                f"that holds {purpose}",
+                "Leave it out with `exclude`, or `rename` it, and copy the table anew.",
+            )
+        taken[column.field] = f"column {column.name}"
 
 
 def _check_same_vector(where: str, before: ColumnPlan, vector: VectorPlan, type_: PgType) -> None:

@@ -21,6 +21,7 @@ FALSE: Final = b"\x28\x00"
 DOUBLE: Final = b"\x11"
 INTEGER: Final = b"\x18"
 STRING: Final = b"\x22"
+STRUCT: Final = b"\x32"
 
 
 def _varint(number: int) -> bytes:
@@ -84,7 +85,7 @@ def encode_value(value: JsonValue) -> bytes:
         entry = map_entry(key.encode("utf-8"), encode_value(item))
         entries += (b"\x0a", varint(len(entry)), entry)
     content = b"".join(entries)
-    return b"\x32%b%b" % (varint(len(content)), content)
+    return b"%b%b%b" % (STRUCT, varint(len(content)), content)
 
 
 def map_entry(key: bytes, value: bytes) -> bytes:

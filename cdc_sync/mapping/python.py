@@ -6,9 +6,12 @@ For the embedded engine, which takes objects and not bytes, and for tests.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, NamedTuple, TypeAlias
 
 from cdc_sync.errors import MappingError
+from cdc_sync.mapping.column_options import selects
+from cdc_sync.mapping.composed import compile_composed
 from cdc_sync.mapping.decoding import (
     MALFORMED,
     DecodeOptions,
@@ -17,7 +20,7 @@ from cdc_sync.mapping.decoding import (
     NonFiniteCount,
     describe,
 )
-from cdc_sync.mapping.plan import NAMESPACE_FIELD, ColumnPlan, TablePlan
+from cdc_sync.mapping.plan import ColumnPlan, TablePlan
 from cdc_sync.mapping.values import raw_binary_decoder, raw_text_decoder
 from cdc_sync.mapping.vectors import (
     SparseArrays,
@@ -39,6 +42,7 @@ class _Field(NamedTuple):
     name: str
     binary: Decoder
     text: Decoder
+    drop_null: bool
 
 
 class _VectorField(NamedTuple):
@@ -56,18 +60,13 @@ class PythonCodec:
 
     def __init__(self, plan: TablePlan) -> None:
         self._plan: Final = plan
-        self._options = DecodeOptions(plan.numeric_as_string, NonFiniteCount())
+        self._non_finite = NonFiniteCount()
         self._fields = tuple(
-            _Field(
-                position,
-                column,
-                column.field,
-                raw_binary_decoder(column.type, self._options),
-                raw_text_decoder(column.type, self._options),
-            )
+            _payload_field(position, column, column.field, plan, self._non_finite)
             for position, column in enumerate(plan.columns)
-            if column.field is not None
+            if column.field is not None and column.part is None
         )
+        self._composed = compile_composed(plan, self._non_finite)
         self._vectors = tuple(
             _VectorField(position, column.vector.name, *compile_vector(plan.qualified_name, column))
             for position, column in enumerate(plan.columns)
@@ -82,20 +81,47 @@ class PythonCodec:
     @property
     def non_finite(self) -> int:
         """How many NaN and infinite numbers of payloads became None so far."""
-        return self._options.non_finite.value
+        return self._non_finite.value
 
-    def payload(self, row: Row) -> dict[str, JsonValue]:
-        """Return the known payload: every column that is not UNCHANGED, and the namespace if there
-        is one.
+    def payload(
+        self, row: Row, kept: Mapping[str, JsonValue] | None = None
+    ) -> dict[str, JsonValue]:
+        """Return the known payload: every column that is not UNCHANGED, constants and marks.
+
+        ``kept`` are values of fields that the row does not tell, by the names of
+        :meth:`unknown_fields`.
+        """
+        fields = self._columns(row)
+        if kept:
+            fields.update(kept)
+        fields.update(self._plan.constants)
+        key = self._plan.payload_key
+        payload: dict[str, JsonValue] = fields if key is None else {key: fields}
+        payload.update(self._plan.marks)
+        return payload
+
+    def unknown_fields(self, row: Row) -> list[str]:
+        """Return the columns' payload fields whose value is not in the row; with a ``payload_key``
+        they are fields of that object.
         """
         self._check_width(row)
+        return [field.name for field in self._fields if row[field.position] is UNCHANGED]
+
+    def has_unknown_object(self, row: Row) -> bool:
+        """Tell whether a column of the object that several columns make is not in the row: then the
+        object is not in the payload, and can only come from the whole row.
+        """
+        return self._composed is not None and self._composed.unknown(row)
+
+    def _columns(self, row: Row) -> dict[str, JsonValue]:
+        self._check_width(row)
         payload: dict[str, JsonValue] = {}
-        for position, column, name, binary, text in self._fields:
+        for position, column, name, binary, text, drop_null in self._fields:
             value = row[position]
             if value is UNCHANGED:
                 continue
             if value is None:
-                if not self._plan.drop_nulls:
+                if not drop_null:
                     payload[name] = None
                 continue
             try:
@@ -105,8 +131,8 @@ class PythonCodec:
                     f"{self._plan.qualified_name}: column {column.name} does not hold a value of "
                     f"type {describe(column.type)}"
                 ) from error
-        if self._plan.namespace is not None:
-            payload[NAMESPACE_FIELD] = self._plan.namespace
+        if self._composed is not None:
+            payload.update(self._composed.fields(row))
         return payload
 
     def vectors(self, row: Row) -> dict[str, VectorValue]:
@@ -130,3 +156,17 @@ class PythonCodec:
                 f"{self._plan.qualified_name}: a row has {len(row)} values, the plan "
                 f"{len(self._plan.columns)} columns"
             )
+
+
+def _payload_field(
+    position: int, column: ColumnPlan, name: str, plan: TablePlan, count: NonFiniteCount
+) -> _Field:
+    options = DecodeOptions(selects(plan.numeric_as_string, column.name), count)
+    return _Field(
+        position,
+        column,
+        name,
+        raw_binary_decoder(column.type, options),
+        raw_text_decoder(column.type, options),
+        selects(plan.drop_nulls, column.name),
+    )

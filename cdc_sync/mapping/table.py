@@ -80,8 +80,11 @@ class IndexColumn:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """An index; ``options`` are its storage parameters (``m``, ``ef_construction``,
-    ``lists``...)."""
+    """An index; ``options`` are its storage parameters (``m``, ``ef_construction``, ``lists``...).
+
+    ``relation`` says, for people, which leaf partitions have it by themselves; "" for an index of
+    the table, or of every leaf.
+    """
 
     name: str
     method: str
@@ -92,6 +95,7 @@ class Index:
     immediate: bool = True
     predicate: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+    relation: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,25 +10,23 @@ are the same from Qdrant 1.14 on.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 
 from cdc_sync.errors import MappingError
+from cdc_sync.mapping.column_options import selects
+from cdc_sync.mapping.composed import compile_composed
 from cdc_sync.mapping.decoding import MALFORMED, DecodeOptions, Decoder, NonFiniteCount, describe
-from cdc_sync.mapping.plan import (
-    NAMESPACE_FIELD,
-    ColumnPlan,
-    TablePlan,
-    VectorKind,
-)
+from cdc_sync.mapping.plan import ColumnPlan, TablePlan, VectorKind
 from cdc_sync.mapping.protobuf import (
     DOUBLE,
     FALSE,
     INTEGER,
     NULL,
     STRING,
+    STRUCT,
     TRUE,
     delimited,
     encode_value,
@@ -58,6 +56,8 @@ _Frame: TypeAlias = Callable[[bytes], bytes]
 
 _POINT_PAYLOAD: Final = tag(3)
 _POINT_VECTORS: Final = tag(4)
+#: ``Struct.fields``
+_FIELDS: Final = tag(1)
 #: ``Vectors`` with an empty ``NamedVectors``: a point without vectors.
 _NO_VECTORS: Final = tag(2) + b"\x00"
 _DENSE, _SPARSE, _MULTI = 101, 102, 103
@@ -101,12 +101,13 @@ class WireCodec:
     def __init__(self, plan: TablePlan) -> None:
         self._plan = plan
         self._width = len(plan.columns)
-        self._options = DecodeOptions(plan.numeric_as_string, NonFiniteCount())
+        self._non_finite = NonFiniteCount()
         self._fields = tuple(
-            _payload_field(position, column, plan, self._options)
+            _payload_field(position, column, plan, self._non_finite)
             for position, column in enumerate(plan.columns)
-            if column.field is not None
+            if column.field is not None and column.part is None
         )
+        self._composed = compile_composed(plan, self._non_finite)
         # One unnamed vector is the message's ``vector``; beside others it is the one named "" among
         # them.
         self._unnamed = [vector.name for vector in plan.vectors] == [""]
@@ -115,10 +116,10 @@ class WireCodec:
             for position, column in enumerate(plan.columns)
             if column.vector is not None
         )
-        self._namespace_entry = b""
-        if plan.namespace is not None:
-            entry = map_entry(NAMESPACE_FIELD.encode(), encode_value(plan.namespace))
-            self._namespace_entry = varint(len(entry)) + entry
+        # What is the same in every row.
+        self._constants = [_entry(name, encode_value(value)) for name, value in plan.constants]
+        self._marks = [_entry(name, encode_value(value)) for name, value in plan.marks]
+        self._nest = None if plan.payload_key is None else _frame(plan.payload_key.encode("utf-8"))
 
     @property
     def plan(self) -> TablePlan:
@@ -128,7 +129,7 @@ class WireCodec:
     @property
     def non_finite(self) -> int:
         """How many NaN and infinite numbers of payloads were written as null so far."""
-        return self._options.non_finite.value
+        return self._non_finite.value
 
     def point_id(self, point_id: PointId) -> bytes:
         """Return a serialized ``PointId``."""
@@ -143,7 +144,7 @@ class WireCodec:
             self._refuse_unchanged(row)
         identity = self.point_id(point_id)
         vectors = self.vectors(row) or _NO_VECTORS
-        payload = self._entries(row, _POINT_PAYLOAD)
+        payload = self._payload(row, _POINT_PAYLOAD)
         return b"".join(
             (
                 b"\x0a",
@@ -156,11 +157,14 @@ class WireCodec:
             )
         )
 
-    def payload_entries(self, row: Row, field: int) -> bytes:
+    def payload_entries(
+        self, row: Row, field: int, kept: Mapping[str, bytes] | None = None
+    ) -> bytes:
         """Return the known payload as entries of a ``map<string, Value>`` with the given field
-        number.
+        number. ``kept`` are serialized Values of fields that the row does not tell, by the names
+        of :meth:`unknown_fields`.
         """
-        return self._entries(row, tag(field))
+        return self._payload(row, tag(field), kept)
 
     def vectors(self, row: Row) -> bytes | None:
         """Return a serialized ``Vectors`` of the known vectors that are not NULL, or None."""
@@ -196,26 +200,59 @@ class WireCodec:
         self._check_width(row)
         return any(row[field.position] is UNCHANGED for field in self._fields)
 
+    def unknown_fields(self, row: Row) -> list[str]:
+        """Return the columns' payload fields whose value is not in the row; with a ``payload_key``
+        they are fields of that object.
+        """
+        if UNCHANGED not in row:
+            return []
+        self._check_width(row)
+        return [
+            str(field.column.field) for field in self._fields if row[field.position] is UNCHANGED
+        ]
+
+    def has_unknown_object(self, row: Row) -> bool:
+        """Tell whether a column of the object that several columns make is not in the row: then the
+        object is not in the payload, and can only come from the whole row.
+        """
+        return self._composed is not None and self._composed.unknown(row)
+
     def has_unknown_vectors(self, row: Row) -> bool:
         """Tell whether the value of some vector column is not in the row."""
         self._check_width(row)
         return any(row[field.position] is UNCHANGED for field in self._vectors)
 
     def known_fields(self, row: Row) -> set[str]:
-        """Return the payload fields whose state the row tells, those left out for NULL included."""
+        """Return the payload fields whose state the row tells, those left out for NULL included,
+        on whatever level.
+        """
         self._check_width(row)
         known = {
             str(field.column.field)
             for field in self._fields
             if row[field.position] is not UNCHANGED
         }
-        if self._plan.namespace is not None:
-            known.add(NAMESPACE_FIELD)
-        return known
+        known.update(name for name, _ in self._plan.constants)
+        if self._plan.payload_key is not None:
+            known.add(self._plan.payload_key)
+        return known | {name for name, _ in self._plan.marks}
 
-    def _entries(self, row: Row, outer: bytes) -> bytes:
+    def _payload(self, row: Row, outer: bytes, kept: Mapping[str, bytes] | None = None) -> bytes:
+        entries = self._entries(row)
+        if kept:
+            entries += [_entry(name, value) for name, value in kept.items()]
+        entries += self._constants
+        if self._nest is not None:
+            fields = _FIELDS.join(entries)
+            entries = [b"", self._nest(b"%b%b%b" % (STRUCT, varint(len(fields)), fields))]
+        entries += self._marks
+        return outer.join(entries)
+
+    def _entries(self, row: Row) -> list[bytes]:
+        """Return the entries of the columns that are known, to be joined by their tag; the empty
+        one in front puts it before each.
+        """
         self._check_width(row)
-        # Joined by the tag, so that one stands before each entry.
         entries = [b""]
         field = None
         try:
@@ -231,9 +268,10 @@ class WireCodec:
                     entries.append(text(value))
         except MALFORMED as error:
             raise self._malformed(field) from error
-        if self._namespace_entry:
-            entries.append(self._namespace_entry)
-        return outer.join(entries)
+        if self._composed is not None:
+            composed = self._composed.fields(row)
+            entries += [_entry(name, encode_value(value)) for name, value in composed.items()]
+        return entries
 
     def _malformed(self, field: _Field | None) -> MappingError:
         where = self._plan.qualified_name
@@ -266,16 +304,24 @@ class WireCodec:
 # -- payload
 
 
+def _entry(name: str, value: bytes) -> bytes:
+    """Return length and content of a payload map entry."""
+    entry = map_entry(name.encode("utf-8"), value)
+    return varint(len(entry)) + entry
+
+
 def _payload_field(
-    position: int, column: ColumnPlan, plan: TablePlan, options: DecodeOptions
+    position: int, column: ColumnPlan, plan: TablePlan, count: NonFiniteCount
 ) -> _Field:
+    options = DecodeOptions(selects(plan.numeric_as_string, column.name), count)
     key = str(column.field).encode("utf-8")
     frame = _frame(key)
     binary = _fast_encoder(column.type, key, options)
     if binary is None:
         binary = _generic_encoder(raw_binary_decoder(column.type, options), frame)
     text = _generic_encoder(raw_text_decoder(column.type, options), frame)
-    return _Field(position, column, binary, text, None if plan.drop_nulls else frame(NULL))
+    null = None if selects(plan.drop_nulls, column.name) else frame(NULL)
+    return _Field(position, column, binary, text, null)
 
 
 def _entry_header(key: bytes, value_length: int) -> bytes:

@@ -54,6 +54,8 @@ SinkOutcome = Literal["ok", "error", "timeout"]
 Trigger = Literal["timer", "requested", "progress"]
 WalStatus = Literal["reserved", "extended", "unreserved", "lost"]
 CheckpointOutcome = Literal["ok", "error"]
+ControlOutcome = Literal["table", "rows", "invalid", "unknown_table", "limited", "unreadable"]
+RereadResult = Literal["written", "deleted"]
 
 #: What the metrics count errors of, by the start of the kind's name.
 _COMPONENTS: Final[Mapping[str, str]] = {
@@ -158,6 +160,10 @@ class TableMetrics:
             for outcome in get_args(SchemaOutcome)
         }
         self.values_nulled = metrics.values_nulled.labels(table)
+        self.orphans = metrics.orphans.labels(table)
+        self.rows_reread: Mapping[RereadResult, Counter] = {
+            result: metrics.rows_reread.labels(table, result) for result in get_args(RereadResult)
+        }
         self.dead_letters: Mapping[ErrorKind, Counter] = {
             kind: metrics.dead_letters.labels(table, kind.value)
             for kind in (ErrorKind.MAPPING, ErrorKind.SINK_REFUSED)
@@ -326,6 +332,16 @@ class Metrics:
         )
         self.values_nulled = make.counter(
             "values_nulled", "NaN and infinities written as null.", ("table",)
+        )
+        self.control_requests = _bound(
+            make.counter("control_requests", "Requests in logical messages.", ("outcome",)),
+            ControlOutcome,
+        )
+        self.orphans = make.counter(
+            "orphans", "Points found without a row, after a copy.", ("table",)
+        )
+        self.rows_reread = make.counter(
+            "rows_reread", "Rows read again because it was asked for.", ("table", "result")
         )
         self.dead_letters = make.counter(
             "dead_letters", "Rows that could not be written.", ("table", "kind")

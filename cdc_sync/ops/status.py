@@ -18,8 +18,9 @@ known yet is null.
                     "applied": "0/3000028", "acknowledged": "0/3000028"},
       "lag": {"bytes": 56, "seconds": 0.0},
       "tables": [{"name": "public.items", "collection": "items", "state": "streaming",
-                  "rows_copied": 400, "rows_estimated": 400, "changes_applied": 12,
-                  "dead_letters": 0, "error": null, "remedy": null}],
+                  "rows_copied": 400, "rows_estimated": 400, "rows_exact": true,
+                  "bytes_copied": 1638400, "copy_seconds": 0.4, "retries": 0,
+                  "changes_applied": 12, "dead_letters": 0, "error": null, "remedy": null}],
       "tasks": [{"name": "stream", "heartbeat_age_seconds": 0.4}],
       "versions": {"cdc_sync": "0.1.0", "python": "3.11.7",
                    "postgres": "16.3", "qdrant": "1.20.0"},
@@ -27,7 +28,8 @@ known yet is null.
     }
 
 The state is starting, standby, snapshotting, catching_up, streaming, draining or failed; a table's
-is pending, copying, catching_up, streaming or failed.
+is pending, copying, catching_up, streaming or failed. ``rows_exact`` says that ``rows_estimated``
+was counted; ``copy_seconds`` runs while the table is copied.
 """
 
 from __future__ import annotations
@@ -59,6 +61,9 @@ class TableChanges(TypedDict, total=False):
     state: TablePhase
     rows_copied: int
     rows_estimated: int | None
+    rows_exact: bool
+    bytes_copied: int
+    retries: int
     changes_applied: int
     dead_letters: int
     error: str | None
@@ -101,6 +106,9 @@ class _Fields:
     state: TablePhase = "pending"
     rows_copied: int = 0
     rows_estimated: int | None = None
+    rows_exact: bool = False
+    bytes_copied: int = 0
+    retries: int = 0
     changes_applied: int = 0
     dead_letters: int = 0
     error: str | None = None
@@ -110,11 +118,20 @@ class _Fields:
 class TableStatus:
     """One table on the board. Made by :meth:`StatusBoard.table`."""
 
-    def __init__(self, name: str, lock: threading.Lock, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        lock: threading.Lock,
+        changed: Callable[[], None],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.name = name
         self._lock = lock
         self._changed = changed
+        self._monotonic = monotonic
         self._fields = _Fields()
+        self._copy_started: float | None = None
+        self._copy_ended: float | None = None
 
     @property
     def state(self) -> TablePhase:
@@ -124,15 +141,27 @@ class TableStatus:
     def update(self, **changes: Unpack[TableChanges]) -> None:
         """Set the fields given; the others stay."""
         with self._lock:
+            before = self._fields.state
             for name, value in changes.items():
                 setattr(self._fields, name, redact(value) if isinstance(value, str) else value)
             if "state" in changes:
+                self._time_copy(before)
                 self._changed()
 
-    def add(self, *, rows_copied: int = 0, changes_applied: int = 0, dead_letters: int = 0) -> None:
+    def add(
+        self,
+        *,
+        rows_copied: int = 0,
+        bytes_copied: int = 0,
+        retries: int = 0,
+        changes_applied: int = 0,
+        dead_letters: int = 0,
+    ) -> None:
         """Add to the counts."""
         with self._lock:
             self._fields.rows_copied += rows_copied
+            self._fields.bytes_copied += bytes_copied
+            self._fields.retries += retries
             self._fields.changes_applied += changes_applied
             self._fields.dead_letters += dead_letters
 
@@ -140,7 +169,26 @@ class TableStatus:
         """The table's entry; called under the board's lock."""
         fields = self._fields
         names = _Fields.__dataclass_fields__
-        return {"name": self.name, **{name: getattr(fields, name) for name in names}}
+        entry = {"name": self.name, **{name: getattr(fields, name) for name in names}}
+        times = self.copy_times()
+        return {**entry, "copy_seconds": round(times[1] - times[0], 3) if times else None}
+
+    def _time_copy(self, before: TablePhase) -> None:
+        """From the first chunk to the last, the stream's turns between them included."""
+        now = self._fields.state
+        if now == "copying":
+            if before not in ("copying", "catching_up") or self._copy_started is None:
+                self._copy_started = self._monotonic()
+            self._copy_ended = None
+        elif before == "copying":
+            self._copy_ended = self._monotonic()
+
+    def copy_times(self) -> tuple[float, float] | None:
+        """When the copy began and ended, or now, on the board's clock; called under its lock."""
+        if self._copy_started is None:
+            return None
+        ended = self._monotonic() if self._copy_ended is None else self._copy_ended
+        return self._copy_started, ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +301,9 @@ class StatusBoard:
         """The entry of a table (``schema.table``), made at the first call."""
         with self._lock:
             if name not in self._tables:
-                self._tables[name] = TableStatus(name, self._lock, self._count_tables)
+                self._tables[name] = TableStatus(
+                    name, self._lock, self._count_tables, self._monotonic
+                )
                 self._count_tables()
             return self._tables[name]
 
@@ -319,6 +369,15 @@ class StatusBoard:
                 "started": _timestamp(self._started),
                 "uptime_seconds": round(now - self._started_monotonic, 3),
             }
+
+    def copy_seconds(self) -> float | None:
+        """From the start of the first table's copy to the end of the last one's, or until now; None
+        if none was copied."""
+        with self._lock:
+            times = [both for table in self._tables.values() if (both := table.copy_times())]
+        if not times:
+            return None
+        return round(max(end for _, end in times) - min(start for start, _ in times), 3)
 
     # -- under the lock
 

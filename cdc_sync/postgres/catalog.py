@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -104,23 +105,33 @@ _REFUSED_PERSISTENCE: Final = {
 
 def find_table(conn: PgConnection, name: str) -> Table:
     """Find a table by its name as in SQL (``t``, ``s.t``, ``"Odd ""name"``), along the role's
-    search path.
+    search path. Else, where nothing is quoted, one whose name is exactly that (``my-docs``).
 
     Raises :class:`SourceError` TABLE_UNUSABLE when there is none (naming similar ones) or when it
     is something that logical replication does not carry, and :class:`ConfigError` when the name is
     not a name.
     """
     try:
-        parts = parse_name(name)
-    except ValueError as exc:
-        raise ConfigError(
-            f"tables.name {name!r} is not a table's name",
-            'Write it as in SQL: docs, app.docs, or in quotes: app."Docs".',
-        ) from exc
-    try:
+        try:
+            parts = parse_name(name)
+        except ValueError as exc:
+            if _find_verbatim(conn, name) is None:
+                raise ConfigError(
+                    f"tables.name {name!r} is not a table's name",
+                    'Write it as in SQL: docs, app.docs, or in quotes: app."Docs".',
+                ) from exc
+            parts = (name,)
         return _find(conn, name, parts)
     except psycopg.Error as exc:
         raise translate(exc, f"looking for table {name}") from exc
+
+
+def _find_verbatim(conn: PgConnection, name: str) -> tuple[Any, ...] | None:
+    """Look for a table whose name is exactly that, as Qdrant's migration tool does."""
+    if '"' in name or "\0" in name:
+        return None
+    schemas = _search_path(conn)
+    return conn.execute(_FIND, (name, schemas, schemas)).fetchone()
 
 
 def _find(conn: PgConnection, name: str, parts: tuple[str, ...]) -> Table:
@@ -131,6 +142,8 @@ def _find(conn: PgConnection, name: str, parts: tuple[str, ...]) -> Table:
         )
     schemas = [parts[-2]] if len(parts) > 1 else _search_path(conn)
     row = conn.execute(_FIND, (parts[-1], schemas, schemas)).fetchone()
+    if row is None:
+        row = _find_verbatim(conn, name)
     if row is None:
         raise SourceError(
             ErrorKind.TABLE_UNUSABLE,
@@ -309,7 +322,9 @@ def _read(conn: PgConnection, oid: int, types: TypeResolver) -> Table:
         replica_identity=identity,
         identity_columns=_identity(identity, columns, primary, own),
         indexes=_distinct(
-            [index for index, _ in own], [_index(row) for row in found if row[0] != oid]
+            [index for index, _ in own],
+            [(row[0], _index(row)) for row in found if row[0] != oid],
+            leaves,
         ),
         leaves=leaves,
         deferrable_key=primary is not None and not primary.immediate,
@@ -354,15 +369,27 @@ def _identity(
     return ()
 
 
-def _distinct(own: list[Index], of_leaves: list[Index]) -> tuple[Index, ...]:
+def _distinct(
+    own: list[Index], of_leaves: list[tuple[int, Index]], leaves: Sequence[Leaf]
+) -> tuple[Index, ...]:
     """Add the leaves' own indexes, each shape once; unique there says nothing about the whole."""
-    shapes = {(index.method, index.columns, index.predicate) for index in own}
+
+    def shape(index: Index) -> tuple[object, ...]:
+        options = tuple(sorted(index.options.items()))
+        return (index.method, index.columns, index.predicate, options, index.valid)
+
+    names = {leaf.oid: f"{leaf.schema}.{leaf.name}" for leaf in leaves}
+    known = {shape(index) for index in own}
+    added: dict[tuple[object, ...], tuple[Index, set[int]]] = {}
+    for oid, index in of_leaves:
+        if shape(index) not in known:
+            added.setdefault(shape(index), (index, set()))[1].add(oid)
     indexes = list(own)
-    for index in of_leaves:
-        shape = (index.method, index.columns, index.predicate)
-        if shape not in shapes:
-            shapes.add(shape)
-            indexes.append(replace(index, unique=False, primary=False))
+    for index, having in added.values():
+        first, *others = sorted(names[oid] for oid in having)
+        more = f" and {len(others)} more" if others else ""
+        relation = "" if having == set(names) else first + more
+        indexes.append(replace(index, unique=False, primary=False, relation=relation))
     return tuple(indexes)
 
 

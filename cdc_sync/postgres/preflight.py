@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import psycopg
@@ -14,7 +14,12 @@ from cdc_sync.postgres.catalog import ServerInfo, server_info
 from cdc_sync.postgres.connect import PgConnection, translate
 from cdc_sync.postgres.identifiers import qualified, quote_ident
 from cdc_sync.postgres.pg_types import breaks_binary_stream
-from cdc_sync.postgres.publication import Publication, create_publication_sql, publication_remedy
+from cdc_sync.postgres.publication import (
+    Publication,
+    Wanted,
+    create_publication_sql,
+    publication_remedy,
+)
 from cdc_sync.postgres.slot import free_slots, validate_slot_name
 
 OLDEST_VERSION: Final = 140000
@@ -27,8 +32,13 @@ def preflight_source(
     tables: Sequence[Table],
     slot_exists: bool,
     publication: Publication | None,
+    wanted: Sequence[Wanted] | None = None,
+    row_filters: Mapping[int, str] | None = None,
 ) -> None:
     """Check everything that can be checked without changing anything.
+
+    ``wanted`` (default: all columns of the tables) and ``row_filters``, by the OID of the table,
+    are what a publication that is to be created will hold.
 
     Raises the first of :class:`SourceError`: SOURCE_SETTING (version, recovery, ``wal_level``,
     output plugins, free slots and senders), SOURCE_PERMISSION (REPLICATION, SELECT, USAGE, row
@@ -44,7 +54,8 @@ def preflight_source(
         check_identity(table)
         check_readable(conn, table)
     if publication is None:
-        check_may_publish(conn, source, tables)
+        entries = [(table, None) for table in tables] if wanted is None else wanted
+        check_may_publish(conn, source, entries, row_filters)
 
 
 def _setting(conn: PgConnection, name: str) -> str | None:
@@ -196,10 +207,15 @@ SELECT current_user::text, has_database_privilege(current_database(), 'CREATE'),
 """
 
 
-def check_may_publish(conn: PgConnection, source: SourceSettings, tables: Sequence[Table]) -> None:
+def check_may_publish(
+    conn: PgConnection,
+    source: SourceSettings,
+    wanted: Sequence[Wanted],
+    row_filters: Mapping[int, str] | None = None,
+) -> None:
     """Check that the role may create the publication, which is absent: CREATE, and ownership."""
     try:
-        row = conn.execute(_MAY_PUBLISH, ([table.oid for table in tables],)).fetchone()
+        row = conn.execute(_MAY_PUBLISH, ([table.oid for table, _ in wanted],)).fetchone()
     except psycopg.Error as exc:
         raise translate(exc, "checking the right to create a publication") from exc
     assert row is not None
@@ -209,8 +225,9 @@ def check_may_publish(conn: PgConnection, source: SourceSettings, tables: Sequen
     reason = f"does not own {', '.join(foreign)}" if foreign else "has no CREATE on the database"
     statement = create_publication_sql(
         source.publication,
-        [(table, None) for table in tables],
+        wanted,
         server_version=conn.info.server_version,
+        row_filters=row_filters,
     )
     raise SourceError(
         ErrorKind.SOURCE_PERMISSION,

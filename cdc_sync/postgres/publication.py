@@ -5,7 +5,7 @@ Source: PostgreSQL documentation, "CREATE PUBLICATION", "pg_publication_tables".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -98,23 +98,24 @@ def read_publication(conn: PgConnection, name: str) -> Publication | None:
 
 
 def create_publication_sql(
-    name: str, tables: Sequence[Wanted], *, server_version: int = 180000
+    name: str,
+    tables: Sequence[Wanted],
+    *,
+    server_version: int = 180000,
+    row_filters: Mapping[int, str] | None = None,
 ) -> str:
-    """Return the statement that creates the publication (one line).
-
-    A table gets a column list only when less than all is wanted; the replica identity's columns are
-    always in it, since the application's updates fail otherwise. Postgres 14 has no column lists.
+    """Return the statement that creates the publication (one line, but for row filters with
+    comments). ``row_filters`` are SQL by the OID of the table.
     """
+    filters = row_filters or {}
     entries = []
     generated = False
     for table, columns in tables:
-        only = "" if table.partitioned else "ONLY "
-        entry = only + qualified(table.schema, table.name)
-        listed = _column_list(table, columns, server_version)
+        entries.append(publication_entry(table, columns, server_version, filters.get(table.oid)))
         generated = generated or (
-            listed is None and _identity_needs_generated(table, server_version)
+            _column_list(table, columns, server_version) is None
+            and _identity_needs_generated(table, server_version)
         )
-        entries.append(entry if listed is None else f"{entry} ({column_list(listed)})")
     options = ["publish_via_partition_root = true"]
     if generated:
         options.append("publish_generated_columns = stored")
@@ -122,6 +123,33 @@ def create_publication_sql(
         f"CREATE PUBLICATION {quote_ident(name)} FOR TABLE {', '.join(entries)}"
         f" WITH ({', '.join(options)});"
     )
+
+
+def publication_entry(
+    table: Table,
+    columns: Sequence[str] | None,
+    server_version: int,
+    row_filter: str | None = None,
+) -> str:
+    """Return a table as it stands in CREATE PUBLICATION and ALTER PUBLICATION ... ADD TABLE.
+
+    It gets a column list only when less than all is wanted; the replica identity's columns are
+    always in it, since the application's updates fail otherwise. Postgres 14 has no column lists.
+    """
+    entry = _relation(table)
+    listed = _column_list(table, columns, server_version)
+    if listed is not None:
+        entry += f" ({column_list(listed)})"
+    return entry if row_filter is None else f"{entry} WHERE {in_parentheses(row_filter)}"
+
+
+def _relation(table: Table) -> str:
+    return ("" if table.partitioned else "ONLY ") + qualified(table.schema, table.name)
+
+
+def in_parentheses(predicate: str) -> str:
+    """Return a predicate in parentheses, of which a comment at its end does not take one away."""
+    return f"({predicate}\n)" if "--" in predicate else f"({predicate})"
 
 
 def _column_list(
@@ -151,15 +179,21 @@ def _identity_needs_generated(table: Table, server_version: int) -> bool:
 
 
 def create_publication(
-    conn: PgConnection, name: str, tables: Sequence[Wanted], server: ServerInfo
+    conn: PgConnection,
+    name: str,
+    tables: Sequence[Wanted],
+    server: ServerInfo,
+    row_filters: Mapping[int, str] | None = None,
 ) -> None:
-    """Create the publication.
+    """Create the publication. ``row_filters`` are SQL by the OID of the table.
 
     Raises :class:`SourceError`: SOURCE_PERMISSION with the exact SQL and who must run it when the
     role may not; PUBLICATION_UNUSABLE when the server refuses the statement. One that another
     process created meanwhile is left as it is: check it afterwards.
     """
-    statement = create_publication_sql(name, tables, server_version=server.version_num)
+    statement = create_publication_sql(
+        name, tables, server_version=server.version_num, row_filters=row_filters
+    )
     try:
         conn.execute(statement.encode())
     except psycopg.errors.DuplicateObject:
@@ -177,6 +211,53 @@ def create_publication(
         raise error from exc
 
 
+def add_to_publication(
+    conn: PgConnection,
+    name: str,
+    tables: Sequence[Wanted],
+    server: ServerInfo,
+    row_filters: Mapping[int, str] | None = None,
+) -> None:
+    """Add tables to a publication that we have created. ``row_filters`` are SQL by the OID of the
+    table. Errors as :func:`create_publication`.
+
+    Changes that were made before are not sent: the tables must be copied under a snapshot that
+    sees every transaction which was open at that time.
+    """
+    if not tables:
+        return
+    filters = row_filters or {}
+    entries = ", ".join(
+        publication_entry(table, columns, server.version_num, filters.get(table.oid))
+        for table, columns in tables
+    )
+    statement = f"ALTER PUBLICATION {quote_ident(name)} ADD TABLE {entries};"
+    try:
+        conn.execute(statement.encode())
+    except psycopg.errors.DuplicateObject:
+        return
+    except psycopg.errors.InsufficientPrivilege as exc:
+        raise SourceError(
+            ErrorKind.SOURCE_PERMISSION,
+            f"role {conn.info.user} may not alter publication {name}: {exc.diag.message_primary}",
+            publication_remedy(statement, conn.info.dbname),
+        ) from exc
+    except psycopg.Error as exc:
+        raise translate(exc, f"altering publication {name}") from exc
+
+
+def drop_publication(conn: PgConnection, name: str) -> bool:
+    """Drop a publication that we have created; False when there is none. Raises
+    :class:`SourceError`."""
+    try:
+        conn.execute(f"DROP PUBLICATION {quote_ident(name)}".encode())
+    except psycopg.errors.UndefinedObject:
+        return False
+    except psycopg.Error as exc:
+        raise translate(exc, f"dropping publication {name}") from exc
+    return True
+
+
 def publication_remedy(statement: str, database: str) -> str:
     """Say who must run the statement."""
     return (
@@ -186,11 +267,16 @@ def publication_remedy(statement: str, database: str) -> str:
 
 
 def check_publication(
-    publication: Publication, wanted: Sequence[Wanted], server: ServerInfo
+    publication: Publication,
+    wanted: Sequence[Wanted],
+    server: ServerInfo,
+    row_filters: Mapping[int, str | None] | None = None,
 ) -> None:
     """Check that the publication carries every change of every wanted column (R37, R34, R36).
 
-    Raises :class:`SourceError` PUBLICATION_UNUSABLE with the SQL that mends it.
+    ``row_filters`` are the filters it must have, as the server prints them, by the OID of the table
+    (None: it must have none; a table that is not among them may have any). Raises
+    :class:`SourceError` PUBLICATION_UNUSABLE with the SQL that mends it.
     """
     name = quote_ident(publication.name)
     missing = [
@@ -208,12 +294,25 @@ def check_publication(
             f"publication {publication.name} does not publish {' and '.join(missing)}",
             f"ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate');",
         )
+    filters = row_filters or {}
     for table, columns in wanted:
-        _check_table(publication, table, columns, server)
+        published = publication.tables.get(table.oid)
+        row_filter = published.row_filter if published is not None else None
+        _check_table(
+            publication,
+            table,
+            columns,
+            server,
+            filters.get(table.oid, row_filter),
+        )
 
 
 def _check_table(
-    publication: Publication, table: Table, columns: Sequence[str] | None, server: ServerInfo
+    publication: Publication,
+    table: Table,
+    columns: Sequence[str] | None,
+    server: ServerInfo,
+    row_filter: str | None,
 ) -> None:
     name = quote_ident(publication.name)
     if table.partitioned and not publication.via_root:
@@ -224,10 +323,10 @@ def _check_table(
         )
     published = publication.tables.get(table.oid)
     if published is None:
-        only = "" if table.partitioned else "ONLY "
+        entry = publication_entry(table, None, server.version_num, row_filter)
         raise _unusable(
             f"publication {publication.name} does not have table {table.qualified_name}",
-            f"ALTER PUBLICATION {name} ADD TABLE {only}{qualified(table.schema, table.name)};"
+            f"ALTER PUBLICATION {name} ADD TABLE {entry};"
             " (for a partition of a partitioned table, name that table instead)",
         )
     sendable = [column.name for column in table.columns if not column.generated]
@@ -241,8 +340,47 @@ def _check_table(
         raise _unusable(
             f"publication {publication.name} does not publish {column_list(absent)}"
             f" of {table.qualified_name}",
-            _columns_remedy(publication, table, absent, server, columns),
+            _columns_remedy(publication, table, absent, server, columns, row_filter),
         )
+    if published.row_filter != row_filter:
+        raise filter_mismatch(publication, table, columns, server, row_filter)
+
+
+def filter_mismatch(
+    publication: Publication,
+    table: Table,
+    columns: Sequence[str] | None,
+    server: ServerInfo,
+    row_filter: str | None,
+) -> SourceError:
+    """Return the error for a publication that filters the rows of a table otherwise than is wanted,
+    with the SQL that mends it."""
+    published = publication.tables[table.oid]
+    found = "no rows" if published.row_filter is None else f"rows by {published.row_filter}"
+    wanted = "none" if row_filter is None else "by " + " ".join(row_filter.split())
+    return _unusable(
+        f"publication {publication.name} filters {found} of {table.qualified_name}, and the"
+        f" configuration wants {wanted}",
+        _readd(publication, table, columns, server, row_filter),
+    )
+
+
+def _readd(
+    publication: Publication,
+    table: Table,
+    columns: Sequence[str] | None,
+    server: ServerInfo,
+    row_filter: str | None,
+) -> str:
+    """Return the SQL that publishes a table anew."""
+    name = quote_ident(publication.name)
+    if publication.all_tables:
+        return f"It is FOR ALL TABLES, which cannot filter rows: DROP PUBLICATION {name};"
+    entry = publication_entry(table, columns, server.version_num, row_filter)
+    return (
+        f"ALTER PUBLICATION {name} DROP TABLE {_relation(table)};"
+        f" ALTER PUBLICATION {name} ADD TABLE {entry};"
+    )
 
 
 def _columns_remedy(
@@ -251,6 +389,7 @@ def _columns_remedy(
     absent: list[str],
     server: ServerInfo,
     columns: Sequence[str] | None,
+    row_filter: str | None,
 ) -> str:
     name = quote_ident(publication.name)
     generated = {column.name: column.generated for column in table.columns if column.generated}
@@ -267,14 +406,7 @@ def _columns_remedy(
         )
     if any(column in generated for column in absent):
         return f"ALTER PUBLICATION {name} SET (publish_generated_columns = stored);"
-    only = "" if table.partitioned else "ONLY "
-    entry = only + qualified(table.schema, table.name)
-    listed = _column_list(table, columns, server.version_num)
-    written = entry if listed is None else f"{entry} ({column_list(listed)})"
-    return (
-        f"ALTER PUBLICATION {name} DROP TABLE {entry};"
-        f" ALTER PUBLICATION {name} ADD TABLE {written};"
-    )
+    return _readd(publication, table, columns, server, row_filter)
 
 
 def publication_warnings(publication: Publication, wanted: Sequence[Wanted]) -> list[str]:

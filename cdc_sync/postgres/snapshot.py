@@ -12,6 +12,7 @@ from psycopg import pq
 
 from cdc_sync.config import SourceSettings
 from cdc_sync.errors import ErrorKind, SourceError
+from cdc_sync.mapping.ids import key_plan
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.table import Leaf, Table, redefined
 from cdc_sync.postgres.connect import PgConnection, connect, result_error, translate
@@ -28,6 +29,7 @@ __all__ = [
     "copy_query",
     "copy_rows",
     "import_snapshot",
+    "key_query",
     "lock_and_verify",
     "select_list",
 ]
@@ -300,3 +302,14 @@ def copy_query(
         conditions.append(f"({row_filter})")
     source = f"ONLY {qualified(leaf.schema, leaf.name)}"
     return f"SELECT {listed} FROM {source} WHERE {' AND '.join(conditions)}", text
+
+
+def key_query(
+    plan: TablePlan, leaf: Leaf, row_filter: str | None = None
+) -> tuple[str, tuple[bool, ...]]:
+    """Return the query that reads the key columns of a whole leaf, in key order, and which of them
+    come as text.
+    """
+    listed, text = select_list(key_plan(plan))
+    condition = "" if row_filter is None else f" WHERE ({row_filter})"
+    return f"SELECT {listed} FROM ONLY {qualified(leaf.schema, leaf.name)}{condition}", text

@@ -7,28 +7,40 @@ from dataclasses import dataclass
 from typing import Final
 
 from qdrant_client import grpc as q
+from qdrant_client import models
 
-from cdc_sync.errors import ErrorKind, SinkError
+from cdc_sync.errors import ConfigError, ErrorKind, SinkError
 from cdc_sync.mapping.plan import (
-    NAMESPACE_FIELD,
     Datatype,
-    Metric,
     PayloadIndex,
     PayloadIndexType,
     TablePlan,
     VectorKind,
-    VectorPlan,
 )
+from cdc_sync.qdrant.collection_config import create_request, wanted_collection
+from cdc_sync.qdrant.deferral import (
+    defer_creation,
+    defer_settings,
+    deferred_of,
+    hnsw_request,
+    remember_request,
+    zeroed,
+)
+from cdc_sync.qdrant.differences import differences
 from cdc_sync.qdrant.rpc import (
     COLLECTION_INFO,
     COUNT,
     CREATE_COLLECTION,
     CREATE_FIELD_INDEX,
+    UPDATE_COLLECTION,
     Rpc,
     RpcError,
     not_completed,
     sink_error,
 )
+
+_DOT: Final = "Dot"
+_DOT_WITH_IDF: Final = "Dot with IDF"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +60,25 @@ class FoundVector:
         return f"{self.kind.value}, {self.size} dimensions, {self.metric}, {self.datatype}"
 
 
-def wanted(vector: VectorPlan) -> FoundVector:
-    """What a collection must have for this vector of a plan."""
-    if vector.kind is VectorKind.SPARSE:
-        return FoundVector(vector.kind, None, Metric.DOT.value, Datatype.FLOAT32.value)
-    return FoundVector(vector.kind, vector.size, vector.metric.value, vector.datatype.value)
+def wanted(plan: TablePlan) -> dict[str, FoundVector]:
+    """What vectors a collection must have for a plan, by name."""
+    sparse = wanted_collection(plan).sparse_vectors or {}
+    return {
+        vector.name: FoundVector(
+            vector.kind,
+            None,
+            _DOT_WITH_IDF if sparse[vector.name].modifier is models.Modifier.IDF else _DOT,
+            Datatype.FLOAT32.value,
+        )
+        if vector.kind is VectorKind.SPARSE
+        else FoundVector(vector.kind, vector.size, vector.metric.value, vector.datatype.value)
+        for vector in plan.vectors
+    }
 
 
 def check(plan: TablePlan, found: Mapping[str, FoundVector]) -> None:
     """Raise COLLECTION_MISMATCH unless the collection's vectors are exactly those of the plan."""
-    wants = {vector.name: wanted(vector) for vector in plan.vectors}
+    wants = wanted(plan)
     problems: list[str] = []
     for name, want in wants.items():
         has = found.get(name)
@@ -86,20 +107,12 @@ def _label(name: str) -> str:
 
 
 def payload_indexes(plan: TablePlan) -> tuple[PayloadIndex, ...]:
-    """The plan's payload indexes, and one on the namespace where tables share the collection."""
-    if plan.namespace is None:
-        return plan.payload_indexes
-    namespace = PayloadIndex(NAMESPACE_FIELD, PayloadIndexType.KEYWORD)
-    return (namespace, *plan.payload_indexes)
+    """The plan's payload indexes, and those on the fields that tell tables and shards apart where
+    they share the collection."""
+    marks = [PayloadIndex(name, PayloadIndexType.KEYWORD) for name, _ in plan.marks]
+    return (*marks, *(index for index in plan.payload_indexes if index not in marks))
 
 
-_DISTANCES: Final = {
-    Metric.COSINE: q.Distance.Cosine,
-    Metric.EUCLID: q.Distance.Euclid,
-    Metric.DOT: q.Distance.Dot,
-    Metric.MANHATTAN: q.Distance.Manhattan,
-}
-_DATATYPES: Final = {Datatype.FLOAT16: q.Datatype.Float16, Datatype.UINT8: q.Datatype.Uint8}
 _FIELD_TYPES: Final = {
     PayloadIndexType.KEYWORD: q.FieldType.FieldTypeKeyword,
     PayloadIndexType.INTEGER: q.FieldType.FieldTypeInteger,
@@ -112,37 +125,6 @@ _FIELD_TYPES: Final = {
 }
 
 
-def _params(vector: VectorPlan) -> q.VectorParams:
-    assert vector.size is not None, "only sparse vectors have no size"
-    params = q.VectorParams(size=vector.size, distance=_DISTANCES[vector.metric])
-    if vector.datatype is not Datatype.FLOAT32:
-        params.datatype = _DATATYPES[vector.datatype]
-    if vector.kind is VectorKind.MULTI:
-        params.multivector_config.comparator = q.MultiVectorComparator.MaxSim
-    if vector.hnsw_m is not None:
-        params.hnsw_config.m = vector.hnsw_m
-    if vector.hnsw_ef_construct is not None:
-        params.hnsw_config.ef_construct = vector.hnsw_ef_construct
-    return params
-
-
-def create_request(plan: TablePlan) -> q.CreateCollection:
-    """The request that creates the plan's collection."""
-    request = q.CreateCollection(collection_name=plan.collection)
-    dense = [vector for vector in plan.vectors if vector.kind is not VectorKind.SPARSE]
-    if len(dense) == 1 and dense[0].name == "":
-        request.vectors_config.params.CopyFrom(_params(dense[0]))
-    else:
-        params_map = request.vectors_config.params_map
-        params_map.SetInParent()
-        for vector in dense:
-            params_map.map[vector.name].CopyFrom(_params(vector))
-    for vector in plan.vectors:
-        if vector.kind is VectorKind.SPARSE:
-            request.sparse_vectors_config.map[vector.name].SetInParent()
-    return request
-
-
 def found_vectors(params: q.CollectionParams) -> dict[str, FoundVector]:
     """The vectors of a collection by name, "" for the unnamed one."""
     found: dict[str, FoundVector] = {}
@@ -153,7 +135,7 @@ def found_vectors(params: q.CollectionParams) -> dict[str, FoundVector]:
         found |= {name: _found(dense[name]) for name in dense}
     sparse = params.sparse_vectors_config.map
     for name in sparse:
-        metric = "Dot" if sparse[name].modifier == q.Modifier.Value("None") else "Dot with IDF"
+        metric = _DOT if sparse[name].modifier == q.Modifier.Value("None") else _DOT_WITH_IDF
         found[name] = FoundVector(VectorKind.SPARSE, None, metric, Datatype.FLOAT32.value)
     return found
 
@@ -217,15 +199,18 @@ class Collections:
         if response.result.status != q.UpdateStatus.Completed:
             raise not_completed(response.result.status, CREATE_FIELD_INDEX, target)
 
-    async def ensure(self, plan: TablePlan) -> None:
+    async def ensure(self, plan: TablePlan, *, create: bool, defer_hnsw: bool) -> tuple[str, ...]:
         """Create the plan's collection, or check the one that exists; then the payload indexes that
-        are absent.
+        are absent. Returns what is other than asked for in a collection that exists.
 
         The indexes come before any point, so that Qdrant's graph is built with them in view.
         """
         info = await self.info(plan.collection)
+        existed = info is not None
         if info is None:
-            await self.create(create_request(plan))
+            if not create:
+                raise absent(plan)
+            await self.create(_creation(plan, defer_hnsw=defer_hnsw))
             info = await self.info(plan.collection)
             if info is None:
                 raise SinkError(
@@ -234,18 +219,74 @@ class Collections:
                 )
         check(plan, found_vectors(info.config.params))
         for index in payload_indexes(plan):
-            path = index_path(index.field)
+            path = index_path(index.field, index.parent)
             if path is not None and path not in info.payload_schema:
                 await self.create_index(plan.collection, PayloadIndex(path, index.type))
+        return differences(plan, info.config) if existed else ()
+
+    async def defer(self, name: str) -> None:
+        """Take HNSW from the collection's dense vectors, and remember what they had."""
+        config = (await self._existing(name)).config
+        # What is deferred already may have m = 0 by that; its record stays.
+        deferred = defer_settings(config) | deferred_of(config)
+        request = hnsw_request(name, config, zeroed(deferred))
+        if request is not None:
+            # The record comes first: what it names and still has its graph is only restored to it.
+            await self._update(remember_request(name, deferred))
+            await self._update(request)
+
+    async def build(self, name: str) -> None:
+        """Give back what was deferred, if anything was; Qdrant builds the graphs in the
+        background.
+        """
+        config = (await self._existing(name)).config
+        deferred = deferred_of(config)
+        if not deferred:
+            return
+        request = hnsw_request(name, config, deferred)
+        if request is not None:
+            await self._update(request)
+        await self._update(remember_request(name, None))
+
+    async def _existing(self, name: str) -> q.CollectionInfo:
+        info = await self.info(name)
+        if info is None:
+            raise SinkError(ErrorKind.COLLECTION_MISSING, f"Collection {name} does not exist.")
+        return info
+
+    async def _update(self, request: q.UpdateCollection) -> None:
+        target = f"collection {request.collection_name}"
+        await self._rpc.request(UPDATE_COLLECTION, request.SerializeToString(), target)
 
 
-def index_path(field: str) -> str | None:
-    """A payload field as the JSON path of its index, in the form in which Qdrant lists it.
+def _creation(plan: TablePlan, *, defer_hnsw: bool) -> q.CreateCollection:
+    request = create_request(plan)
+    if defer_hnsw:
+        defer_creation(wanted_collection(plan), request)
+    return request
+
+
+def absent(plan: TablePlan) -> ConfigError:
+    """The error for a collection that does not exist and is not to be created."""
+    vectors = "; ".join(f"{_label(name)} ({want})" for name, want in wanted(plan).items())
+    return ConfigError(
+        f"Collection {plan.collection} of table {plan.qualified_name} does not exist, and "
+        "migration.create_collection is false.",
+        f"Create it with {vectors or 'no vectors'}; or set migration.create_collection = true.",
+    )
+
+
+def index_path(field: str, parent: str | None = None) -> str | None:
+    """A payload field, or one of the object ``parent``, as the JSON path of its index, in the form
+    in which Qdrant lists it.
 
     Quoted unless it is a plain name, since dots and brackets would mean nesting. None for a field
     with a quote or backslash in its name: Qdrant's paths have no escapes, so such a field cannot be
     indexed (it can still be stored). Source: Qdrant, ``lib/segment/src/json_path/parse.rs``.
     """
+    if parent is not None:
+        above, below = index_path(parent), index_path(field)
+        return None if above is None or below is None else f"{above}.{below}"
     if field and all(c.isalnum() or c in "_-" for c in field):
         return field
     return None if '"' in field or "\\" in field else f'"{field}"'

@@ -9,32 +9,15 @@ from typing import Final
 
 import qdrant_edge as edge
 
-from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SinkError
-from cdc_sync.mapping.plan import (
-    Datatype,
-    Metric,
-    PayloadIndexType,
-    TablePlan,
-    VectorKind,
-    VectorPlan,
-)
-from cdc_sync.qdrant.collections import FoundVector, check, index_path, payload_indexes
+from cdc_sync.errors import CdcSyncError, ErrorKind, SinkError
+from cdc_sync.mapping.plan import Datatype, PayloadIndexType, TablePlan, VectorKind
+from cdc_sync.qdrant.collections import FoundVector, absent, check, index_path, payload_indexes
+from cdc_sync.qdrant.edge_config import edge_config, edge_differences
 from cdc_sync.qdrant.edge_database import EdgeDatabase, first_line
 from cdc_sync.qdrant.edge_writer import EdgeWriter
 from cdc_sync.qdrant.file_state import FileStateStore
 from cdc_sync.qdrant.sink import CollectionState
 
-_DISTANCES: Final = {
-    Metric.COSINE: edge.Distance.Cosine,
-    Metric.EUCLID: edge.Distance.Euclid,
-    Metric.DOT: edge.Distance.Dot,
-    Metric.MANHATTAN: edge.Distance.Manhattan,
-}
-_DATATYPES: Final = {
-    Datatype.FLOAT32: None,
-    Datatype.FLOAT16: edge.VectorStorageDatatype.Float16,
-    Datatype.UINT8: edge.VectorStorageDatatype.Uint8,
-}
 _INDEX_TYPES: Final = {
     PayloadIndexType.KEYWORD: edge.PayloadSchemaType.Keyword,
     PayloadIndexType.INTEGER: edge.PayloadSchemaType.Integer,
@@ -45,48 +28,6 @@ _INDEX_TYPES: Final = {
     PayloadIndexType.TEXT: edge.PayloadSchemaType.Text,
     PayloadIndexType.GEO: edge.PayloadSchemaType.Geo,
 }
-#: Qdrant's defaults, for the parameters that a plan leaves open.
-_DEFAULT_M: Final = 16
-_DEFAULT_EF_CONSTRUCT: Final = 100
-_DEFAULT_FULL_SCAN_THRESHOLD: Final = 10_000
-
-
-def edge_config(plan: TablePlan) -> edge.EdgeConfig:
-    """The configuration of the plan's shard. Raises ConfigError without vectors, which Edge cannot
-    do.
-    """
-    if not plan.vectors:
-        raise ConfigError(
-            f"Table {plan.qualified_name} has no vector column, and an embedded database takes no "
-            "collection without vectors.",
-            "Leave the table out, or use a Qdrant server.",
-        )
-    dense = {v.name: _params(v) for v in plan.vectors if v.kind is not VectorKind.SPARSE}
-    sparse = {
-        v.name: edge.EdgeSparseVectorParams() for v in plan.vectors if v.kind is VectorKind.SPARSE
-    }
-    return edge.EdgeConfig(vectors=dense, sparse_vectors=sparse, wal_enabled=True)
-
-
-def _params(vector: VectorPlan) -> edge.EdgeVectorParams:
-    assert vector.size is not None, "only sparse vectors have no size"
-    multi = None
-    if vector.kind is VectorKind.MULTI:
-        multi = edge.MultiVectorConfig(edge.MultiVectorComparator.MaxSim)
-    hnsw = None
-    if vector.hnsw_m is not None or vector.hnsw_ef_construct is not None:
-        hnsw = edge.HnswIndexConfig(
-            _DEFAULT_M if vector.hnsw_m is None else vector.hnsw_m,
-            vector.hnsw_ef_construct or _DEFAULT_EF_CONSTRUCT,
-            _DEFAULT_FULL_SCAN_THRESHOLD,
-        )
-    return edge.EdgeVectorParams(
-        vector.size,
-        _DISTANCES[vector.metric],
-        multivector_config=multi,
-        datatype=_DATATYPES[vector.datatype],
-        hnsw_config=hnsw,
-    )
 
 
 def found_vectors(config: Mapping[str, object]) -> dict[str, FoundVector]:
@@ -166,25 +107,40 @@ class EdgeSink:
         name = plan.collection
         if not self._database.exists(name):
             return CollectionState(exists=False)
-        check(plan, found_vectors(self._database.config(name)))
+        config = self._database.config(name)
+        check(plan, found_vectors(config))
         points = self._database.shard(name).count(edge.CountRequest(exact=True))
-        return CollectionState(True, points)
+        return CollectionState(True, points, edge_differences(plan, config))
 
-    async def ensure_collection(self, plan: TablePlan) -> None:
-        """Create collection and payload indexes where absent. Raises COLLECTION_MISMATCH."""
-        await self._database.run(self._ensure, plan)
+    async def ensure_collection(
+        self, plan: TablePlan, *, create: bool = True, defer_hnsw: bool = False
+    ) -> tuple[str, ...]:
+        """Create collection and payload indexes where absent. Raises COLLECTION_MISMATCH.
 
-    def _ensure(self, plan: TablePlan) -> None:
+        There is nothing to defer: no HNSW index is ever built before :meth:`optimize`.
+        """
+        return await self._database.run(self._ensure, plan, create)
+
+    async def defer_indexing(self, plan: TablePlan) -> None:
+        """Nothing to do; see :meth:`ensure_collection`."""
+
+    async def build_index(self, plan: TablePlan) -> None:
+        """Nothing to do; see :meth:`ensure_collection`."""
+
+    def _ensure(self, plan: TablePlan, create: bool) -> tuple[str, ...]:
         name = plan.collection
         wanted = {
             path: edge.UpdateOperation.create_field_index(path, _INDEX_TYPES[index.type])
             for index in payload_indexes(plan)
-            if (path := index_path(index.field)) is not None
+            if (path := index_path(index.field, index.parent)) is not None
         }
         if not self._database.exists(name):
+            if not create:
+                raise absent(plan)
             self._database.create(name, edge_config(plan), list(wanted.values()))
-            return
-        check(plan, found_vectors(self._database.config(name)))
+            return ()
+        config = self._database.config(name)
+        check(plan, found_vectors(config))
         present = self._database.shard(name).info().payload_schema
         for path, operation in wanted.items():
             if path in present:
@@ -198,6 +154,7 @@ class EdgeSink:
                     ErrorKind.SINK_REFUSED,
                     f"Field {path} of collection {name} cannot be indexed: {first_line(exc)}.",
                 ) from exc
+        return edge_differences(plan, config)
 
     def writer(self, plan: TablePlan) -> EdgeWriter:
         """A writer for the plan's table."""

@@ -7,15 +7,18 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Final, TypeAlias, TypeVar
 
+import numpy as np
 import qdrant_edge as edge
 
 from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError, SinkError
-from cdc_sync.mapping.plan import NAMESPACE_FIELD, TablePlan
+from cdc_sync.mapping.comparison import StoredArray
+from cdc_sync.mapping.decoding import JsonValue
+from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.python import PythonCodec
 from cdc_sync.mapping.vectors import SparseValue
 from cdc_sync.qdrant.edge_database import STEP_POINTS, EdgeDatabase, first_line
 from cdc_sync.qdrant.rpc import reason
-from cdc_sync.qdrant.sink import Applied, Changes, StoredPoint, StoredVector
+from cdc_sync.qdrant.sink import Applied, Changes, RetrievedPoint, StoredPoint, StoredVector
 from cdc_sync.qdrant.writer import require_disjoint
 from cdc_sync.rows import UNCHANGED, PointId, Row
 
@@ -39,11 +42,6 @@ class EdgeWriter:
         self._plan = plan
         self._codec = PythonCodec(plan)
         self._filter = _table_filter(plan)
-        self._fields = [
-            (position, column.field)
-            for position, column in enumerate(plan.columns)
-            if column.field is not None
-        ]
         self._vectors = [
             (position, column.vector.name)
             for position, column in enumerate(plan.columns)
@@ -104,8 +102,10 @@ class EdgeWriter:
         for id_, row in rows:
             if id_ in missing:
                 continue
-            unknown = [field for position, field in self._fields if row[position] is UNCHANGED]
-            if any(field not in stored[id_] for field in unknown):
+            unknown = self._codec.unknown_fields(row)
+            if self._codec.has_unknown_object(row) or any(
+                field not in stored[id_] for field in unknown
+            ):
                 missing.add(id_)
                 continue
             kept = {field: stored[id_][field] for field in unknown}
@@ -119,7 +119,7 @@ class EdgeWriter:
         return missing, refused
 
     def _operations(
-        self, id_: PointId, row: Row, kept: Mapping[str, object]
+        self, id_: PointId, row: Row, kept: Mapping[str, JsonValue]
     ) -> list[edge.UpdateOperation]:
         vectors = self._codec.vectors(row)
         nulls = [
@@ -127,7 +127,7 @@ class EdgeWriter:
             for position, name in self._vectors
             if row[position] is not UNCHANGED and name not in vectors
         ]
-        payload = {**self._codec.payload(row), **kept}
+        payload = self._codec.payload(row, kept)
         found = [edge.UpdateOperation.overwrite_payload([id_], payload)]
         if vectors:
             point = edge.PointVectors(id_, _edge_vectors(vectors))
@@ -136,10 +136,17 @@ class EdgeWriter:
             found.append(edge.UpdateOperation.delete_vectors([id_], nulls))
         return found
 
-    def _stored(self, ids: Sequence[PointId]) -> dict[PointId, Mapping[str, object]]:
+    def _stored(self, ids: Sequence[PointId]) -> dict[PointId, Mapping[str, JsonValue]]:
+        """What columns became, by id: the payload, or the object in it that holds them."""
         shard = self._database.shard(self._plan.collection)
         records = shard.retrieve(list(ids), with_payload=True, with_vector=False)
-        return {_id(record.id): record.payload or {} for record in records}
+        return {_id(record.id): self._fields(record.payload or {}) for record in records}
+
+    def _fields(self, payload: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+        if self._plan.payload_key is None:
+            return payload
+        nested = payload.get(self._plan.payload_key)
+        return nested if isinstance(nested, dict) else {}
 
     def _divide(
         self,
@@ -198,6 +205,24 @@ class EdgeWriter:
         shard = self._database.shard(self._plan.collection)
         return shard.count(edge.CountRequest(exact=True, filter=self._filter))
 
+    async def retrieve(self, ids: Sequence[PointId]) -> list[RetrievedPoint]:
+        """The points of these ids that exist, in any order, with payload and vectors."""
+        found: list[RetrievedPoint] = []
+        for some in _steps(ids):
+            found += await self._database.run(self._retrieve, some)
+        return found
+
+    def _retrieve(self, ids: Sequence[PointId]) -> list[RetrievedPoint]:
+        shard = self._database.shard(self._plan.collection)
+        return [
+            RetrievedPoint(
+                _id(record.id),
+                record.payload or {},
+                {name: _array(vector) for name, vector in _stored_vectors(record.vector).items()},
+            )
+            for record in shard.retrieve(list(ids), with_payload=True, with_vector=True)
+        ]
+
     async def scroll_ids(self, page: int = 1000) -> AsyncIterator[list[PointId]]:
         """All ids of the table's points, in pages."""
         offset: edge.PointId | None = None
@@ -254,10 +279,14 @@ class EdgeWriter:
 
 
 def _table_filter(plan: TablePlan) -> edge.Filter | None:
-    if plan.namespace is None:
+    if not plan.marks:
         return None
-    match = edge.MatchValue(plan.namespace)
-    return edge.Filter(must=[edge.FieldCondition(key=NAMESPACE_FIELD, match=match)])
+    return edge.Filter(
+        must=[
+            edge.FieldCondition(key=name, match=edge.MatchValue(value))
+            for name, value in plan.marks
+        ]
+    )
 
 
 def _id(value: edge.PointId) -> PointId:
@@ -286,6 +315,10 @@ def _stored_vector(vector: edge.NamedVector) -> StoredVector:
     if isinstance(vector, edge.SparseVector):
         return SparseValue(list(vector.indices), list(vector.values))
     return vector
+
+
+def _array(vector: StoredVector) -> StoredArray:
+    return vector if isinstance(vector, SparseValue) else np.array(vector, dtype="<f4")
 
 
 def _steps(items: Sequence[Item]) -> list[Sequence[Item]]:

@@ -15,10 +15,12 @@ from cdc_sync.qdrant.edge_database import EdgeDatabase, make_directory, sync_dir
 from cdc_sync.qdrant.records import (
     dead_letter,
     dead_letter_record,
+    ledger_record,
     pipeline_record,
     pipeline_state,
+    table_ledger,
 )
-from cdc_sync.qdrant.sink import DeadLetter, PipelineState
+from cdc_sync.qdrant.sink import DeadLetter, PipelineState, TableLedger
 
 
 class FileStateStore:
@@ -30,6 +32,7 @@ class FileStateStore:
         self._database = database
         self._pipelines = database.path / "state" / "pipelines"
         self._dead_letters = database.path / "state" / "dead_letters"
+        self._ledgers = database.path / "state" / "ledgers"
 
     async def load(self, pipeline: str) -> PipelineState | None:
         """The pipeline's record, or None."""
@@ -41,8 +44,20 @@ class FileStateStore:
         await self._database.run(self._write, path, pipeline_record(state))
 
     async def forget(self, pipeline: str) -> None:
-        """Remove the pipeline's record and its dead letters."""
+        """Remove the pipeline's record, its ledgers and its dead letters."""
         await self._database.run(self._forget, pipeline)
+
+    async def ledgers(self, pipeline: str) -> list[TableLedger]:
+        """The ledgers of copies under way, by table."""
+        return await self._database.run(self._read_ledgers, pipeline)
+
+    async def save_ledger(self, ledger: TableLedger) -> None:
+        """Keep a ledger."""
+        await self._database.run(self._save_ledger, ledger)
+
+    async def drop_ledger(self, pipeline: str, table: str) -> None:
+        """Remove a table's ledger."""
+        await self._database.run(self._drop_ledger, pipeline, table)
 
     async def park(self, letters: Sequence[DeadLetter]) -> None:
         """Keep dead letters."""
@@ -67,11 +82,35 @@ class FileStateStore:
 
     def _forget(self, pipeline: str) -> None:
         # The pipeline's own record goes last: it is what says that there may be more to remove.
-        for directory in (self._dead_letters, self._pipelines):
+        for directory in (self._dead_letters, self._ledgers, self._pipelines):
             path = directory / f"{pipeline}.json"
             if path.exists():
                 path.unlink()
                 sync_directory(directory)
+
+    def _read_ledgers(self, pipeline: str) -> list[TableLedger]:
+        path = self._ledgers / f"{pipeline}.json"
+        records = _read(path)
+        if records is None:
+            return []
+        if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
+            raise _damaged(path, "it is not a list of JSON objects")
+        return [table_ledger(one, str(path)) for one in records]
+
+    def _save_ledger(self, ledger: TableLedger) -> None:
+        kept = {one.table: one for one in self._read_ledgers(ledger.pipeline)}
+        kept[ledger.table] = ledger
+        self._write_ledgers(ledger.pipeline, kept.values())
+
+    def _drop_ledger(self, pipeline: str, table: str) -> None:
+        found = self._read_ledgers(pipeline)
+        kept = [one for one in found if one.table != table]
+        if len(kept) < len(found):
+            self._write_ledgers(pipeline, kept)
+
+    def _write_ledgers(self, pipeline: str, ledgers: Iterable[TableLedger]) -> None:
+        records = [ledger_record(one) for one in sorted(ledgers, key=lambda one: one.table)]
+        self._write(self._ledgers / f"{pipeline}.json", records)
 
     def _park(self, letters: Sequence[DeadLetter]) -> None:
         for pipeline in {letter.pipeline for letter in letters}:

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+import numpy as np
 from qdrant_client import grpc as q
 
-from cdc_sync.mapping.plan import NAMESPACE_FIELD, TablePlan
+from cdc_sync.mapping.comparison import StoredArray
+from cdc_sync.mapping.plan import SHARD_FIELD, TablePlan
 from cdc_sync.mapping.protobuf import delimited, varint
-from cdc_sync.mapping.vectors import SparseValue
+from cdc_sync.mapping.vectors import Floats, SparseValue
 from cdc_sync.qdrant.sink import StoredVector
 from cdc_sync.rows import PointId
 
@@ -89,13 +91,15 @@ def update_batch(collection: str, operations: Iterable[bytes], *, wait: bool) ->
     return b"".join(parts)
 
 
-def get(collection: str, ids: Iterable[bytes], *, with_payload: bool) -> bytes:
-    """GetPoints of serialized ids, without vectors."""
-    selector = b"\x08\x01" if with_payload else b"\x08\x00"
+def get(
+    collection: str, ids: Iterable[bytes], *, with_payload: bool, with_vectors: bool = False
+) -> bytes:
+    """GetPoints of serialized ids."""
     return (
         delimited(1, collection.encode())
         + b"".join([delimited(2, one) for one in ids])
-        + delimited(4, selector)
+        + delimited(4, b"\x08\x01" if with_payload else b"\x08\x00")
+        + delimited(5, b"\x08\x01" if with_vectors else b"\x08\x00")
     )
 
 
@@ -105,12 +109,28 @@ def payload_entry(name: str, value: bytes) -> bytes:
 
 
 def table_filter(plan: TablePlan) -> q.Filter | None:
-    """The filter that selects the table's points in its collection: None, or its namespace."""
-    if plan.namespace is None:
+    """The filter that selects the table's points in its collection: None, or its marks."""
+    if not plan.marks:
         return None
-    match = q.Match(keyword=plan.namespace)
-    condition = q.FieldCondition(key=NAMESPACE_FIELD, match=match)
-    return q.Filter(must=[q.Condition(field=condition)])
+    return q.Filter(must=[keyword_condition(name, value) for name, value in plan.marks])
+
+
+def foreign_filter(plan: TablePlan) -> q.Filter | None:
+    """The filter that selects points in a sharded table's collection that no shard of the same
+    division has written; None for a table without shards."""
+    if plan.shard is None:
+        return None
+    _, _, count = plan.shard.partition("/")
+    shards = [f"{index}/{count}" for index in range(1, int(count) + 1)]
+    match = q.Match(keywords=q.RepeatedStrings(strings=shards))
+    condition = q.Condition(field=q.FieldCondition(key=SHARD_FIELD, match=match))
+    return q.Filter(must_not=[condition])
+
+
+def keyword_condition(name: str, value: str) -> q.Condition:
+    """The condition that a payload field is a string."""
+    match = q.Match(keyword=value)
+    return q.Condition(field=q.FieldCondition(key=name, match=match))
 
 
 def stored_vectors(output: q.VectorsOutput) -> dict[str, StoredVector]:
@@ -138,6 +158,31 @@ def _stored_vector(output: q.VectorOutput) -> StoredVector:
         size = len(output.data) // output.vectors_count
         return [list(output.data[i : i + size]) for i in range(0, len(output.data), size)]
     return list(output.data)
+
+
+def retrieved_vectors(output: q.VectorsOutput) -> dict[str, StoredArray]:
+    """The vectors of an answer by name as :func:`stored_vectors`, but as arrays."""
+    kind = output.WhichOneof("vectors_options")
+    if kind == "vector":
+        return {"": _retrieved_vector(output.vector)}
+    if kind == "vectors":
+        return {name: _retrieved_vector(one) for name, one in output.vectors.vectors.items()}
+    return {}
+
+
+def _retrieved_vector(output: q.VectorOutput) -> StoredArray:
+    if output.WhichOneof("vector") == "dense":
+        return _components(output.dense)
+    vector = _stored_vector(output)
+    return vector if isinstance(vector, SparseValue) else np.array(vector, dtype="<f4")
+
+
+def _components(message: q.DenseVector) -> Floats:
+    # The packed floats are the end of the serialized message: twenty times faster than to go
+    # through Python numbers.
+    data = message.SerializeToString()
+    count = len(message.data)
+    return np.frombuffer(data, "<f4", count, len(data) - 4 * count)
 
 
 def vector_input(vector: StoredVector) -> q.VectorInput:

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 from cdc_sync.config import QdrantSettings
 from cdc_sync.errors import ConfigError
+from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.qdrant.collection_config import check_config
 from cdc_sync.qdrant.server import ServerSink
 from cdc_sync.qdrant.sink import RequestObserver, Sink
 
@@ -50,6 +52,19 @@ async def open_sink(settings: QdrantSettings, observer: RequestObserver | None =
         secure=scheme == "https",
         observer=observer,
     )
+
+
+def check_collection_config(settings: QdrantSettings, plan: TablePlan) -> None:
+    """Check that the plan's collection can be made where ``qdrant.url`` leads, unseen.
+
+    Raises :class:`ConfigError` naming the setting of ``collection_config`` that is unknown, has the
+    wrong type, contradicts the table, or is not for an embedded database.
+    """
+    check_config(plan)
+    if settings.url.startswith("edge:") and importlib.util.find_spec("qdrant_edge") is not None:
+        from cdc_sync.qdrant.edge_config import edge_config
+
+        edge_config(plan)
 
 
 def _edge_path(rest: str) -> Path:

@@ -52,7 +52,7 @@ from cdc_sync.qdrant.rpc import (
     not_completed,
     sink_error,
 )
-from cdc_sync.rows import UNCHANGED, PointId, Row
+from cdc_sync.rows import PointId, Row
 
 #: How often a batch is applied again to the points that are left once some turned out to be
 #: missing.
@@ -99,11 +99,6 @@ class PartialWriter:
         self._plan = plan
         self._codec = codec
         self._target = f"collection {plan.collection}"
-        self._fields = [
-            (position, column.field)
-            for position, column in enumerate(plan.columns)
-            if column.field is not None
-        ]
 
     async def encode(
         self, rows: Sequence[tuple[PointId, Row]], lane: int
@@ -113,42 +108,31 @@ class PartialWriter:
         Returns the partials, the ids that are missing in Qdrant (or lack a field they would have to
         keep), and refusals of the mapping.
         """
-        encoded: list[Partial] = []
         gaps: dict[PointId, list[str]] = {}
+        for id_, row in rows:
+            if unknown := self._codec.unknown_fields(row):
+                gaps[id_] = unknown
+        stored = await self._stored(list(gaps), lane) if gaps else {}
+        encoded: list[Partial] = []
         missing: list[PointId] = []
         refused: list[tuple[PointId, str]] = []
         for id_, row in rows:
+            fields, there = gaps.get(id_, ()), stored.get(id_, {})
+            if self._codec.has_unknown_object(row) or any(field not in there for field in fields):
+                missing.append(id_)
+                continue
             try:
-                encoded.append(self._encode(id_, row))
+                encoded.append(self._encode(id_, row, {field: there[field] for field in fields}))
             except MappingError as exc:
                 refused.append((id_, exc.message))
-                continue
-            unknown = [field for position, field in self._fields if row[position] is UNCHANGED]
-            if unknown:
-                gaps[id_] = unknown
-        if not gaps:
-            return encoded, missing, refused
-        stored = await self._stored([one for one in encoded if one.id in gaps], lane)
-        complete: list[Partial] = []
-        for one in encoded:
-            fields = gaps.get(one.id)
-            kept = stored.get(one.id, {})
-            if fields is None:
-                complete.append(one)
-            elif any(field not in kept for field in fields):
-                missing.append(one.id)
-            else:
-                entries = b"".join([messages.payload_entry(field, kept[field]) for field in fields])
-                whole = one.payload + entries
-                complete.append(Partial(one.id, one.id_bytes, whole, one.vectors, one.nulls))
-        return complete, missing, refused
+        return encoded, missing, refused
 
-    def _encode(self, id_: PointId, row: Row) -> Partial:
+    def _encode(self, id_: PointId, row: Row, kept: Mapping[str, bytes]) -> Partial:
         codec = self._codec
         return Partial(
             id_,
             codec.point_id(id_),
-            codec.payload_entries(row, 1),
+            codec.payload_entries(row, 1, kept),
             codec.vectors(row),
             tuple(codec.null_vectors(row)),
         )
@@ -197,27 +181,34 @@ class PartialWriter:
             raise not_completed(done.result.status, SET_PAYLOAD, self._target)
 
     async def _present(self, batch: Sequence[Partial], lane: int) -> Collection[PointId]:
-        points = await self._get(batch, lane, with_payload=False)
+        points = await self._get([one.id_bytes for one in batch], lane, with_payload=False)
         return {messages.point_id_value(point.id) for point in points}
 
     async def _stored(
-        self, batch: Sequence[Partial], lane: int
+        self, ids: Sequence[PointId], lane: int
     ) -> dict[PointId, Mapping[str, bytes]]:
-        """Payload by id; every value still a serialized Value, so that it goes back exactly as it
-        came.
+        """What columns became, by id: the payload, or the object in it that holds them. Every value
+        still a serialized Value, so that it goes back exactly as it came.
         """
-        points = await self._get(batch, lane, with_payload=True)
-        return {
-            messages.point_id_value(point.id): {
-                name: point.payload[name].SerializeToString() for name in point.payload
+        wanted = [self._codec.point_id(id_) for id_ in ids]
+        points = await self._get(wanted, lane, with_payload=True)
+        found: dict[PointId, Mapping[str, bytes]] = {}
+        for point in points:
+            fields = point.payload
+            if self._plan.payload_key is not None:
+                # Indexing a map of messages would make the entry.
+                nested = (
+                    fields[self._plan.payload_key] if self._plan.payload_key in fields else None
+                )
+                fields = {} if nested is None else nested.struct_value.fields
+            found[messages.point_id_value(point.id)] = {
+                name: fields[name].SerializeToString() for name in fields
             }
-            for point in points
-        }
+        return found
 
     async def _get(
-        self, batch: Sequence[Partial], lane: int, *, with_payload: bool
+        self, ids: Sequence[bytes], lane: int, *, with_payload: bool
     ) -> Sequence[q.RetrievedPoint]:
-        ids = [one.id_bytes for one in batch]
         request = messages.get(self._plan.collection, ids, with_payload=with_payload)
         try:
             answer = await self._rpc.call(GET, request, lane)

@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from typing import Final
 
 from cdc_sync.errors import StateError
-from cdc_sync.qdrant.sink import DeadLetter, PipelineState, TableState
+from cdc_sync.qdrant.sink import (
+    BlockRange,
+    DeadLetter,
+    LeafLedger,
+    PipelineState,
+    TableLedger,
+    TableState,
+)
 
 #: Version of the records written here. Older ones are read, newer ones refused.
 VERSION: Final = 1
@@ -27,6 +34,7 @@ def pipeline_record(state: PipelineState) -> Record:
         "system_identifier": state.system_identifier,
         "timeline": state.timeline,
         "slot_lsn": str(state.slot_lsn),
+        "owns_publication": state.owns_publication,
         "tables": [
             {
                 "table": table.table,
@@ -69,7 +77,83 @@ def pipeline_state(record: Mapping[str, object], where: str) -> PipelineState:
         timeline=_number(record, "timeline", where),
         slot_lsn=_number(record, "slot_lsn", where),
         tables=tuple(_table_state(table, where) for table in tables),
+        # Absent in records of 0.1.
+        owns_publication=record.get("owns_publication") is True,
     )
+
+
+def ledger_record(ledger: TableLedger) -> Record:
+    """The record of a copy under way."""
+    return {
+        "version": VERSION,
+        "kind": "ledger",
+        "pipeline": ledger.pipeline,
+        "table": ledger.table,
+        "fingerprint": ledger.fingerprint,
+        "leaves": [
+            {
+                "oid": leaf.oid,
+                "relfilenode": leaf.relfilenode,
+                "pages": leaf.pages,
+                "chunk_pages": leaf.chunk_pages,
+                # -1 stands for the end: a list of numbers stays one kind of value.
+                "done": [[start, -1 if end is None else end] for start, end in leaf.done],
+            }
+            for leaf in ledger.leaves
+        ],
+        "repair": ledger.repair,
+        "sweep": ledger.sweep,
+        "buckets": ledger.buckets,
+        "swept": ledger.swept,
+        "rows": ledger.rows,
+        "bytes": ledger.bytes,
+        "orphans": ledger.orphans,
+    }
+
+
+def table_ledger(record: Mapping[str, object], where: str) -> TableLedger:
+    """The ledger of a record read from ``where``. Raises :class:`StateError`."""
+    _check_version(record, where)
+    leaves = record.get("leaves")
+    if not isinstance(leaves, list | tuple):
+        raise _damaged(where, "leaves")
+    numbers = {
+        name: _number(record, name, where)
+        for name in ("buckets", "swept", "rows", "bytes", "orphans")
+    }
+    return TableLedger(
+        pipeline=_text(record, "pipeline", where),
+        table=_text(record, "table", where),
+        fingerprint=_text(record, "fingerprint", where),
+        leaves=tuple(_leaf_ledger(leaf, where) for leaf in leaves),
+        repair=record.get("repair") is True,
+        sweep=record.get("sweep") is True,
+        **numbers,
+    )
+
+
+def _leaf_ledger(record: object, where: str) -> LeafLedger:
+    if not isinstance(record, dict):
+        raise _damaged(where, "leaves")
+    done = record.get("done")
+    if not isinstance(done, list | tuple):
+        raise _damaged(where, "done")
+    return LeafLedger(
+        oid=_number(record, "oid", where),
+        relfilenode=_number(record, "relfilenode", where),
+        pages=_number(record, "pages", where),
+        chunk_pages=_number(record, "chunk_pages", where),
+        done=tuple(_block_range(one, where) for one in done),
+    )
+
+
+def _block_range(record: object, where: str) -> BlockRange:
+    if not isinstance(record, list | tuple) or len(record) != 2:
+        raise _damaged(where, "done")
+    start, end = record
+    if not isinstance(start, int) or not isinstance(end, int):
+        raise _damaged(where, "done")
+    return start, None if end < 0 else end
 
 
 def dead_letter(record: Mapping[str, object], where: str) -> DeadLetter:

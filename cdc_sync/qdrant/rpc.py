@@ -60,6 +60,9 @@ COLLECTION_INFO: Final = Method("/qdrant.Collections/Get", q.GetCollectionInfoRe
 CREATE_COLLECTION: Final = Method(
     "/qdrant.Collections/Create", q.CollectionOperationResponse, writes=True
 )
+UPDATE_COLLECTION: Final = Method(
+    "/qdrant.Collections/Update", q.CollectionOperationResponse, writes=True
+)
 
 _MAX_CHANNELS: Final = 4
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from cdc_sync.config import QdrantSettings
-from cdc_sync.errors import ConfigError
+from cdc_sync.errors import ConfigError, ErrorKind, SinkError
 from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.qdrant import messages
 from cdc_sync.qdrant.collections import Collections, check, found_vectors
+from cdc_sync.qdrant.deferral import OLDEST_SERVER as OLDEST_DEFERRING
+from cdc_sync.qdrant.deferral import unsupported as cannot_defer
+from cdc_sync.qdrant.differences import differences
 from cdc_sync.qdrant.rpc import HEALTH_CHECK, Rpc
 from cdc_sync.qdrant.server_state import ServerStateStore
 from cdc_sync.qdrant.sink import CollectionState, RequestObserver
@@ -83,11 +87,50 @@ class ServerSink:
         if info is None:
             return CollectionState(exists=False)
         check(plan, found_vectors(info.config.params))
-        return CollectionState(True, await self._collections.count(plan.collection))
+        points = await self._points(plan)
+        return CollectionState(True, points, differences(plan, info.config))
 
-    async def ensure_collection(self, plan: TablePlan) -> None:
-        """Create collection and payload indexes where absent. Raises COLLECTION_MISMATCH."""
-        await self._collections.ensure(plan)
+    async def _points(self, plan: TablePlan) -> int:
+        """Points of the collection; of a shard those that are its own, since the pipelines of the
+        others write to the same collection.
+        """
+        name, foreign = plan.collection, messages.foreign_filter(plan)
+        if foreign is None:
+            return await self._collections.count(name)
+        others = await self._collections.count(name, foreign)
+        if others:
+            raise SinkError(
+                ErrorKind.COLLECTION_MISMATCH,
+                f"Collection {name} holds {others} points that no shard of "
+                f"{(plan.shard or '').partition('/')[2]} has written.",
+                "Divide a table anew only into a new collection, or drop this one first.",
+            )
+        return await self._collections.count(name, messages.table_filter(plan))
+
+    async def ensure_collection(
+        self, plan: TablePlan, *, create: bool = True, defer_hnsw: bool = False
+    ) -> tuple[str, ...]:
+        """Create collection and payload indexes where absent. Raises COLLECTION_MISMATCH, and
+        ConfigError for HNSW deferred on a server before 1.16.
+        """
+        if defer_hnsw:
+            self._check_can_defer()
+        return await self._collections.ensure(plan, create=create, defer_hnsw=defer_hnsw)
+
+    async def defer_indexing(self, plan: TablePlan) -> None:
+        """Take HNSW from the collection until :meth:`build_index`. Raises ConfigError before
+        1.16.
+        """
+        self._check_can_defer()
+        await self._collections.defer(plan.collection)
+
+    async def build_index(self, plan: TablePlan) -> None:
+        """Give back the HNSW settings that were deferred, if any were."""
+        await self._collections.build(plan.collection)
+
+    def _check_can_defer(self) -> None:
+        if _release(self._version) < OLDEST_DEFERRING:
+            raise cannot_defer(self._version)
 
     def writer(self, plan: TablePlan) -> ServerWriter:
         """A writer for the plan's table."""

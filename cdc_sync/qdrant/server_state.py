@@ -23,8 +23,10 @@ from cdc_sync.qdrant.records import (
     Record,
     dead_letter,
     dead_letter_record,
+    ledger_record,
     pipeline_record,
     pipeline_state,
+    table_ledger,
 )
 from cdc_sync.qdrant.rpc import (
     DELETE,
@@ -36,7 +38,7 @@ from cdc_sync.qdrant.rpc import (
     not_completed,
     sink_error,
 )
-from cdc_sync.qdrant.sink import DeadLetter, PipelineState
+from cdc_sync.qdrant.sink import DeadLetter, PipelineState, TableLedger
 
 COLLECTION: Final = "_cdc_sync"
 _TARGET: Final = f"collection {COLLECTION}"
@@ -76,13 +78,28 @@ class ServerStateStore:
         await self._write([(record_id(state.pipeline), pipeline_record(state))])
 
     async def forget(self, pipeline: str) -> None:
-        """Remove the pipeline's record and its dead letters."""
+        """Remove the pipeline's record, its ledgers and its dead letters."""
         letters = [
             record_id(pipeline, letter.table, letter.key)
             for letter in await self.dead_letters(pipeline)
         ]
+        ledgers = [_ledger_id(pipeline, one.table) for one in await self.ledgers(pipeline)]
         # The pipeline's own record goes last: it is what says that there may be more to remove.
-        await self._remove([*letters, record_id(pipeline)])
+        await self._remove([*letters, *ledgers, record_id(pipeline)])
+
+    async def ledgers(self, pipeline: str) -> list[TableLedger]:
+        """The ledgers of copies under way, by table."""
+        records = await self._scroll(pipeline, "ledger")
+        found = [table_ledger(record, f"A ledger in {_TARGET}") for record in records]
+        return sorted(found, key=lambda ledger: ledger.table)
+
+    async def save_ledger(self, ledger: TableLedger) -> None:
+        """Keep a ledger."""
+        await self._write([(_ledger_id(ledger.pipeline, ledger.table), ledger_record(ledger))])
+
+    async def drop_ledger(self, pipeline: str, table: str) -> None:
+        """Remove a table's ledger."""
+        await self._remove([_ledger_id(pipeline, table)])
 
     async def park(self, letters: Sequence[DeadLetter]) -> None:
         """Keep dead letters."""
@@ -95,14 +112,17 @@ class ServerStateStore:
 
     async def dead_letters(self, pipeline: str) -> list[DeadLetter]:
         """All dead letters of the pipeline, by table and key."""
-        found: list[DeadLetter] = []
+        records = await self._scroll(pipeline, "dead_letter")
+        found = [dead_letter(record, f"A dead letter in {_TARGET}") for record in records]
+        return sorted(found, key=lambda letter: (letter.table, letter.key))
+
+    async def _scroll(self, pipeline: str, kind: str) -> list[Record]:
+        found: list[Record] = []
         offset: q.PointId | None = None
         while True:
             request = q.ScrollPoints(
                 collection_name=COLLECTION,
-                filter=q.Filter(
-                    must=[_equals("pipeline", pipeline), _equals("kind", "dead_letter")]
-                ),
+                filter=q.Filter(must=[_equals("pipeline", pipeline), _equals("kind", kind)]),
                 offset=offset,
                 limit=_PAGE,
                 with_payload=q.WithPayloadSelector(enable=True),
@@ -113,12 +133,9 @@ class ServerStateStore:
                 if failure.collection_missing:
                     return []
                 raise sink_error(failure, _TARGET) from failure
-            found += [
-                dead_letter(grpc_to_payload(point.payload), f"A dead letter in {_TARGET}")
-                for point in answer.result
-            ]
+            found += [grpc_to_payload(point.payload) for point in answer.result]
             if not answer.HasField("next_page_offset"):
-                return sorted(found, key=lambda letter: (letter.table, letter.key))
+                return found
             offset = answer.next_page_offset
 
     async def release(self, pipeline: str, letters: Sequence[tuple[str, str]]) -> None:
@@ -159,6 +176,11 @@ class ServerStateStore:
                 raise sink_error(failure, _TARGET) from failure
             if answer.result.status != q.UpdateStatus.Completed:
                 raise not_completed(answer.result.status, DELETE, _TARGET)
+
+
+def _ledger_id(pipeline: str, table: str) -> bytes:
+    # No dead letter has a name of this shape: theirs are three parts.
+    return record_id(pipeline, "ledger", table, "")
 
 
 def _point(id_: bytes, record: Record) -> bytes:

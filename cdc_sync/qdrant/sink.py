@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+from cdc_sync.mapping.comparison import StoredArray
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.vectors import SparseValue
 from cdc_sync.rows import PointId, Row
@@ -56,6 +57,15 @@ class StoredPoint:
     vectors: dict[str, StoredVector] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class RetrievedPoint:
+    """A point as Qdrant returns it, with all its vectors as arrays: for comparing many."""
+
+    id: PointId
+    payload: dict[str, object]
+    vectors: dict[str, StoredArray]
+
+
 class RequestObserver(Protocol):
     """Told of every request to a server. Called on the event loop; must not wait."""
 
@@ -100,6 +110,10 @@ class TableWriter(Protocol):
         """Exact number of points of the table."""
         ...
 
+    async def retrieve(self, ids: Sequence[PointId]) -> list[RetrievedPoint]:
+        """The points of these ids that exist, in any order. Errors as :meth:`apply`."""
+        ...
+
     def scroll_ids(self, page: int = 1000) -> AsyncIterator[list[PointId]]:
         """All ids of the table's points, in pages."""
         ...
@@ -119,11 +133,12 @@ class TableWriter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CollectionState:
-    """A finding of :meth:`Sink.inspect`: whether the collection exists, and how many points it
-    holds."""
+    """A finding of :meth:`Sink.inspect`: whether the collection exists, how many points it holds,
+    and sentences about settings that are other than the plan asks for."""
 
     exists: bool
     points: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +162,8 @@ class PipelineState:
     copy is.
 
     ``system_identifier`` and ``timeline`` as told by IDENTIFY_SYSTEM when the slot was created;
-    ``slot_lsn`` is the slot's consistent point.
+    ``slot_lsn`` is the slot's consistent point, 0 until the slot has been created.
+    ``owns_publication``: we have made it, so we may alter it.
     """
 
     pipeline: str
@@ -157,6 +173,49 @@ class PipelineState:
     timeline: int
     slot_lsn: int
     tables: tuple[TableState, ...] = ()
+    owns_publication: bool = False
+
+
+#: A range of blocks: from the first up to but not including the second (None: to the end).
+BlockRange: TypeAlias = tuple[int, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class LeafLedger:
+    """What has been copied of one leaf.
+
+    ``relfilenode`` is the storage that the ranges are of; ``pages`` its size in blocks when it was
+    cut into chunks of ``chunk_pages``; ``done`` are ascending and disjoint.
+    """
+
+    oid: int
+    relfilenode: int
+    pages: int
+    chunk_pages: int
+    done: tuple[BlockRange, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TableLedger:
+    """Our record of a copy under way: what is done of a table, so that it is not done again.
+
+    ``fingerprint`` is of the plan and definition by which it is copied. ``repair``: existing points
+    are compared instead of written over. ``sweep``: points without a row are looked for once all
+    chunks are done, in ``buckets`` parts (0: not known yet) of which ``swept`` are done. The counts
+    are of finished chunks.
+    """
+
+    pipeline: str
+    table: str
+    fingerprint: str
+    leaves: tuple[LeafLedger, ...] = ()
+    repair: bool = False
+    sweep: bool = False
+    buckets: int = 0
+    swept: int = 0
+    rows: int = 0
+    bytes: int = 0
+    orphans: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +240,19 @@ class StateStore(Protocol):
     async def save(self, state: PipelineState) -> None: ...
 
     async def forget(self, pipeline: str) -> None:
-        """Remove the pipeline's record and its dead letters."""
+        """Remove the pipeline's record, its ledgers and its dead letters."""
+        ...
+
+    async def ledgers(self, pipeline: str) -> list[TableLedger]:
+        """The ledgers of copies under way, by table."""
+        ...
+
+    async def save_ledger(self, ledger: TableLedger) -> None:
+        """Keep a ledger; it replaces the table's earlier one."""
+        ...
+
+    async def drop_ledger(self, pipeline: str, table: str) -> None:
+        """Remove a table's ledger, present or not."""
         ...
 
     async def park(self, letters: Sequence[DeadLetter]) -> None:
@@ -224,8 +295,30 @@ class Sink(Protocol):
         """
         ...
 
-    async def ensure_collection(self, plan: TablePlan) -> None:
-        """Create the collection and its payload indexes where absent; else as :meth:`inspect`."""
+    async def ensure_collection(
+        self, plan: TablePlan, *, create: bool = True, defer_hnsw: bool = False
+    ) -> tuple[str, ...]:
+        """Create the collection and its payload indexes where absent; else as :meth:`inspect`.
+
+        Without ``create`` an absent collection is a ConfigError. ``defer_hnsw``: a collection that
+        is created gets no HNSW index before :meth:`build_index`. Returns sentences about settings
+        of a collection that existed, which are never changed.
+        """
+        ...
+
+    async def defer_indexing(self, plan: TablePlan) -> None:
+        """Build no HNSW index in the plan's collection, which exists, before :meth:`build_index`.
+
+        What it had is remembered beside it. Harmless when repeated.
+        """
+        ...
+
+    async def build_index(self, plan: TablePlan) -> None:
+        """Give the plan's collection the HNSW settings that were deferred, at its creation or by
+        :meth:`defer_indexing`, in whatever process; nothing if none were. Harmless when repeated.
+
+        Returns before the index is built, which Qdrant does in the background.
+        """
         ...
 
     def writer(self, plan: TablePlan) -> TableWriter: ...

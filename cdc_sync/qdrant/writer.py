@@ -27,6 +27,7 @@ from cdc_sync.qdrant.collections import Collections
 from cdc_sync.qdrant.partials import Partial, PartialWriter
 from cdc_sync.qdrant.rpc import (
     DELETE,
+    GET,
     QUERY,
     SCROLL,
     UPSERT,
@@ -38,7 +39,7 @@ from cdc_sync.qdrant.rpc import (
     sink_error,
 )
 from cdc_sync.qdrant.settle import settle
-from cdc_sync.qdrant.sink import Applied, Changes, StoredPoint, StoredVector
+from cdc_sync.qdrant.sink import Applied, Changes, RetrievedPoint, StoredPoint, StoredVector
 from cdc_sync.rows import PointId, Row
 
 #: Ids a request of deletes, at most: they are small.
@@ -222,6 +223,34 @@ class ServerWriter:
     async def count(self) -> int:
         """Exact number of points of the table."""
         return await self._collections.count(self._plan.collection, self._filter)
+
+    async def retrieve(self, ids: Sequence[PointId]) -> list[RetrievedPoint]:
+        """The points of these ids that exist, in any order, with payload and vectors."""
+        jobs = deque(_slices(ids, self._settings.request_points))
+        found: list[RetrievedPoint] = []
+        lanes = min(self._settings.parallel_requests, len(jobs))
+        await settle(
+            [asyncio.create_task(self._retrieve(lane, jobs, found)) for lane in range(lanes)]
+        )
+        return found
+
+    async def _retrieve(
+        self, lane: int, jobs: deque[Sequence[PointId]], found: list[RetrievedPoint]
+    ) -> None:
+        while jobs:
+            ids = [self._codec.point_id(id_) for id_ in jobs.popleft()]
+            request = messages.get(
+                self._plan.collection, ids, with_payload=True, with_vectors=True
+            )
+            answer = await self._rpc.request(GET, request, self._target, lane)
+            found += [
+                RetrievedPoint(
+                    messages.point_id_value(point.id),
+                    grpc_to_payload(point.payload),
+                    messages.retrieved_vectors(point.vectors),
+                )
+                for point in answer.result
+            ]
 
     async def scroll_ids(self, page: int = 1000) -> AsyncIterator[list[PointId]]:
         """All ids of the table's points, in pages."""

@@ -12,16 +12,19 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Protocol, TypeVar
 
-from cdc_sync.errors import CdcSyncError, ErrorKind
+from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics, Operation, ToastResolution
+from cdc_sync.postgres.key_texts import KeyTextError
 from cdc_sync.postgres.refetch import TableRedefinedError
 from cdc_sync.qdrant.sink import Applied, Changes, Sink, TableWriter
 from cdc_sync.rows import PointId, RawValue, Row
 from cdc_sync.sync.coalesce import Pending, TableBatch
+from cdc_sync.sync.control import ResyncRows
 from cdc_sync.sync.dead_letters import DeadLetterOffice
 from cdc_sync.sync.gather import Batch
+from cdc_sync.sync.reading import Reread
 from cdc_sync.sync.retry import is_sink_trouble, retrying
 from cdc_sync.sync.routing import Binding, PlannedTable
 from cdc_sync.sync.writing import writing
@@ -35,10 +38,14 @@ FetchRows = Callable[
     [TablePlan, str | None, Sequence[Sequence[RawValue]], Collection[int]], list[Row]
 ]
 
+#: Reads the rows of a request as they are now, once what was applied lately and the given
+#: transactions are visible. None: the table must be read as a whole.
+RereadRows = Callable[[ResyncRows, Collection[int]], Awaitable[Reread | None]]
+
 
 class StaleTables(Protocol):
-    """Keeps book of tables that must be read again as a whole. Both are on record when they
-    return."""
+    """Keeps book of tables that must be read again as a whole. All of it is on record when the
+    methods return."""
 
     async def note(self, batch: Batch) -> None:
         """The batch is going to be written."""
@@ -46,6 +53,10 @@ class StaleTables(Protocol):
 
     async def outdated(self, planned: PlannedTable) -> None:
         """Rows of the table could not be read by key, because its columns have changed."""
+        ...
+
+    async def request(self, planned: PlannedTable, reason: str) -> None:
+        """The table is to be read again as a whole."""
         ...
 
 
@@ -60,6 +71,7 @@ class Applier:
         metrics: Metrics,
         on_stall: Callable[[CdcSyncError, float], None],
         stale: StaleTables,
+        reread: RereadRows,
     ) -> None:
         self._sink = sink
         self._fetch = fetch
@@ -67,6 +79,7 @@ class Applier:
         self._metrics = metrics
         self._on_stall = on_stall
         self._stale = stale
+        self._reread_rows = reread
         self._sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
         self._progress: Callable[[], None] = lambda: None
         self._writers: dict[TablePlan, TableWriter] = {}
@@ -90,6 +103,10 @@ class Applier:
             for oid in batch.truncates:
                 await self._clear(batch.bindings[oid])
             return
+        for planned in batch.resync_tables:
+            await self._request(planned, "it was asked for")
+        for request in batch.rereads:
+            await self._reread(batch, request)
         for oid, table in batch.tables.items():
             await self._apply_table(batch, batch.bindings[oid], table)
         for lost in batch.unmappable:
@@ -122,21 +139,27 @@ class Applier:
             rows = await self._fetch_points(binding, table, rootless)
             changes.upserts += rows
             self._resolved(binding, "refetched", len(rows))
-        applied = await self._write(binding, changes)
+        applied = await self._write(binding.planned, changes)
         if applied.missing:
             rows = await self._fetch_points(binding, table, list(applied.missing))
             self._resolved(binding, "refetched", len(rows))
-            again = await self._write(binding, Changes(upserts=rows))
+            again = await self._write(binding.planned, Changes(upserts=rows))
             applied = Applied(frozenset(), applied.refused + again.refused)
         self._resolved(binding, "kept", len(changes.partials) - len(applied.missing))
         name = binding.planned.name
-        await self._keep_refused(name, applied.refused, batch.last_lsn, batch.last_commit)
-        refused = {point_id for point_id, _ in applied.refused}
-        await self._retry(
-            lambda: self._dead_letters.release(name, (i for i in table.pending if i not in refused))
-        )
+        await self._settle(name, table.pending, applied, batch)
         if table.superseded:
             self._metrics.add_table(name).coalesced.inc(table.superseded)
+
+    async def _settle(
+        self, table: str, ids: Collection[PointId], applied: Applied, batch: Batch
+    ) -> None:
+        """Park what was refused, and forget dead letters of what was not."""
+        await self._keep_refused(table, applied.refused, batch.last_lsn, batch.last_commit)
+        refused = {point_id for point_id, _ in applied.refused}
+        await self._retry(
+            lambda: self._dead_letters.release(table, (i for i in ids if i not in refused))
+        )
 
     def _refused_before(self, binding: Binding, changes: Changes) -> list[PointId]:
         """Take out partials of points whose last version was refused, and return their ids: what
@@ -171,7 +194,7 @@ class Applier:
         xids = {change.xid for _, change in pending}
         try:
             rows = await self._retry(
-                lambda: asyncio.to_thread(self._fetch, planned.plan, planned.row_filter, keys, xids)
+                lambda: asyncio.to_thread(self._fetch, planned.plan, planned.selection, keys, xids)
             )
         except TableRedefinedError:
             await self._retry(lambda: self._stale.outdated(planned))
@@ -179,17 +202,46 @@ class Applier:
         found = {binding.point_id(row): row for row in rows}
         return [(point_id, found[point_id]) for point_id in ids if point_id in found]
 
-    async def _write(self, binding: Binding, changes: Changes) -> Applied:
+    async def _reread(self, batch: Batch, request: ResyncRows) -> None:
+        """Write rows as they are now, and remove the points of keys that have none."""
+        planned = request.planned
+        try:
+            found = await self._reread_rows(request, batch.xids)
+        except (KeyTextError, MappingError) as error:
+            # Whoever asked for them, the pipeline goes on.
+            self._metrics.control_requests["unreadable"].inc()
+            log.warning("request_refused", table=planned.name, reason=str(error))
+            return
+        if found is None:
+            await self._request(planned, "rows were asked for that cannot be read by themselves")
+            return
+        changes = Changes(upserts=found.rows, deletes=found.absent)
+        applied = await self._write(planned, changes)
+        await self._settle(
+            planned.name,
+            [*(point_id for point_id, _ in found.rows), *found.absent],
+            applied,
+            batch,
+        )
+        table = self._metrics.add_table(planned.name)
+        table.rows_reread["written"].inc(len(found.rows) - len(applied.refused))
+        table.rows_reread["deleted"].inc(len(found.absent))
+        log.info(
+            "rows_reread", table=planned.name, written=len(found.rows), deleted=len(found.absent)
+        )
+
+    async def _request(self, planned: PlannedTable, reason: str) -> None:
+        await self._retry(lambda: self._stale.request(planned, reason))
+
+    async def _write(self, planned: PlannedTable, changes: Changes) -> Applied:
         if not len(changes):
             return Applied()
-        writer = self.writer(binding.planned.plan)
+        writer = self.writer(planned.plan)
         nulled = writer.values_nulled
         try:
             return await self._retry(writing(writer, changes, self._progress))
         finally:
-            self._metrics.add_table(binding.planned.name).values_nulled.inc(
-                writer.values_nulled - nulled
-            )
+            self._metrics.add_table(planned.name).values_nulled.inc(writer.values_nulled - nulled)
 
     async def _clear(self, binding: Binding) -> None:
         log.info("table_truncated", table=binding.planned.name)

@@ -1,144 +1,231 @@
-"""Backfill: copying tables under one snapshot, in chunks, by several worker processes.
+"""Backfill: copying tables window by window, for the first copy, resyncs, added tables and
+adoption alike.
 
-The snapshot is held by a connection of the daemon (:class:`SnapshotHolder`) for as long as the copy
-runs, so a worker that dies is replaced and its chunk copied again, which is harmless: the same rows
-give the same points.
+In a window somebody holds a snapshot and the applier stands still; chunks are copied under that
+snapshot until the window's time is up. The ledger of each table says what is left. Once all chunks
+of a table are done, points without a row are swept where there may be any. Whether a snapshot may
+be used, and when the next window opens, is not decided here but in
+:mod:`cdc_sync.sync.resync`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import multiprocessing
-import os
-import signal
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 from cdc_sync.config import Settings
-from cdc_sync.errors import ErrorKind, SourceError
-from cdc_sync.mapping.table import Leaf
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
+from cdc_sync.ops.status import StatusBoard
 from cdc_sync.postgres.connect import connect
-from cdc_sync.postgres.snapshot import SnapshotGoneError, import_snapshot
-from cdc_sync.qdrant.sink import Sink
-from cdc_sync.sync.copying import Chunk, ChunkResult, CopyTask, copy_chunk, copy_in_worker
+from cdc_sync.postgres.snapshot import import_snapshot, key_query
+from cdc_sync.qdrant.sink import Changes, Sink, TableLedger
+from cdc_sync.rows import PointId
+from cdc_sync.sync.copying import ChunkResult, CopyTask
+from cdc_sync.sync.dead_letters import DeadLetterOffice
+from cdc_sync.sync.executors import ChunkExecutor, open_executor
+from cdc_sync.sync.ledger import Ledger
+from cdc_sync.sync.orphans import sweep
 from cdc_sync.sync.routing import PlannedTable
 
 log = get_logger(__name__)
 
-#: Rows a chunk, about: small enough to spread evenly and to lose little with a worker, large enough
-#: not to be all overhead.
-CHUNK_ROWS = 5_000
-_MIN_CHUNK_PAGES = 16
-_MAX_CHUNK_PAGES = 4_096
+T = TypeVar("T")
 
-#: Times a chunk may be lost to dying workers before the copy gives up: a chunk that kills its
-#: worker would do so for ever.
-_MAX_CHUNK_LOSSES = 5
+#: How often the ledger is written at the least, while chunks are being finished.
+_SAVE_SECONDS = 1.0
+#: Orphans removed in one request to the sink.
+_REMOVE_POINTS = 1_000
 
 
-def cut(planned: PlannedTable) -> list[Chunk]:
-    """Cut a table (each leaf partition) into ranges of blocks.
+class Retry(Protocol):
+    """Runs an operation on Qdrant until it works, or fails for good."""
 
-    The last range of a leaf is open-ended, for blocks added since its size was read.
-    """
-    chunks = []
-    for leaf in planned.table.leaves:
-        step = _chunk_pages(leaf)
-        starts = list(range(0, max(leaf.pages, 1), step))
-        for i, start in enumerate(starts):
-            end = starts[i + 1] if i + 1 < len(starts) else None
-            chunks.append(Chunk(planned.plan.oid, leaf, start, end))
-    return chunks
-
-
-def _chunk_pages(leaf: Leaf) -> int:
-    if leaf.estimated_rows > 0 and leaf.pages > 0:
-        pages = round(CHUNK_ROWS * leaf.pages / leaf.estimated_rows)
-    else:
-        pages = 128
-    return min(max(pages, _MIN_CHUNK_PAGES), _MAX_CHUNK_PAGES)
-
-
-@dataclass(slots=True)
-class CopyTotals:
-    """Sums over the chunks of one table."""
-
-    rows: int = 0
-    bytes: int = 0
-    refused: int = 0
+    async def __call__(self, operation: Callable[[], Awaitable[T]]) -> T: ...
 
 
 class Backfill:
-    """Copies tables under a snapshot that somebody holds open."""
+    """Copies tables under snapshots that somebody holds open."""
 
     def __init__(
         self,
         settings: Settings,
         sink: Sink,
         metrics: Metrics,
-        on_chunk: Callable[[PlannedTable, ChunkResult], None],
-        on_refused: Callable[[PlannedTable, Sequence[tuple[str, str]]], Awaitable[None]],
+        board: StatusBoard,
+        dead_letters: DeadLetterOffice,
+        retry: Retry,
     ) -> None:
         self._settings = settings
         self._sink = sink
         self._metrics = metrics
-        self._on_chunk = on_chunk
-        self._on_refused = on_refused
+        self._board = board
+        self._dead_letters = dead_letters
+        self._retry = retry
+        self._executor: ChunkExecutor | None = None
+        self._ledgers: dict[str, Ledger] = {}
+        self._tables: dict[int, PlannedTable] = {}
+        self._saved = 0.0
 
-    @property
-    def workers(self) -> int:
-        """Number of worker processes."""
-        return self._settings.migration.num_workers or os.cpu_count() or 1
+    # -- what is under way
 
-    async def copy(self, tables: Sequence[PlannedTable], snapshot: str) -> dict[int, CopyTotals]:
-        """Copy the tables; returns totals by table OID once every chunk is completed by Qdrant.
+    def take_up(self, records: Iterable[TableLedger]) -> None:
+        """Go on with exactly these copies, which are on record: of an earlier life, or of another
+        process that had the slot meanwhile."""
+        before = self._ledgers
+        self._ledgers = {}
+        for record in records:
+            self._ledgers[record.table] = Ledger(record, self._settings.migration.chunk_rows)
+            if record.table not in before:
+                log.info("copy_resumed", table=record.table, rows=record.rows)
 
-        Raises :class:`SourceError` when the snapshot or the server is gone.
+    def has_begun(self, table: str) -> bool:
+        """Whether a copy of the table is under way."""
+        return table in self._ledgers
+
+    async def begin(self, planned: PlannedTable, *, sweep: bool, repair: bool = False) -> None:
+        """Begin a copy of the table from nothing. On record when this returns."""
+        ledger = Ledger.new(
+            self._settings.pipeline.name,
+            planned,
+            self._settings.migration.chunk_rows,
+            sweep=sweep,
+            repair=repair,
+        )
+        self._ledgers[planned.name] = ledger
+        # Every row is read again: those that still cannot be written are parked again.
+        await self._retry(lambda: self._dead_letters.release_table(planned.name))
+        await self._save([ledger])
+
+    async def restart(self, planned: PlannedTable) -> None:
+        """Take nothing of the table as done any more, if a copy is under way. On record when this
+        returns."""
+        ledger = self._ledgers.get(planned.name)
+        if ledger is not None and ledger.record.leaves:
+            ledger.restart()
+            await self._save([ledger])
+            log.info("copy_restarted", table=planned.name)
+
+    async def end(self, planned: PlannedTable) -> TableLedger:
+        """Forget the ledger of a completed copy, which is returned."""
+        record = self._ledgers.pop(planned.name).record
+        await self._retry(
+            lambda: self._sink.state.drop_ledger(self._settings.pipeline.name, planned.name)
+        )
+        return record
+
+    async def close(self) -> None:
+        """Stop the workers."""
+        if self._executor is not None:
+            await self._executor.close()
+            self._executor = None
+
+    # -- one window
+
+    async def window(self, tables: Sequence[PlannedTable], snapshot: str) -> list[PlannedTable]:
+        """Copy what is left of the tables under a snapshot, as far as the window's time goes.
+
+        Returns the tables of which nothing is left. Raises :class:`SourceError` when the snapshot
+        or the server is gone; what was finished before stays so.
         """
-        by_oid = {planned.plan.oid: planned for planned in tables}
-        tasks = [
+        deadline = time.monotonic() + self._settings.migration.window_seconds
+        for planned in tables:
+            ledger = self._ledgers[planned.name]
+            ledger.meet(planned)
+            self._tables[planned.plan.oid] = planned
+            self._show(planned, ledger)
+        ledgers = [self._ledgers[planned.name] for planned in tables]
+        await self._save(ledgers)
+        queue = _Queue(self._tasks(tables, snapshot), deadline)
+        try:
+            if queue.left:
+                await self._chunk_executor().copy(queue, self._done)
+        finally:
+            # What is finished need not be done again, whatever ended the window.
+            await self._save(ledgers)
+        for planned in tables:
+            if self._ledgers[planned.name].copied:
+                await self._sweep(planned, snapshot, deadline)
+        return [planned for planned in tables if self._ledgers[planned.name].complete]
+
+    def _chunk_executor(self) -> ChunkExecutor:
+        if self._executor is None:
+            self._executor = open_executor(self._settings, self._sink)
+        return self._executor
+
+    def _tasks(self, tables: Sequence[PlannedTable], snapshot: str) -> list[CopyTask]:
+        migration = self._settings.migration
+        return [
             CopyTask(
-                self._settings.source,
-                self._settings.qdrant,
-                snapshot,
-                planned.plan,
-                planned.row_filter,
-                chunk,
+                source=self._settings.source,
+                qdrant=self._settings.qdrant,
+                snapshot=snapshot,
+                plan=planned.plan,
+                row_filter=planned.selection,
+                chunk=chunk,
+                batch_rows=migration.batch_size,
+                batch_delay_seconds=migration.batch_delay / 1000,
+                repair=self._ledgers[planned.name].record.repair,
             )
             for planned in tables
-            for chunk in cut(planned)
+            for chunk in self._ledgers[planned.name].left(planned)
         ]
-        totals = {oid: CopyTotals() for oid in by_oid}
-        for planned in tables:
-            estimate = sum(max(0.0, leaf.estimated_rows) for leaf in planned.table.leaves)
-            self._metrics.add_table(planned.name).snapshot_rows_estimated.set(estimate)
-            self._metrics.add_table(planned.name).snapshot_chunks["pending"].set(
-                sum(1 for t in tasks if t.chunk.table_oid == planned.plan.oid)
+
+    async def _done(self, result: ChunkResult) -> None:
+        chunk = result.chunk
+        planned = self._tables[chunk.table_oid]
+        if result.refused:
+            # Durable before the chunk is.
+            await self._retry(
+                lambda: self._dead_letters.park(
+                    planned.name, result.refused, lsn=0, commit_time=0.0
+                )
             )
+        ledger = self._ledgers[planned.name]
+        ledger.finish(chunk, result.rows, result.bytes)
+        log.debug(
+            "chunk_copied",
+            table=planned.name,
+            leaf=f"{chunk.leaf.schema}.{chunk.leaf.name}",
+            leaf_oid=chunk.leaf.oid,
+            start=chunk.start_block,
+            end=chunk.end_block,
+            rows=result.rows,
+        )
+        self._count(planned, ledger, result)
+        if time.monotonic() - self._saved >= _SAVE_SECONDS:
+            await self._save(list(self._ledgers.values()))
 
-        async def done(result: ChunkResult) -> None:
-            planned = by_oid[result.chunk.table_oid]
-            total = totals[planned.plan.oid]
-            total.rows += result.rows
-            total.bytes += result.bytes
-            total.refused += len(result.refused)
-            self._record(planned, result)
-            if result.refused:
-                await self._on_refused(planned, result.refused)
-            self._on_chunk(planned, result)
+    async def _save(self, ledgers: Sequence[Ledger]) -> None:
+        """Put ledgers on record, once their chunks are safe from a power loss."""
+        changed = [ledger for ledger in ledgers if ledger.dirty]
+        if not changed:
+            return
+        await self._retry(self._sink.make_durable)
+        for ledger in changed:
+            record = ledger.record
+            ledger.dirty = False
+            await self._retry(lambda r=record: self._sink.state.save_ledger(r))  # type: ignore[misc]
+            log.debug(
+                "ledger_saved",
+                table=record.table,
+                leaves={str(leaf.oid): leaf.done for leaf in record.leaves},
+            )
+        self._saved = time.monotonic()
 
-        if self._sink.multi_process and self.workers > 1 and len(tasks) > 1:
-            await self._copy_in_processes(tasks, done)
-        else:
-            await self._copy_here(tasks, done)
-        return totals
+    def _show(self, planned: PlannedTable, ledger: Ledger) -> None:
+        table = self._metrics.add_table(planned.name)
+        estimate = sum(max(0.0, leaf.estimated_rows) for leaf in planned.table.leaves)
+        table.snapshot_rows_estimated.set(estimate)
+        total, done = ledger.chunks_total, ledger.chunks_done
+        table.snapshot_chunks["pending"].set(total - done)
+        table.snapshot_chunks["done"].set(done)
+        self._board.table(planned.name).update(state="copying", rows_copied=ledger.record.rows)
 
-    def _record(self, planned: PlannedTable, result: ChunkResult) -> None:
+    def _count(self, planned: PlannedTable, ledger: Ledger, result: ChunkResult) -> None:
         table = self._metrics.add_table(planned.name)
         table.snapshot_rows.inc(result.rows)
         table.snapshot_bytes.inc(result.bytes)
@@ -146,117 +233,88 @@ class Backfill:
         table.snapshot_chunks["pending"].dec()
         table.snapshot_chunks["done"].inc()
         self._metrics.snapshot_chunk_duration_seconds.observe(result.seconds)
+        for kind, retries in result.retries.items():
+            self._metrics.sink_retries[kind].inc(retries)
+            log.warning("copy_retried", table=planned.name, kind=kind.value, times=retries)
+        self._board.table(planned.name).update(rows_copied=ledger.record.rows)
 
-    async def _copy_here(
-        self, tasks: Sequence[CopyTask], done: Callable[[ChunkResult], Awaitable[None]]
-    ) -> None:
-        if not tasks:
+    # -- points without a row
+
+    async def _sweep(self, planned: PlannedTable, snapshot: str, deadline: float) -> None:
+        """Look for points that have no row in the snapshot, and remove them.
+
+        Exact for the same reason as the copy: whatever was applied is visible in the snapshot, and
+        rows that came later come by the stream (R72, design 5.6).
+        """
+        ledger = self._ledgers[planned.name]
+        if not ledger.record.sweep or ledger.complete:
             return
+        plan = planned.plan
+        writer = self._sink.writer(plan)
+        queries = [key_query(plan, leaf, planned.selection) for leaf in planned.table.leaves]
+        if ledger.record.buckets == 0:
+            ledger.divide(await self._retry(writer.count))
         connection = await asyncio.to_thread(
             connect, self._settings.source, application_name="cdc_sync copy", autocommit=False
         )
         try:
-            await asyncio.to_thread(import_snapshot, connection, tasks[0].snapshot)
-            for task in tasks:
-                await done(await copy_chunk(connection, self._sink.writer(task.plan), task))
+            await asyncio.to_thread(import_snapshot, connection, snapshot)
+            while not ledger.complete:
+                part, parts = ledger.record.swept, ledger.record.buckets
+                orphans = await self._retry(
+                    lambda p=part, n=parts: sweep(connection, writer, plan, queries, p, n)  # type: ignore[misc]
+                )
+                await self._remove(planned, orphans, report_only=self._only_reports(ledger))
+                ledger.finish_sweep(len(orphans))
+                await self._save([ledger])
+                if time.monotonic() >= deadline:
+                    return
         finally:
             connection.close()
 
-    async def _copy_in_processes(
-        self, tasks: Sequence[CopyTask], done: Callable[[ChunkResult], Awaitable[None]]
+    def _only_reports(self, ledger: Ledger) -> bool:
+        return ledger.record.repair and self._settings.migration.extra_points == "report"
+
+    async def _remove(
+        self, planned: PlannedTable, orphans: Sequence[PointId], *, report_only: bool
     ) -> None:
-        left = list(tasks)
-        losses = 0
-        while left:
-            pool = _pool(min(self.workers, len(left)))
-            try:
-                left = await self._run_pool(pool, left, done)
-            finally:
-                _stop_pool(pool)
-            if left:
-                losses += 1
-                if losses > _MAX_CHUNK_LOSSES:
-                    raise SourceError(
-                        ErrorKind.SOURCE_UNAVAILABLE,
-                        f"copy workers died {losses} times, last with {len(left)} chunks to go",
-                        "See the system's log for the reason (out of memory?); fewer workers need "
-                        "less memory.",
-                    )
-                log.warning("copy_workers_lost", chunks_left=len(left), times=losses)
-
-    async def _run_pool(
-        self,
-        pool: ProcessPoolExecutor,
-        tasks: Sequence[CopyTask],
-        done: Callable[[ChunkResult], Awaitable[None]],
-    ) -> list[CopyTask]:
-        """Run tasks in a pool; returns those that were not copied because a worker died."""
-        loop = asyncio.get_running_loop()
-        running: dict[asyncio.Future[ChunkResult], CopyTask] = {}
-        lost: list[CopyTask] = []
-        for task in tasks:
-            try:
-                running[loop.run_in_executor(pool, copy_in_worker, task)] = task
-            except BrokenProcessPool:
-                lost.append(task)
-        try:
-            while running:
-                finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for future in finished:
-                    task = running.pop(future)
-                    try:
-                        result = future.result()
-                    except BrokenProcessPool:
-                        lost.append(task)
-                        continue
-                    except SnapshotGoneError:
-                        raise
-                    except SourceError as error:
-                        if error.kind is not ErrorKind.SOURCE_UNAVAILABLE:
-                            raise
-                        # A cut connection: the snapshot may still be there, so the chunk is tried
-                        # again.
-                        lost.append(task)
-                        continue
-                    await done(result)
-        finally:
-            for future in running:
-                future.cancel()
-        return lost
+        if not orphans:
+            return
+        log.warning(
+            "points_without_row", table=planned.name, points=len(orphans), removed=not report_only
+        )
+        self._metrics.add_table(planned.name).orphans.inc(len(orphans))
+        if report_only:
+            return
+        writer = self._sink.writer(planned.plan)
+        for start in range(0, len(orphans), _REMOVE_POINTS):
+            changes = Changes(deletes=list(orphans[start : start + _REMOVE_POINTS]))
+            await self._retry(lambda c=changes: writer.apply(c))  # type: ignore[misc]
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # spawn: forking a process that has gRPC threads and open connections is not safe.
-    return ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(os.getpid(),),
-    )
+class _Queue:
+    """The chunks left in a window; none any more once its time is up.
 
+    There is always one, so that every window gets further.
+    """
 
-_PR_SET_PDEATHSIG = 1
+    def __init__(self, tasks: Iterable[CopyTask], deadline: float) -> None:
+        self._tasks = deque(tasks)
+        self._deadline = deadline
+        self._given = False
 
+    @property
+    def left(self) -> int:
+        """Number of chunks nobody has taken."""
+        return len(self._tasks)
 
-def _start_worker(daemon_pid: int) -> None:
-    # Ctrl-C goes to the whole process group; the daemon decides when workers stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A worker must not outlive a killed daemon: it would write rows of an old snapshot over those
-    # of the next copy.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != daemon_pid:
-        os._exit(1)
+    def next(self) -> CopyTask | None:
+        """Take a chunk."""
+        if not self._tasks or (self._given and time.monotonic() >= self._deadline):
+            return None
+        self._given = True
+        return self._tasks.popleft()
 
-
-def _stop_pool(pool: ProcessPoolExecutor) -> None:
-    """Stop without waiting for chunks in progress: their points are written again by the next
-    copy."""
-    processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join(timeout=5)
-        if process.is_alive():
-            process.kill()
-            process.join()
+    def put_back(self, task: CopyTask) -> None:
+        """Give back a chunk that was lost with its worker."""
+        self._tasks.appendleft(task)

@@ -10,6 +10,7 @@ from cdc_sync.errors import CdcSyncError, ErrorKind
 from cdc_sync.postgres.connect import PgConnection, connect
 from cdc_sync.postgres.preflight import preflight_source
 from cdc_sync.postgres.slot import read_slot
+from cdc_sync.qdrant.collections import absent
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.sync.findings import Finding
 from cdc_sync.sync.planning import PipelinePlan, plan_pipeline
@@ -58,6 +59,8 @@ def _check_plan(
             tables=[planned.table for planned in plan.tables],
             slot_exists=slot is not None,
             publication=plan.publication,
+            wanted=plan.published_columns,
+            row_filters=plan.row_filters,
         )
     except CdcSyncError as error:
         findings.append(_failed("postgres", error))
@@ -89,7 +92,10 @@ async def _check_sink(
         for planned in plan.tables if plan is not None else ():
             found = await sink.inspect(planned.plan)
             subject = f"collection {planned.plan.collection}"
-            if not found.exists:
+            findings += [Finding("warning", subject, text, "", None) for text in found.warnings]
+            if not found.exists and not settings.migration.create_collection:
+                findings.append(_failed(subject, absent(planned.plan)))
+            elif not found.exists:
                 findings.append(_ok(subject, "will be created by run"))
             elif found.points and planned.plan.collection not in ours:
                 findings.append(

@@ -1,29 +1,34 @@
 """Copying one chunk: a pure function of connection, snapshot, chunk and plan, whoever runs it.
 
-Sharing of work: :mod:`cdc_sync.sync.backfill` cuts tables into chunks and has them copied, by
-worker processes on one exported snapshot, or in the daemon's own process where the sink can be
-opened only once.
+:mod:`cdc_sync.sync.executors` has chunks copied, by worker processes or machines on one exported
+snapshot, or in the daemon's own process where the sink can be opened only once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from cdc_sync.config import QdrantSettings, SourceSettings
-from cdc_sync.errors import CdcSyncError, MappingError
+from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError
 from cdc_sync.mapping.ids import compile_point_id
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.table import Leaf
 from cdc_sync.postgres.connect import PgConnection, connect
 from cdc_sync.postgres.snapshot import copy_query, copy_rows, import_snapshot
 from cdc_sync.qdrant.open import open_sink
-from cdc_sync.qdrant.sink import Changes, Sink, TableWriter
+from cdc_sync.qdrant.sink import Applied, Changes, Sink, TableWriter
 from cdc_sync.rows import PointId, Row
+from cdc_sync.sync.repairing import repairing
 from cdc_sync.sync.retry import retrying
 from cdc_sync.sync.writing import writing
+
+#: Told of every retry: the error, and the seconds until the next try.
+OnRetry = Callable[[CdcSyncError, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,11 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class CopyTask:
-    """All that a worker needs for one chunk."""
+    """All that a worker needs for one chunk.
+
+    It reads and writes ``batch_rows`` rows at once, and rests for ``batch_delay_seconds`` after
+    each batch. ``repair``: compare the points with the rows and write only those that differ.
+    """
 
     source: SourceSettings
     qdrant: QdrantSettings
@@ -47,71 +56,146 @@ class CopyTask:
     plan: TablePlan
     row_filter: str | None
     chunk: Chunk
+    batch_rows: int = 1024
+    batch_delay_seconds: float = 0.0
+    repair: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
-    """What became of a chunk. ``refused``: point ids (or a note where there is none) and reasons,
-    for the dead letters. ``nulled``: NaN and infinities written as null."""
+    """What became of a chunk.
+
+    ``refused``: point ids (or a note where there is none) and reasons, for the dead letters.
+    ``nulled``: NaN and infinities written as null. ``retries``: times that something was tried
+    again, by the kind of error. A repair counts the points that were as they should be (``same``),
+    ``different`` or ``missing``.
+    """
 
     chunk: Chunk
     rows: int
     bytes: int
     seconds: float
-    retries: int
     nulled: int
     refused: tuple[tuple[str, str], ...]
+    retries: Mapping[ErrorKind, int] = field(default_factory=dict)
+    same: int = 0
+    different: int = 0
+    missing: int = 0
 
 
-async def copy_chunk(connection: PgConnection, writer: TableWriter, task: CopyTask) -> ChunkResult:
+class CopyStoppedError(Exception):
+    """The copy of a chunk was ended early because it was told to stop; nothing is in flight."""
+
+
+async def copy_chunk(
+    connection: PgConnection,
+    writer: TableWriter,
+    task: CopyTask,
+    stop: asyncio.Event | None = None,
+    on_retry: OnRetry = lambda error, seconds: None,
+) -> ChunkResult:
     """Copy the chunk over a connection that has imported the snapshot.
 
     The next rows are read while the last ones are written. Transient sink errors are retried
-    without end.
+    without end. Once ``stop`` is set it ends after the write in progress and raises
+    :class:`CopyStoppedError`; the connection is then closed.
     """
     started = time.monotonic()
-    plan = task.plan
-    query, text_columns = copy_query(
-        plan, task.chunk.leaf, task.chunk.start_block, task.chunk.end_block, task.row_filter
-    )
-    batches = copy_rows(connection, query, text_columns)
-    point_id = compile_point_id(plan)
-    refused: list[tuple[str, str]] = []
+    point_id = compile_point_id(task.plan)
     nulled = writer.values_nulled
-    retries = 0
-    rows_copied = size = 0
-
-    def on_retry(error: CdcSyncError, seconds: float) -> None:
-        nonlocal retries
-        retries += 1
-
+    batch = _Batch(task, writer, _Pauses(stop), on_retry)
+    batches = _batches(connection, task)
     rows = await asyncio.to_thread(_next_rows, batches)
     while rows:
-        changes, unmappable = _upserts(rows, point_id)
-        refused += unmappable
-        rows_copied += len(rows)
-        size += sum(len(v) for row in rows for v in row if isinstance(v, bytes))
+        batch.pauses.check()
         reading = asyncio.ensure_future(asyncio.to_thread(_next_rows, batches))
         try:
-            applied = await retrying(writing(writer, changes), on_retry)
+            await batch.write(rows, point_id)
         finally:
             # The thread cannot be cancelled; the connection is used by nobody else until it is
             # done.
             rows = await reading
-        refused += [(str(i), reason) for i, reason in applied.refused]
     return ChunkResult(
         chunk=task.chunk,
-        rows=rows_copied,
-        bytes=size,
+        rows=batch.rows,
+        bytes=batch.bytes,
         seconds=time.monotonic() - started,
-        retries=retries,
         nulled=writer.values_nulled - nulled,
-        refused=tuple(refused),
+        refused=tuple(batch.refused),
+        retries=dict(batch.retries),
+        same=batch.same,
+        different=batch.different,
+        missing=batch.missing,
     )
+
+
+def _batches(connection: PgConnection, task: CopyTask) -> Iterator[list[Row]]:
+    chunk = task.chunk
+    query, text_columns = copy_query(
+        task.plan, chunk.leaf, chunk.start_block, chunk.end_block, task.row_filter
+    )
+    return copy_rows(connection, query, text_columns, batch_rows=task.batch_rows)
 
 
 def _next_rows(batches: Iterator[list[Row]]) -> list[Row]:
     return next(batches, [])
+
+
+class _Pauses:
+    """Waiting that ends at once, by an error, when the copy is to stop."""
+
+    def __init__(self, stop: asyncio.Event | None) -> None:
+        self._stop = asyncio.Event() if stop is None else stop
+
+    def check(self) -> None:
+        if self._stop.is_set():
+            raise CopyStoppedError
+
+    async def sleep(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), seconds)
+        self.check()
+
+
+class _Batch:
+    """Writes batch after batch of a chunk, and adds up what became of them."""
+
+    def __init__(
+        self, task: CopyTask, writer: TableWriter, pauses: _Pauses, on_retry: OnRetry
+    ) -> None:
+        self._task = task
+        self._writer = writer
+        self._on_retry = on_retry
+        self.pauses = pauses
+        self.rows = self.bytes = 0
+        self.same = self.different = self.missing = 0
+        self.refused: list[tuple[str, str]] = []
+        self.retries: Counter[ErrorKind] = Counter()
+
+    async def write(self, rows: list[Row], point_id: Callable[[Row], PointId]) -> None:
+        changes, unmappable = _upserts(rows, point_id)
+        self.refused += unmappable
+        self.rows += len(rows)
+        self.bytes += sum(len(v) for row in rows for v in row if isinstance(v, bytes))
+        applied = await (self._repair(changes) if self._task.repair else self._apply(changes))
+        self.refused += [(str(i), reason) for i, reason in applied.refused]
+        if self._task.batch_delay_seconds > 0:
+            await self.pauses.sleep(self._task.batch_delay_seconds)
+
+    async def _apply(self, changes: Changes) -> Applied:
+        return await retrying(writing(self._writer, changes), self._count, self.pauses.sleep)
+
+    async def _repair(self, changes: Changes) -> Applied:
+        attempt = repairing(self._writer, changes)
+        outcome = await retrying(attempt, self._count, self.pauses.sleep)
+        self.same += outcome.same
+        self.different += outcome.different
+        self.missing += outcome.missing
+        return outcome.applied
+
+    def _count(self, error: CdcSyncError, seconds: float) -> None:
+        self.retries[error.kind] += 1
+        self._on_retry(error, seconds)
 
 
 def _upserts(
@@ -127,47 +211,92 @@ def _upserts(
     return changes, unmappable
 
 
-class _Worker:
-    """What a worker process keeps between chunks: one connection on the snapshot, one channel to
-    Qdrant."""
+class ChunkCopier:
+    """Copies chunks one after another, for one worker.
 
-    def __init__(self, task: CopyTask) -> None:
-        self.snapshot = task.snapshot
-        self.connection = connect(task.source, application_name="cdc_sync copy", autocommit=False)
-        import_snapshot(self.connection, task.snapshot)
-        self.loop = asyncio.new_event_loop()
-        self.sink: Sink = self.loop.run_until_complete(
-            retrying(lambda: open_sink(task.qdrant), lambda error, seconds: None)
-        )
-        self.writers: dict[TablePlan, TableWriter] = {}
+    Between chunks it keeps a connection that has imported the snapshot, until :meth:`rest`, and a
+    channel to Qdrant with compiled writers, until :meth:`close`; a ``sink`` that is given is used
+    instead, and left open. To be used in one event loop.
+    """
 
-    def copy(self, task: CopyTask) -> ChunkResult:
-        writer = self.writers.get(task.plan)
-        if writer is None:
-            writer = self.writers[task.plan] = self.sink.writer(task.plan)
-        return self.loop.run_until_complete(copy_chunk(self.connection, writer, task))
+    def __init__(self, sink: Sink | None = None) -> None:
+        self._given = sink
+        self._opened: Sink | None = None
+        self._writers: dict[int, TableWriter] = {}
+        self._connection: PgConnection | None = None
+        self._snapshot: str | None = None
 
-    def close(self) -> None:
-        self.loop.run_until_complete(self.sink.close())
-        self.loop.close()
-        self.connection.close()
+    async def copy(self, task: CopyTask, stop: asyncio.Event, on_retry: OnRetry) -> ChunkResult:
+        """Copy a chunk. Raises as :func:`copy_chunk`, and :class:`SnapshotGoneError`."""
+        try:
+            connection = await self._connect(task, stop)
+            writer = await self._writer(task, stop, on_retry)
+            return await copy_chunk(connection, writer, task, stop, on_retry)
+        except BaseException:
+            # The connection may be in the middle of a COPY: start afresh with the next chunk.
+            self.rest()
+            raise
+
+    def rest(self) -> None:
+        """Let go of the snapshot: while it is kept nothing can be vacuumed, and tables stay
+        locked."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    async def close(self) -> None:
+        """Close everything that was opened here."""
+        self.rest()
+        if self._opened is not None:
+            await self._opened.close()
+        self._opened = None
+        self._writers.clear()
+
+    async def _connect(self, task: CopyTask, stop: asyncio.Event) -> PgConnection:
+        if self._snapshot != task.snapshot:
+            self.rest()
+        if self._connection is None:
+            self._connection = await _unless_stopped(task, stop)
+            self._snapshot = task.snapshot
+        return self._connection
+
+    async def _writer(self, task: CopyTask, stop: asyncio.Event, on_retry: OnRetry) -> TableWriter:
+        writer = self._writers.get(task.plan.oid)
+        if writer is None or writer.plan != task.plan:
+            sink = self._given or self._opened
+            if sink is None:
+                sink = self._opened = await retrying(
+                    lambda: open_sink(task.qdrant), on_retry, _Pauses(stop).sleep
+                )
+            writer = self._writers[task.plan.oid] = sink.writer(task.plan)
+        return writer
 
 
-_worker: _Worker | None = None
-
-
-def copy_in_worker(task: CopyTask) -> ChunkResult:
-    """Entry point of worker processes: copy one chunk, opening what is needed at the first."""
-    global _worker
-    if _worker is not None and _worker.snapshot != task.snapshot:
-        _worker.close()
-        _worker = None
-    if _worker is None:
-        _worker = _Worker(task)
+async def _unless_stopped(task: CopyTask, stop: asyncio.Event) -> PgConnection:
+    """Connect in a thread, which goes on by itself if the connection is not needed any more."""
+    connecting = asyncio.ensure_future(asyncio.to_thread(_import, task))
+    stopping = asyncio.ensure_future(stop.wait())
     try:
-        return _worker.copy(task)
+        await asyncio.wait({connecting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not connecting.done():
+            raise CopyStoppedError
+        return connecting.result()
+    finally:
+        stopping.cancel()
+        if not connecting.done():
+            connecting.add_done_callback(_close_unused)
+
+
+def _close_unused(connecting: asyncio.Future[PgConnection]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().close()
+
+
+def _import(task: CopyTask) -> PgConnection:
+    connection = connect(task.source, application_name="cdc_sync copy", autocommit=False)
+    try:
+        import_snapshot(connection, task.snapshot)
     except BaseException:
-        # The connection may be in the middle of a COPY: start afresh with the next chunk.
-        _worker.connection.close()
-        _worker = None
+        connection.close()
         raise
+    return connection

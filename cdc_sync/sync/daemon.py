@@ -9,15 +9,18 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Awaitable, Callable
 
 from cdc_sync.config import Settings
-from cdc_sync.errors import CdcSyncError, ExitCode
-from cdc_sync.ops.http import start_http_server
+from cdc_sync.errors import CdcSyncError, ConfigError, ExitCode
+from cdc_sync.ops.http import HttpServer, start_http_server
 from cdc_sync.ops.logging import configure_logging, get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.notify import Notifier
 from cdc_sync.ops.status import StatusBoard
+from cdc_sync.sync.copy_report import CopyReporter
 from cdc_sync.sync.pipeline import Pipeline
+from cdc_sync.sync.progress import ProgressScreen, ProgressWatch, on_terminal
 
 log = get_logger(__name__)
 
@@ -27,14 +30,23 @@ _CANCEL_SECONDS = 0.5
 _TELL_SECONDS = 5.0
 
 
-def run_pipeline(settings: Settings, *, restart: bool = False) -> int:
+#: Awaited with a pipeline that has ended by itself.
+After = Callable[[Pipeline], Awaitable[None]]
+
+
+def run_pipeline(
+    settings: Settings, *, restart: bool = False, once: bool = False, after: After | None = None
+) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code. Raises :class:`CdcSyncError` for what
     needs somebody to act.
 
     The first signal drains: the batch in flight is finished and confirmed. A second one exits at
-    once, which is safe: what was not confirmed is sent again.
+    once, which is safe: what was not confirmed is sent again. ``once``: return by itself when every
+    table is copied and caught up, once ``after`` has been awaited; a signal before that ends with
+    128 and its number.
     """
-    configure_logging(settings.log)
+    screen = ProgressScreen() if settings.log.format != "json" and on_terminal(sys.stderr) else None
+    configure_logging(settings.log, None if screen is None else screen.log_stream)
     metrics = Metrics()
     board = StatusBoard(
         settings.pipeline.name,
@@ -42,51 +54,114 @@ def run_pipeline(settings: Settings, *, restart: bool = False) -> int:
         publication=settings.source.publication,
         metrics=metrics,
     )
-    server = start_http_server(settings.http, board, metrics)
+    server = _listen(settings, board, metrics, once)
     try:
         if server is not None:
             log.info("http_listening", host=server.host, port=server.port)
-        asyncio.run(_run(Pipeline(settings, metrics=metrics, board=board), restart))
+        pipeline = Pipeline(settings, metrics=metrics, board=board)
+        code = asyncio.run(_Life(pipeline, restart, once, after, screen).run())
     finally:
         if server is not None:
             server.stop()
     log.info("stopped")
-    return ExitCode.OK
+    return code
 
 
-async def _run(pipeline: Pipeline, restart: bool) -> None:
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    notifier = Notifier()
+def _listen(
+    settings: Settings, board: StatusBoard, metrics: Metrics, once: bool
+) -> HttpServer | None:
+    try:
+        return start_http_server(settings.http, board, metrics)
+    except ConfigError as error:
+        if not once:
+            raise
+        # A daemon on this machine has the port; a migration does not need it.
+        log.warning("http_not_listening", reason=error.message)
+        return None
 
-    def on_signal(received: signal.Signals) -> None:
-        if stop.is_set():
+
+class _Life:
+    """A pipeline from its start to its end, with its signals and those who watch it."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        restart: bool,
+        once: bool,
+        after: After | None,
+        screen: ProgressScreen | None,
+    ) -> None:
+        self._pipeline = pipeline
+        self._restart = restart
+        self._once = once
+        self._after = after
+        self._screen = screen
+        self._stop = asyncio.Event()
+        self._received: signal.Signals | None = None
+        self._notifier = Notifier()
+
+    async def run(self) -> int:
+        """Returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for received in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(received, self._on_signal, received)
+        loop.add_signal_handler(signal.SIGUSR1, _dump_tasks)
+        watching = [
+            asyncio.create_task(_tell(self._pipeline, self._notifier)),
+            asyncio.create_task(ProgressWatch(self._pipeline.board, self._screen).run()),
+            asyncio.create_task(CopyReporter(self._pipeline, summaries=not self._once).run()),
+        ]
+        try:
+            await self._pipeline.run(self._stop, restart=self._restart, once=self._once)
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
+            if self._received is None and self._after is not None:
+                await self._finish(self._after)
+        except CdcSyncError as error:
+            # Said in words, not by a traceback: the cause is outside of the program.
+            log.error("failed", kind=error.kind.value, error=error.message, remedy=error.remedy)  # noqa: TRY400
+            raise
+        finally:
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
+            self._notifier.close()
+            for received in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                loop.remove_signal_handler(received)
+        return self._code()
+
+    async def _finish(self, after: After) -> None:
+        """What comes after the pipeline; a signal ends that too."""
+        work = asyncio.ensure_future(after(self._pipeline))
+        self._stop.clear()
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not work.done():
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+        else:
+            work.result()
+
+    def _on_signal(self, received: signal.Signals) -> None:
+        if self._received is not None:
             os._exit(128 + received)
         log.info("stopping", signal=received.name)
-        notifier.stopping()
-        stop.set()
+        self._received = received
+        self._notifier.stopping()
+        self._stop.set()
         grace = threading.Timer(
-            pipeline.settings.pipeline.shutdown_timeout_seconds + _CANCEL_SECONDS, _abandon
+            self._pipeline.settings.pipeline.shutdown_timeout_seconds + _CANCEL_SECONDS,
+            _abandon,
+            (self._code(),),
         )
         grace.daemon = True
         grace.start()
 
-    for received in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(received, on_signal, received)
-    loop.add_signal_handler(signal.SIGUSR1, _dump_tasks)
-    telling = asyncio.create_task(_tell(pipeline, notifier))
-    try:
-        await pipeline.run(stop, restart=restart)
-    except CdcSyncError as error:
-        # Said in words, not by a traceback: the cause is outside of the program.
-        log.error("failed", kind=error.kind.value, error=error.message, remedy=error.remedy)  # noqa: TRY400
-        raise
-    finally:
-        telling.cancel()
-        await asyncio.gather(telling, return_exceptions=True)
-        notifier.close()
-        for received in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            loop.remove_signal_handler(received)
+    def _code(self) -> int:
+        """A daemon that is stopped has done its work; a migration has not."""
+        return 128 + self._received if self._once and self._received else ExitCode.OK
 
 
 async def _tell(pipeline: Pipeline, notifier: Notifier) -> None:
@@ -106,14 +181,14 @@ async def _tell(pipeline: Pipeline, notifier: Notifier) -> None:
         await asyncio.sleep(min(notifier.watchdog_seconds or _TELL_SECONDS, _TELL_SECONDS))
 
 
-def _abandon() -> None:
+def _abandon(code: int) -> None:
     """The grace period is over, and something still waits for Qdrant or Postgres.
 
     Safe: what was not confirmed is sent again by the next start. Workers die with this process.
     """
     log.warning("drain_abandoned")
     logging.shutdown()
-    os._exit(ExitCode.OK)
+    os._exit(code)
 
 
 def _dump_tasks() -> None:

@@ -92,6 +92,15 @@ class DeadLetterOffice:
             self._parked.difference_update(done)
             self._publish({table})
 
+    async def release_table(self, table: str) -> None:
+        """Forget the table's dead letters: all of its rows are going to be read again, or are
+        gone."""
+        held = [(parked, key) for parked, key in self._parked if parked == table]
+        if held:
+            await self._store.release(self._pipeline, held)
+            self._parked.difference_update(held)
+            self._publish({table})
+
     def _publish(self, tables: Iterable[str]) -> None:
         for table in tables:
             count = sum(1 for parked, _ in self._parked if parked == table)

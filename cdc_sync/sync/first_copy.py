@@ -1,37 +1,37 @@
-"""The first copy: deciding whether there must be one, and making it.
+"""The first copy: deciding how the pipeline starts, and making its first window.
 
 The replay position lives in the replication slot alone. Beside the data we keep which slot on
-which cluster filled the collections, by which plan, and whether the first copy was completed. A
-copy that was not is done again from nothing: its points are cleared, and its slot is created anew,
-so that rows deleted meanwhile cannot stay behind.
+which cluster filled the collections, by which plan, and which tables have been copied. The slot is
+created first; under the snapshot that it exports the first window is copied, which joins the stream
+exactly. What is left then, or after a crash, is copied in further windows under the stream
+(:mod:`cdc_sync.sync.resync`). Only a copy that got no slot, or lost it, is done again from nothing:
+its points are cleared, so that rows deleted meanwhile cannot stay behind.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SinkError, SourceError
 from cdc_sync.ops.logging import get_logger
-from cdc_sync.ops.metrics import Metrics
-from cdc_sync.ops.status import StatusBoard
 from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.postgres.connect import connect
-from cdc_sync.postgres.publication import create_publication
+from cdc_sync.postgres.publication import add_to_publication, create_publication
 from cdc_sync.postgres.replication import CreatedSlot, ReplicationConnection
 from cdc_sync.postgres.slot import SlotInfo, drop_slot, read_slot
 from cdc_sync.postgres.snapshot import SnapshotHolder, TableRewrittenError
-from cdc_sync.qdrant.sink import PipelineState, Sink, TableState
+from cdc_sync.qdrant.sink import PipelineState, Sink
 from cdc_sync.sync.backfill import Backfill
-from cdc_sync.sync.copying import ChunkResult
 from cdc_sync.sync.dead_letters import DeadLetterOffice
 from cdc_sync.sync.planning import PipelinePlan, fingerprint, same_configuration
+from cdc_sync.sync.resync import Resync
 from cdc_sync.sync.retry import is_transient
 from cdc_sync.sync.routing import PlannedTable
+from cdc_sync.sync.table_records import TableRecords, table_state
 
 log = get_logger(__name__)
 
@@ -45,30 +45,30 @@ class Until(Protocol):
 
 
 class FirstCopy:
-    """Decides, and copies. ``until`` retries."""
+    """Decides, and copies the first window. ``until`` retries."""
 
     def __init__(
         self,
         settings: Settings,
         sink: Sink,
-        metrics: Metrics,
-        board: StatusBoard,
         dead_letters: DeadLetterOffice,
+        backfill: Backfill,
+        resync: Resync,
         until: Until,
     ) -> None:
         self.settings = settings
         self.sink = sink
-        self.metrics = metrics
-        self.board = board
+        self.backfill = backfill
+        self.resync = resync
         self._dead_letters = dead_letters
+        self._records = TableRecords(sink.state, settings.pipeline.name)
         self._until = until
-        self.backfill = Backfill(settings, sink, metrics, self._on_chunk, self._park_copied)
 
     async def is_needed(
         self, plan: PipelinePlan, state: PipelineState | None, restart: bool
     ) -> bool:
-        """Decide between copying and streaming on. Raises what keeps the two stores from being
-        joined."""
+        """Decide between copying from nothing and going on. Raises what keeps the two stores from
+        being joined."""
         source = self.settings.source
         slot = await self._until(lambda: asyncio.to_thread(self._read_slot))
         if state is None:
@@ -97,133 +97,162 @@ class FirstCopy:
                 f"the collections were filled from the cluster {state.system_identifier}, "
                 f"this one is {plan.server.system_identifier}",
             )
-        if not state.tables or not all(table.copied for table in state.tables):
+        if state.slot_lsn == 0 and not any(table.copied for table in state.tables):
             return True
-        self._check_same_tables(plan, state)
+        check_same_tables(plan, state)
+        lost = self._why_lost(slot, plan)
+        if lost is None:
+            return False
+        if not any(table.copied for table in state.tables):
+            log.warning("copy_begins_anew", reason=lost.message)
+            return True
+        raise lost
+
+    def _why_lost(self, slot: SlotInfo | None, plan: PipelinePlan) -> SourceError | None:
+        """What keeps the stream from going on where it was."""
+        source = self.settings.source
         if slot is None:
-            raise SourceError(
+            return SourceError(
                 ErrorKind.SLOT_LOST,
                 f"the replication slot {source.slot} is gone: changes made since are not to be had "
                 "any more",
             )
         if slot.wal_status == "lost":
-            raise SourceError(
+            return SourceError(
                 ErrorKind.SLOT_LOST,
                 f"the replication slot {source.slot} was invalidated "
                 f"({slot.invalidation_reason or 'WAL removed'})",
             )
         if plan.publication is None:
             # A new one would not exist for the changes that the slot still holds (R56).
-            raise SourceError(
+            return SourceError(
                 ErrorKind.PUBLICATION_UNUSABLE,
                 f"the publication {source.publication} is gone, and the slot {source.slot} cannot "
                 "go on without it",
                 "Changes older than a publication do not see it: copy anew with "
                 "--migration.restart, which makes both again.",
             )
-        return False
-
-    def _check_same_tables(self, plan: PipelinePlan, state: PipelineState) -> None:
-        known = {table.table: table for table in state.tables}
-        for planned in plan.tables:
-            before = known.pop(planned.name, None)
-            if before is None:
-                raise ConfigError(
-                    f"table {planned.name} was added to the pipeline {state.pipeline!r} after its "
-                    "first copy",
-                    "Copy anew with --migration.restart, or give the table a pipeline of its own "
-                    "(other pipeline.name, source.slot and source.publication).",
-                )
-            if before.oid != planned.plan.oid:
-                raise SourceError(
-                    ErrorKind.TABLE_UNUSABLE,
-                    f"table {planned.name} is not the one that was copied: it was dropped and "
-                    "created again, or another was renamed to it",
-                    "Copy anew with --migration.restart.",
-                )
-            if not same_configuration(before.plan_fingerprint, fingerprint(planned)):
-                raise ConfigError(
-                    f"the configuration of table {planned.name}, or its key, is not the one its "
-                    "collection was filled by",
-                    "Undo the change, or copy anew with --migration.restart.",
-                )
-        if known:
-            raise ConfigError(
-                f"the pipeline {state.pipeline!r} also keeps {', '.join(sorted(known))}, which is "
-                "not configured any more",
-                "Put it back, or copy anew with --migration.restart.",
-            )
+        return None
 
     def _read_slot(self) -> SlotInfo | None:
         with connect(self.settings.source) as connection:
             return read_slot(connection, self.settings.source.slot)
 
-    # -- the first copy
+    # -- the first window
 
     async def run(self, plan: PipelinePlan, state: PipelineState | None) -> int:
-        """Copy every table; returns the position at which the stream goes on.
+        """Create publication, collections and slot, and copy the first window; returns the position
+        at which the stream goes on.
 
-        ``state`` is what an earlier run left. Creates publication, collections and slot. Raises
-        what trying again does not mend, with nothing created if that was found beforehand; and
-        :class:`CopyAbandonedError` when all has to be done again, under a new plan and a new lock.
+        ``state`` is what an earlier run left. Raises what trying again does not mend, with nothing
+        created if that was found beforehand; and :class:`CopyAbandonedError` when all has to be
+        done again, under a new plan and a new lock.
         """
-        await self._until(lambda: self._check_collections(plan, state))
-        await self._until(lambda: asyncio.to_thread(self._prepare_source, plan))
-        record = self._record(plan, copied=False)
+        await self._until(lambda: self._check_collections(plan.tables, state))
+        owned = await self._until(lambda: asyncio.to_thread(self._prepare_source, plan, state))
+        record = self._record(plan, slot_lsn=0, owned=owned)
         # Before the slot exists: whatever happens from here on is known to be ours and unfinished.
         await self._until(lambda: self.sink.state.save(record))
-        await self._until(self._forget_dead_letters)
+        await self._until(self._forget)
         for planned in plan.tables:
             await self._until(lambda p=planned: self._empty(p, state))  # type: ignore[misc]
-        lsn = await self._copy_from_new_slot(plan)
-        done = dataclasses.replace(self._record(plan, copied=True), slot_lsn=lsn)
-        await self._until(lambda: self.sink.make_durable())
-        await self._until(lambda: self.sink.state.save(done))
-        log.info("copy_completed", tables=len(plan.tables), lsn=str(Lsn(lsn)))
-        return lsn
+        return await self._copy_from_new_slot(plan, owned)
 
-    async def _forget_dead_letters(self) -> None:
-        letters = await self.sink.state.dead_letters(self.settings.pipeline.name)
-        await self.sink.state.release(
-            self.settings.pipeline.name, [(letter.table, letter.key) for letter in letters]
-        )
+    async def add(self, tables: Sequence[PlannedTable], plan: PipelinePlan) -> None:
+        """Let tables join the pipeline: create their collections, publish them, and put them on
+        record; they are copied in windows under the stream. Errors as :meth:`run`."""
+        await self._until(lambda: self._check_collections(tables, None))
+        await self._until(lambda: asyncio.to_thread(self._publish, plan))
+        for planned in tables:
+            await self._until(lambda p=planned: self._empty(p, None))  # type: ignore[misc]
+        await self._until(lambda: self._records.add(tables))
+        log.info("tables_added", tables=[planned.name for planned in tables])
 
-    async def _check_collections(self, plan: PipelinePlan, state: PipelineState | None) -> None:
-        """Refuse collections with points that no run of this pipeline has written."""
+    def _publish(self, plan: PipelinePlan) -> None:
+        with connect(self.settings.source) as connection:
+            add_to_publication(
+                connection,
+                self.settings.source.publication,
+                plan.unpublished,
+                plan.server,
+                plan.row_filters,
+            )
+
+    async def _forget(self) -> None:
+        """Forget what an earlier copy left."""
+        pipeline = self.settings.pipeline.name
+        letters = await self.sink.state.dead_letters(pipeline)
+        await self.sink.state.release(pipeline, [(letter.table, letter.key) for letter in letters])
+        for ledger in await self.sink.state.ledgers(pipeline):
+            await self.sink.state.drop_ledger(pipeline, ledger.table)
+        await self._dead_letters.open()
+
+    async def _check_collections(
+        self, tables: Sequence[PlannedTable], state: PipelineState | None
+    ) -> None:
+        """Refuse collections with points that no run of this pipeline has written, unless they are
+        to be adopted."""
         ours = {table.collection for table in state.tables} if state is not None else set()
-        for planned in plan.tables:
+        for planned in tables:
             found = await self.sink.inspect(planned.plan)
+            if self.settings.migration.adopt:
+                continue
             if found.points and planned.plan.collection not in ours:
                 raise SinkError(
                     ErrorKind.COLLECTION_MISMATCH,
                     f"collection {planned.plan.collection!r} already holds {found.points} points "
                     f"that the pipeline {self.settings.pipeline.name!r} has not written",
-                    "Choose another collection, or drop this one first.",
+                    "Choose another collection, or drop this one first; or, if it was filled from "
+                    "this table, take it over with --adopt.",
                 )
 
-    def _prepare_source(self, plan: PipelinePlan) -> None:
+    def _prepare_source(self, plan: PipelinePlan, state: PipelineState | None) -> bool:
         """Create the publication where absent (R56: before the slot), and remove the slot of an
-        unfinished copy."""
+        unfinished copy. Returns whether the publication is ours."""
         source = self.settings.source
+        owned = state is not None and state.owns_publication
         with connect(source) as connection:
             if plan.publication is None:
                 create_publication(
-                    connection, source.publication, plan.published_columns, plan.server
+                    connection,
+                    source.publication,
+                    plan.published_columns,
+                    plan.server,
+                    plan.row_filters,
                 )
+                owned = True
                 log.info("publication_created", publication=source.publication)
-            if read_slot(connection, source.slot) is not None:
-                drop_slot(connection, source.slot)
-                log.info("slot_dropped", slot=source.slot)
+            elif plan.unpublished:
+                add_to_publication(
+                    connection,
+                    source.publication,
+                    plan.unpublished,
+                    plan.server,
+                    plan.row_filters,
+                )
+            # One under another name is what --migration.restart leaves behind.
+            before = [state.slot] if state is not None and state.slot != source.slot else []
+            for slot in (source.slot, *before):
+                if read_slot(connection, slot) is not None:
+                    drop_slot(connection, slot)
+                    log.info("slot_dropped", slot=slot)
+        return owned
 
     async def _empty(self, planned: PlannedTable, state: PipelineState | None) -> None:
-        await self.sink.ensure_collection(planned.plan)
-        if state is not None:
+        migration = self.settings.migration
+        notes = await self.sink.ensure_collection(
+            planned.plan, create=migration.create_collection, defer_hnsw=migration.defer_hnsw
+        )
+        for note in notes:
+            log.warning("collection_differs", table=planned.name, note=note)
+        if state is not None and not migration.adopt:
             await self.sink.writer(planned.plan).clear()
 
-    async def _copy_from_new_slot(self, plan: PipelinePlan) -> int:
-        """Create the slot, copy every table under its snapshot, return the slot's consistent
+    async def _copy_from_new_slot(self, plan: PipelinePlan, owned: bool) -> int:
+        """Create the slot, copy the first window under its snapshot, return the slot's consistent
         point."""
         replication, created = await self._until(self._new_slot)
+        lsn = int(created.consistent_point)
         holder: SnapshotHolder | None = None
         try:
             holder = await asyncio.to_thread(
@@ -232,22 +261,6 @@ class FirstCopy:
                 created.snapshot,
                 [planned.table for planned in plan.tables],
             )
-            # Workers import from the holder, so the connection that created the slot is not needed
-            # any more.
-            replication.close()
-            log.info("copy_started", slot=created.name, lsn=str(Lsn(created.consistent_point)))
-            for planned in plan.tables:
-                self.board.table(planned.name).update(state="copying")
-            totals = await self.backfill.copy(plan.tables, holder.snapshot_id)
-            for planned in plan.tables:
-                self.board.table(planned.name).update(state="catching_up")
-                log.info(
-                    "table_copied",
-                    table=planned.name,
-                    rows=totals[planned.plan.oid].rows,
-                    bytes=totals[planned.plan.oid].bytes,
-                    refused=totals[planned.plan.oid].refused,
-                )
         except CdcSyncError as error:
             replication.close()
             # It may not succeed; the next copy drops the slot before anything else.
@@ -256,10 +269,39 @@ class FirstCopy:
                 raise CopyAbandonedError(error.message) from error
             raise
         finally:
+            # Workers import from the holder, so the connection that created the slot is not needed
+            # any more.
             replication.close()
-            if holder is not None:
-                holder.close()
-        return int(created.consistent_point)
+        try:
+            log.info("copy_started", slot=created.name, lsn=str(Lsn(lsn)))
+            await self._until(
+                lambda: self.sink.state.save(self._record(plan, slot_lsn=lsn, owned=owned))
+            )
+            await self._first_window(plan, holder)
+        finally:
+            await asyncio.to_thread(holder.close)
+        return lsn
+
+    async def _first_window(self, plan: PipelinePlan, holder: SnapshotHolder) -> None:
+        adopt = self.settings.migration.adopt
+        await self.resync.compare()
+        for planned in plan.tables:
+            await self.backfill.begin(planned, sweep=adopt, repair=adopt)
+        try:
+            completed = await self.backfill.window(plan.tables, holder.snapshot_id)
+        except SourceError as error:
+            if not is_transient(error):
+                raise
+            # The slot keeps what is to come; the rest is copied in further windows.
+            log.warning("window_lost", kind=error.kind.value, error=error.message)
+            return
+        for planned in completed:
+            await self._until(lambda p=planned: self.resync.complete(p))  # type: ignore[misc]
+        log.info(
+            "copy_completed" if len(completed) == len(plan.tables) else "first_window_closed",
+            tables=len(plan.tables),
+            completed=len(completed),
+        )
 
     async def _new_slot(self) -> tuple[ReplicationConnection, CreatedSlot]:
         try:
@@ -285,33 +327,51 @@ class FirstCopy:
         with contextlib.suppress(SourceError), connect(self.settings.source) as connection:
             drop_slot(connection, self.settings.source.slot)
 
-    def _on_chunk(self, planned: PlannedTable, result: ChunkResult) -> None:
-        self.board.table(planned.name).add(rows_copied=result.rows)
-
-    async def _park_copied(self, planned: PlannedTable, refused: Sequence[tuple[str, str]]) -> None:
-        await self._until(
-            lambda: self._dead_letters.park(planned.name, refused, lsn=0, commit_time=0.0)
-        )
-
-    def _record(self, plan: PipelinePlan, *, copied: bool) -> PipelineState:
+    def _record(self, plan: PipelinePlan, *, slot_lsn: int, owned: bool) -> PipelineState:
         return PipelineState(
             pipeline=self.settings.pipeline.name,
             slot=self.settings.source.slot,
             publication=self.settings.source.publication,
             system_identifier=plan.server.system_identifier,
             timeline=plan.server.timeline,
-            slot_lsn=0,
-            tables=tuple(
-                TableState(
-                    planned.name,
-                    planned.plan.collection,
-                    fingerprint(planned),
-                    copied,
-                    planned.plan.oid,
-                    tuple(c.name for c in planned.plan.columns if c.vector is not None),
-                )
-                for planned in plan.tables
-            ),
+            slot_lsn=slot_lsn,
+            tables=tuple(table_state(planned, copied=False) for planned in plan.tables),
+            owns_publication=owned,
+        )
+
+
+def added_tables(plan: PipelinePlan, state: PipelineState) -> list[PlannedTable]:
+    """The tables that are configured and not on record yet."""
+    known = {table.table for table in state.tables}
+    return [planned for planned in plan.tables if planned.name not in known]
+
+
+def check_same_tables(plan: PipelinePlan, state: PipelineState) -> None:
+    """Make sure that the tables on record are still the ones configured, by the same settings.
+    Raises :class:`CdcSyncError` otherwise."""
+    known = {table.table: table for table in state.tables}
+    for planned in plan.tables:
+        before = known.pop(planned.name, None)
+        if before is None:
+            continue
+        if before.oid != planned.plan.oid:
+            raise SourceError(
+                ErrorKind.TABLE_UNUSABLE,
+                f"table {planned.name} is not the one that was copied: it was dropped and "
+                "created again, or another was renamed to it",
+                "Copy anew with --migration.restart.",
+            )
+        if not same_configuration(before.plan_fingerprint, fingerprint(planned)):
+            raise ConfigError(
+                f"the configuration of table {planned.name}, or its key, is not the one its "
+                "collection was filled by",
+                "Undo the change, or copy anew with --migration.restart.",
+            )
+    if known:
+        raise ConfigError(
+            f"the pipeline {state.pipeline!r} also keeps {', '.join(sorted(known))}, which is "
+            "not configured any more",
+            "Put it back, or copy anew with --migration.restart.",
         )
 
 

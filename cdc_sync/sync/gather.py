@@ -20,7 +20,8 @@ from cdc_sync.pgoutput.decode import Decoder
 from cdc_sync.pgoutput.envelope import XLOG_HEADER_BYTES, decode_keepalive, unix_seconds
 from cdc_sync.rows import UNCHANGED, PointId, Row
 from cdc_sync.sync.coalesce import TableBatch, fill
-from cdc_sync.sync.routing import Binding
+from cdc_sync.sync.control import Accepted, ResyncRows, ResyncTable
+from cdc_sync.sync.routing import Binding, PlannedTable
 
 _KEEPALIVE = 0x6B
 _XLOG_DATA = 0x77
@@ -64,7 +65,9 @@ class Batch:
     """What is written at once.
 
     ``end_lsn``: the position reached when it is written, None if it holds no end of a transaction.
-    ``truncates``: OIDs of tables to clear; such a batch holds nothing else. ``commit_times``: Unix
+    ``truncates``: OIDs of tables to clear; such a batch holds nothing else. ``rereads``: rows to
+    read again, ``resync_tables``: tables to read again as a whole; neither does such a batch hold
+    anything else. ``commit_times``: Unix
     seconds, one a transaction completed in it. ``oldest_commit``: Unix seconds of the first
     transaction that has changes in it. ``xids``: transactions with changes in it. ``last_lsn`` and
     ``last_commit`` describe the last transaction seen, for dead letters.
@@ -73,6 +76,8 @@ class Batch:
     tables: dict[int, TableBatch] = field(default_factory=dict)
     bindings: dict[int, Binding] = field(default_factory=dict)
     truncates: tuple[int, ...] = ()
+    rereads: tuple[ResyncRows, ...] = ()
+    resync_tables: tuple[PlannedTable, ...] = ()
     end_lsn: int | None = None
     bytes: int = 0
     messages: int = 0
@@ -90,7 +95,9 @@ class Batch:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to write (a position may still be reached)."""
-        return not self.tables and not self.truncates and not self.unmappable
+        return not (
+            self.tables or self.truncates or self.unmappable or self.rereads or self.resync_tables
+        )
 
 
 @dataclass(slots=True)
@@ -107,7 +114,8 @@ class Gatherer:
 
     ``route(relation)`` binds a Relation message, or returns None for a table that is not ours.
     ``applied`` is the exclusive bound of what is already written: a transaction is skipped iff its
-    commit LSN is below it (R44).
+    commit LSN is below it (R44). ``on_message`` decides what a logical message asks for, if
+    anything.
     """
 
     def __init__(
@@ -118,7 +126,7 @@ class Gatherer:
         batch_bytes: int,
         applied: int = 0,
         on_type: Callable[[int], None] | None = None,
-        on_message: Callable[[m.LogicalMessage], None] | None = None,
+        on_message: Callable[[m.LogicalMessage], Accepted | None] | None = None,
     ) -> None:
         self._route = route
         self._batch_rows = batch_rows
@@ -231,8 +239,7 @@ class Gatherer:
             case m.Truncate():
                 self._truncate(message)
             case m.LogicalMessage():
-                if self._on_message is not None:
-                    self._on_message(message)
+                self._logical_message(message)
             case m.Origin():
                 pass
             case _:
@@ -332,6 +339,9 @@ class Gatherer:
     ) -> None:
         if isinstance(message, m.Insert):
             row = binding.arrange(message.new)
+            if not binding.keeps(row):
+                self.ignored_changes += 1
+                return
             batch.inserts[oid] = batch.inserts.get(oid, 0) + 1
             table.create(binding.point_id(row), row, xid)
         elif isinstance(message, m.Delete):
@@ -344,6 +354,11 @@ class Gatherer:
     @staticmethod
     def _update(table: TableBatch, binding: Binding, message: m.Update, xid: int) -> None:
         new = binding.arrange(message.new)
+        if not binding.keeps(new):
+            # Like a row that leaves a row filter; one that was never kept has no point to delete.
+            old = new if message.old is None else binding.arrange(message.old)
+            table.delete(binding.point_id(old), xid)
+            return
         if message.old is None:
             table.update(binding.point_id(new), new, xid)
             return
@@ -363,14 +378,36 @@ class Gatherer:
         ours = [b for oid in message.relations if (b := self._bindings.get(oid)) is not None]
         if not ours:
             return
-        # A barrier: what came before is written first, what follows comes after.
+        self._barrier(
+            transaction,
+            Batch(
+                truncates=tuple(b.planned.plan.oid for b in ours),
+                bindings={b.planned.plan.oid: b for b in ours},
+            ),
+        )
+
+    def _logical_message(self, message: m.LogicalMessage) -> None:
+        transaction = self._transaction
+        if self._on_message is None or (transaction is not None and transaction.skip):
+            return
+        request = self._on_message(message)
+        if request is None:
+            return
+        transaction = self._current("a request")
+        if isinstance(request, ResyncTable):
+            self._barrier(transaction, Batch(resync_tables=(request.planned,)))
+        else:
+            self._barrier(transaction, Batch(rereads=(request,)))
+
+    def _barrier(self, transaction: _Transaction, batch: Batch) -> None:
+        """Have the batch applied by itself: what came before is written first, what follows comes
+        after."""
         self._seal()
-        self._batch.truncates = tuple(b.planned.plan.oid for b in ours)
-        self._batch.bindings = {b.planned.plan.oid: b for b in ours}
-        self._batch.oldest_commit = transaction.commit_time
-        self._batch.xids.append(transaction.xid)
-        self._batch.last_lsn = transaction.final_lsn
-        self._batch.last_commit = transaction.commit_time
+        batch.oldest_commit = transaction.commit_time
+        batch.xids.append(transaction.xid)
+        batch.last_lsn = transaction.final_lsn
+        batch.last_commit = transaction.commit_time
+        self._batch = batch
         self._seal()
 
 

@@ -113,7 +113,8 @@ class SourceMonitor:
             if not self._relations.is_redefined(planned.plan.oid, found[planned.plan.oid])
         ]
         try:
-            check_publication(publication, wanted, self._server)
+            filters = {planned.plan.oid: planned.row_filter for planned in self._relations.tables}
+            check_publication(publication, wanted, self._server, filters)
         except SourceError as error:
             raise SourceError(
                 error.kind,

@@ -1,14 +1,13 @@
 """The pipeline: from a configuration to a stream that goes on, through every restart of either
 side.
 
-    starting ──▶ (standby) ──▶ snapshotting ──▶ catching_up ──▶ streaming ──▶ draining
-                    ▲                                │   ▲
-                    └─────── slot in use             └───┘ connection lost
+    starting ──▶ (standby) ──▶ snapshotting ──▶ streaming ──▶ draining
+                    ▲               │   ▲         │   ▲
+                    └─ slot in use  └───┘         └───┘ connection lost
 
-The replay position lives in the replication slot alone. Beside the data we keep which slot on which
-cluster filled the collections, by which plan, and whether the first copy was completed. A copy that
-was not is done again from nothing: its points are cleared, and its slot is created anew, so that
-rows deleted meanwhile cannot stay behind.
+While it is snapshotting, windows of the copy and the stream take turns. The replay position lives
+in the replication slot alone. Beside the data we keep which slot on which cluster filled the
+collections, by which plan, which tables have been copied, and of the others how far they are.
 """
 
 from __future__ import annotations
@@ -16,41 +15,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import threading
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from cdc_sync import __version__
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ErrorKind, SinkError, SourceError
-from cdc_sync.mapping.plan import TablePlan
-from cdc_sync.mapping.values import needs_text
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics, State
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.pgoutput.lsn import Lsn
-from cdc_sync.postgres.connect import PgConnection, connect, interrupt
+from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.exclusive import lock_pipeline
 from cdc_sync.postgres.preflight import preflight_source
-from cdc_sync.postgres.refetch import fetch_rows
-from cdc_sync.postgres.replication import ReplicationConnection, StreamOptions
 from cdc_sync.postgres.slot import read_slot
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import PipelineState, Sink
-from cdc_sync.rows import RawValue, Row
 from cdc_sync.sync.applier import Applier
+from cdc_sync.sync.backfill import Backfill
+from cdc_sync.sync.control import ControlChannel
 from cdc_sync.sync.dead_letters import DeadLetterOffice
-from cdc_sync.sync.first_copy import CopyAbandonedError, FirstCopy
+from cdc_sync.sync.first_copy import CopyAbandonedError, FirstCopy, added_tables
 from cdc_sync.sync.gather import Batch, Gatherer
 from cdc_sync.sync.monitor import SourceMonitor
 from cdc_sync.sync.planning import PipelinePlan, plan_pipeline, without_new_vectors
+from cdc_sync.sync.reading import RowReader
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.requests import RequestMetrics
-from cdc_sync.sync.resync import Resync
+from cdc_sync.sync.resync import RecentTransactions, Resync
 from cdc_sync.sync.retry import is_sink_trouble, is_transient, retrying
 from cdc_sync.sync.routing import PlannedTable
 from cdc_sync.sync.stream import LetGoError, Positions, StreamSession
+from cdc_sync.sync.taking_slot import confirmed_position, server_position, start_stream
 
 log = get_logger(__name__)
 
@@ -58,7 +55,6 @@ T = TypeVar("T")
 
 #: Batches in memory at the most: one being written, one sealed, one being gathered.
 _BUFFERED_BATCHES = 3
-_FETCH_TIMEOUT_SECONDS = 60.0
 #: A session that ends sooner is a failed try.
 _SHORT_SESSION_SECONDS = 10.0
 #: How long Postgres may say nothing where wal_sender_timeout does not say it.
@@ -94,11 +90,13 @@ class Pipeline:
         self._plan: PipelinePlan | None = None
         self._relations: Relations | None = None
         self._dead_letters: DeadLetterOffice | None = None
+        self._backfill: Backfill | None = None
         self._resync: Resync | None = None
         self._watching: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
-        self._reading: PgConnection | None = None
-        self._reading_lock = threading.Lock()
+        self._reader = RowReader(settings.source, self._recent)
+        self._once = False
+        self._goal: int | None = None
 
     @property
     def sink(self) -> Sink:
@@ -112,14 +110,16 @@ class Pipeline:
         assert self._plan is not None, "the pipeline has not planned its tables yet"
         return self._plan.tables
 
-    async def run(self, stop: asyncio.Event, *, restart: bool = False) -> None:
+    async def run(self, stop: asyncio.Event, *, restart: bool = False, once: bool = False) -> None:
         """Run until ``stop`` is set; then finish the batch in flight, confirm it, and return.
 
-        ``restart`` forgets what was copied and copies again. Raises :class:`CdcSyncError` for what
-        does not get better by trying again. Cancel it to stop without a grace period; that is safe
-        too.
+        ``restart`` forgets what was copied and copies again. ``once``: return by itself when every
+        table is copied and all that was committed by then is applied. Raises
+        :class:`CdcSyncError` for what does not get better by trying again. Cancel it to stop
+        without a grace period; that is safe too.
         """
         self._stop = stop
+        self._once = once
         self._state("starting")
         try:
             work = asyncio.create_task(self._run(restart))
@@ -144,7 +144,9 @@ class Pipeline:
             work.cancel()
             stopping.cancel()
             await asyncio.gather(work, stopping, return_exceptions=True)
-            self._stop_reading()
+            self._reader.close()
+            if self._backfill is not None:
+                await self._backfill.close()
             if self._sink is not None:
                 await self._sink.close()
 
@@ -170,10 +172,9 @@ class Pipeline:
         self._sink = await self._until(self._open_sink, budget)
         self.board.set_sink(True)
         self.board.set_versions(qdrant=self.sink.version)
-        plan = self._plan = await self._until(lambda: self._in_thread(self._make_plan), budget)
+        plan = self._plan = await self._until(self._make_plan, budget)
         self.board.set_source(True)
         self._announce(plan)
-        self._relations = Relations(plan.tables, self.settings, self.metrics)
         self._dead_letters = DeadLetterOffice(
             self.sink.state,
             self.settings.pipeline.name,
@@ -181,12 +182,20 @@ class Pipeline:
             self.metrics,
             self.board,
         )
+        self._backfill = Backfill(
+            self.settings,
+            self.sink,
+            self.metrics,
+            self.board,
+            self._dead_letters,
+            lambda operation: self._until(operation, retry=is_sink_trouble),
+        )
         while not await self._copy_under_lock(restart):
             # What was asked for is on record as unfinished; another process may finish it now.
             restart = False
 
     async def _copy_under_lock(self, restart: bool) -> bool:
-        """Make the first copy if there must be one; returns False if it has to be done again.
+        """Begin the first copy if there must be one; returns False if it has to be done again.
 
         The lock goes with the connection that holds it, so a copy that lost its connections is not
         done again under the same lock.
@@ -194,7 +203,8 @@ class Pipeline:
         lock = await self._until(lambda: self._in_thread(lock_pipeline, self.settings.source))
         try:
             # Another process may have held the lock and changed everything meanwhile.
-            await self._copy_if_needed(await self._replan(), restart)
+            # Tables may have been rewritten too, before their copy began (R54).
+            await self._copy_if_needed(await self._until(self._make_plan), restart)
             return True
         except CopyAbandonedError as abandoned:
             log.warning("copy_abandoned", reason=str(abandoned))
@@ -203,38 +213,53 @@ class Pipeline:
             await self._in_thread(lock.close)
 
     async def _copy_if_needed(self, plan: PipelinePlan, restart: bool) -> None:
-        assert self._relations is not None
         state = await self._until(lambda: self.sink.state.load(self.settings.pipeline.name))
-        copy = self._first_copy()
+        copy = self._assemble(plan)
         if await copy.is_needed(plan, state, restart):
             self._state("snapshotting")
             lsn = await copy.run(plan, state)
             self.positions.applied = self.positions.confirmed = lsn
             return
         assert state is not None
+        added = added_tables(plan, state)
+        if added:
+            await copy.add(added, plan)
         self._adopt(plan, state)
         for planned in self.tables:
             await self._until(lambda p=planned: self.sink.inspect(p.plan))  # type: ignore[misc]
-        self._relations.compare(state)
 
     def _adopt(self, plan: PipelinePlan, state: PipelineState) -> None:
         """Go on with the collections as they were made."""
         vectors = {table.table: table.vectors for table in state.tables}
-        tables = tuple(without_new_vectors(p, vectors[p.name]) for p in plan.tables)
+        tables = tuple(
+            without_new_vectors(p, vectors[p.name]) if p.name in vectors else p for p in plan.tables
+        )
         for before, now in zip(plan.tables, tables, strict=True):
             for warning in now.warnings[len(before.warnings) :]:
                 log.warning("plan_warning", table=now.name, warning=warning)
-        self._plan = dataclasses.replace(plan, tables=tables)
-        self._relations = Relations(tables, self.settings, self.metrics)
+        self._assemble(dataclasses.replace(plan, tables=tables))
 
-    def _first_copy(self) -> FirstCopy:
+    def _assemble(self, plan: PipelinePlan) -> FirstCopy:
+        """Take the plan into force."""
         assert self._dead_letters is not None
+        assert self._backfill is not None
+        self._plan = plan
+        self._relations = Relations(plan.tables, self.settings, self.metrics)
+        self._resync = Resync(
+            self.settings,
+            self.sink,
+            self._relations,
+            self.metrics,
+            self.board,
+            self._backfill,
+            lambda operation: self._until(operation, retry=is_sink_trouble),
+        )
         return FirstCopy(
             self.settings,
             self.sink,
-            self.metrics,
-            self.board,
             self._dead_letters,
+            self._backfill,
+            self._resync,
             self._until,
         )
 
@@ -249,23 +274,24 @@ class Pipeline:
             raise
         return sink
 
-    def _make_plan(self) -> PipelinePlan:
+    async def _make_plan(self) -> PipelinePlan:
+        state = await self.sink.state.load(self.settings.pipeline.name)
+        owned = state is not None and state.owns_publication
+        return await self._in_thread(self._read_plan, owned)
+
+    def _read_plan(self, owned: bool) -> PipelinePlan:
         with connect(self.settings.source) as connection:
-            plan = plan_pipeline(connection, self.settings)
+            plan = plan_pipeline(connection, self.settings, owned=owned)
             preflight_source(
                 connection,
                 self.settings.source,
                 tables=[planned.table for planned in plan.tables],
                 slot_exists=read_slot(connection, self.settings.source.slot) is not None,
                 publication=plan.publication,
+                wanted=plan.published_columns,
+                row_filters=plan.row_filters,
             )
             return plan
-
-    async def _replan(self) -> PipelinePlan:
-        """Read the catalog again: tables may have been rewritten before their copy began (R54)."""
-        plan = self._plan = await self._until(lambda: self._in_thread(self._make_plan))
-        self._relations = Relations(plan.tables, self.settings, self.metrics)
-        return plan
 
     def _announce(self, plan: PipelinePlan) -> None:
         source = self.settings.source
@@ -302,17 +328,19 @@ class Pipeline:
         assert self._dead_letters is not None
         assert self._relations is not None
         assert self._plan is not None
-        plan = self._plan
-        resync = self._resync = Resync(
-            self.settings,
-            self.sink,
-            self._relations,
-            self.metrics,
-            self._first_copy().backfill,
-            lambda operation: self._until(operation, retry=is_sink_trouble),
-        )
+        assert self._resync is not None
+        plan, relations, resync = self._plan, self._relations, self._resync
         applier = Applier(
-            self.sink, self._fetch, self._dead_letters, self.metrics, self._on_stall, resync
+            self.sink,
+            self._reader.fetch,
+            self._dead_letters,
+            self.metrics,
+            self._on_stall,
+            resync,
+            self._reader.reread,
+        )
+        control = ControlChannel(
+            self.settings.pipeline.name, lambda: relations.tables, self.metrics
         )
         monitor = SourceMonitor(
             self.settings,
@@ -327,7 +355,7 @@ class Pipeline:
         watching = self._watching = asyncio.create_task(self._watch(monitor))
         try:
             while not self._stop.is_set():
-                await self._until(lambda: self._session(applier))
+                await self._until(lambda: self._session(applier, control))
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
@@ -343,16 +371,19 @@ class Pipeline:
                 await self._resync.outdated(planned)
             raise
 
-    async def _session(self, applier: Applier) -> None:
+    async def _session(self, applier: Applier, control: ControlChannel) -> None:
         if self._stop.is_set():
             return
         assert self._relations is not None
         assert self._resync is not None
         assert self._dead_letters is not None
-        connection = await self._in_thread(self._start_stream)
+        assert self._plan is not None
+        connection = await self._in_thread(
+            start_stream, self.settings.source, self._plan, self.tables, self.positions.applied
+        )
         try:
             # Whoever had the slot before may have parked rows and applied transactions.
-            self.positions.go_back(await self._in_thread(self._read_confirmed))
+            self.positions.go_back(await self._in_thread(confirmed_position, self.settings.source))
             await self._dead_letters.open()
             await self._in_thread(self._resync.open)
             await self._resync.compare()
@@ -363,6 +394,7 @@ class Pipeline:
                 batch_bytes=self.settings.pipeline.batch_bytes,
                 applied=self.positions.applied,
                 on_type=self._relations.forget_type,
+                on_message=control.accept,
             )
             session = StreamSession(
                 connection=connection,
@@ -385,9 +417,7 @@ class Pipeline:
                 slot=self.settings.source.slot,
                 applied=str(Lsn(self.positions.applied)),
             )
-            self._state("streaming")
-            for planned in self.tables:
-                self.board.table(planned.name).update(state="streaming")
+            self._show_tables()
             self.board.set_source(True)
             await self._run_session(session)
             await self._in_thread(connection.stop)
@@ -409,53 +439,6 @@ class Pipeline:
                 raise
             self._on_stall(error, 0.0)
 
-    @property
-    def _binary(self) -> bool:
-        """Whether the stream can be binary.
-
-        A type without binary output below an array, composite or range would stop the server's
-        decoding for good (R12).
-        """
-        return not any(
-            needs_text(column.type) for planned in self.tables for column in planned.table.columns
-        )
-
-    def _start_stream(self) -> ReplicationConnection:
-        source = self.settings.source
-        assert self._plan is not None
-        connection = ReplicationConnection.open(source)
-        try:
-            identity = connection.identify()
-            if identity.xlog_position < self.positions.applied:
-                raise SourceError(
-                    ErrorKind.SOURCE_CHANGED,
-                    f"the server stands at {identity.xlog_position}, before what was already "
-                    f"applied ({Lsn(self.positions.applied)}): it was restored to an earlier state",
-                    "Copy anew with --migration.restart.",
-                )
-            if identity.system_identifier != self._plan.server.system_identifier:
-                raise SourceError(
-                    ErrorKind.SOURCE_CHANGED,
-                    f"the cluster behind the connection changed from "
-                    f"{self._plan.server.system_identifier} "
-                    f"to {identity.system_identifier}",
-                )
-            connection.start(
-                source.slot,
-                source.publication,
-                options=StreamOptions(binary=self._binary),
-            )
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _read_confirmed(self) -> int:
-        """Where the slot stands; it moves no more by others once this process has it."""
-        with connect(self.settings.source) as connection:
-            slot = read_slot(connection, self.settings.source.slot)
-        return int(slot.confirmed_flush_lsn or 0) if slot is not None else 0
-
     async def _between(self, batch: Batch | None) -> None:
         """With the applier at rest: keep book, and read stale tables again."""
         assert self._relations is not None
@@ -465,7 +448,33 @@ class Pipeline:
         if batch is not None:
             self._keep_book(batch)
         if self._relations.stale:
+            copying = self._resync.copying
             await self._resync.run(self.positions.applied)
+            if copying and not self._resync.copying:
+                log.info("copy_completed", tables=len(self.tables))
+                self._state("streaming")
+        elif self._once:
+            await self._end_when_caught_up()
+
+    async def _end_when_caught_up(self) -> None:
+        """Stop once the stream has passed the position at which nothing was left to copy."""
+        if self._goal is None:
+            self._goal = await self._in_thread(server_position, self.settings.source)
+        if self.positions.applied >= self._goal:
+            self._stop.set()
+
+    def _recent(self) -> RecentTransactions:
+        assert self._resync is not None
+        assert self._resync.recent is not None, "no session has begun yet"
+        return self._resync.recent
+
+    def _show_tables(self) -> None:
+        assert self._relations is not None
+        assert self._resync is not None
+        for planned in self.tables:
+            copying = planned.plan.oid in self._relations.stale
+            self.board.table(planned.name).update(state="copying" if copying else "streaming")
+        self._state("snapshotting" if self._resync.copying else "streaming")
 
     def _keep_book(self, batch: Batch) -> None:
         assert self._relations is not None
@@ -482,40 +491,6 @@ class Pipeline:
             server=self.positions.server_end,
         )
         self.board.set_sink(True)
-
-    def _fetch(
-        self,
-        plan: TablePlan,
-        row_filter: str | None,
-        keys: Sequence[Sequence[RawValue]],
-        xids: Collection[int],
-    ) -> list[Row]:
-        with self._reading_lock:
-            if self._reading is None:
-                self._reading = connect(self.settings.source, application_name="cdc_sync read")
-            try:
-                return fetch_rows(
-                    self._reading,
-                    plan,
-                    keys,
-                    xids,
-                    row_filter,
-                    timeout_seconds=_FETCH_TIMEOUT_SECONDS,
-                )
-            except SourceError:
-                self._reading.close()
-                self._reading = None
-                raise
-
-    def _stop_reading(self) -> None:
-        """Close the connection for reading rows again. A thread may still wait on it, since threads
-        cannot be cancelled: it is interrupted, and closes the connection itself."""
-        if self._reading_lock.acquire(blocking=False):
-            if self._reading is not None:
-                self._reading.close()
-            self._reading_lock.release()
-        elif self._reading is not None:
-            interrupt(self._reading)
 
     # -- trying again
 

@@ -10,22 +10,37 @@ from dataclasses import dataclass
 
 from cdc_sync.config import Settings, TableSettings
 from cdc_sync.errors import ConfigError
+from cdc_sync.mapping.column_options import present_options
 from cdc_sync.mapping.ids import plan_fingerprint
 from cdc_sync.mapping.planner import PlanOptions, build_plan, key_family, replan
 from cdc_sync.mapping.table import Table, redefined
 from cdc_sync.postgres.catalog import ServerInfo, find_table, server_info
 from cdc_sync.postgres.connect import PgConnection
 from cdc_sync.postgres.publication import Publication, check_publication, read_publication
+from cdc_sync.postgres.row_filters import resolve_filter
+from cdc_sync.postgres.shards import parse_shard
+from cdc_sync.qdrant.open import check_collection_config
+from cdc_sync.sync.preset_options import preset_options
 from cdc_sync.sync.routing import PlannedTable
 
 
 @dataclass(frozen=True, slots=True)
 class PipelinePlan:
-    """What the pipeline will do. ``publication`` is None when it is still to be created."""
+    """What the pipeline will do. ``publication`` is None when it is still to be created; of one
+    that is ours, ``unpublished`` are the tables still to be added."""
 
     server: ServerInfo
     tables: tuple[PlannedTable, ...]
     publication: Publication | None
+    owned: bool = False
+
+    @property
+    def unpublished(self) -> list[tuple[Table, tuple[str, ...] | None]]:
+        """What has to be added to the publication."""
+        if self.publication is None:
+            return []
+        published = self.publication.tables
+        return [entry for entry in self.published_columns if entry[0].oid not in published]
 
     @property
     def published_columns(self) -> list[tuple[Table, tuple[str, ...] | None]]:
@@ -40,9 +55,14 @@ class PipelinePlan:
             for planned in self.tables
         ]
 
+    @property
+    def row_filters(self) -> dict[int, str]:
+        """The row filters that the publication has, or has to have, by the OID of the table."""
+        return {p.table.oid: p.row_filter for p in self.tables if p.row_filter is not None}
 
-def plan_options(settings: TableSettings) -> PlanOptions:
-    """The mapping's view of a table's settings."""
+
+def plan_options(settings: TableSettings, shard: str | None = None) -> PlanOptions:
+    """The mapping's view of a table's settings. ``shard`` is the pipeline's, as "i/n"."""
     return PlanOptions(
         key=tuple(settings.key) if settings.key is not None else None,
         columns=tuple(settings.columns) if settings.columns is not None else None,
@@ -52,14 +72,30 @@ def plan_options(settings: TableSettings) -> PlanOptions:
         unnamed_vector=settings.unnamed_vector,
         bit_vectors=tuple(settings.bit_vectors),
         namespace=settings.namespace,
-        drop_nulls=settings.drop_nulls is True,
-        numeric_as_string=settings.numeric_as_string is True,
-        skip_bytea=settings.skip_bytea is True,
+        drop_nulls=_all_or_some(settings.drop_nulls),
+        numeric_as_string=_all_or_some(settings.numeric_as_string),
+        skip_bytea=_all_or_some(settings.skip_bytea),
+        # In an order of their own: options that say the same are the same.
+        exclude=tuple(sorted(settings.exclude)),
+        rename=dict(sorted(settings.rename.items())),
+        constants=dict(sorted(settings.constants.items())),
+        payload_key=settings.payload_key,
+        where=settings.where,
+        shard=shard,
+        ids=settings.ids,
+        collection_config=dict(settings.collection_config),
     )
 
 
-def plan_pipeline(connection: PgConnection, settings: Settings) -> PipelinePlan:
-    """Read the catalog and plan every table.
+def _all_or_some(setting: bool | list[str]) -> bool | tuple[str, ...]:
+    return setting if isinstance(setting, bool) else tuple(sorted(setting)) or False
+
+
+def plan_pipeline(
+    connection: PgConnection, settings: Settings, *, owned: bool = False
+) -> PipelinePlan:
+    """Read the catalog and plan every table. ``owned``: the publication is ours, and may lack
+    tables that are new.
 
     Raises :class:`SourceError`, :class:`MappingError` or :class:`ConfigError` naming the table and
     the remedy.
@@ -67,24 +103,52 @@ def plan_pipeline(connection: PgConnection, settings: Settings) -> PipelinePlan:
     server = server_info(connection)
     publication = read_publication(connection, settings.source.publication)
     planned = []
+    shard = settings.pipeline.shard
+    if shard is not None:
+        # As it is compared and stored: 01/04 is no other shard.
+        shard = "{}/{}".format(*parse_shard(shard))
     for table_settings in settings.tables:
         table = find_table(connection, table_settings.name)
-        planned.append(plan_table(table, plan_options(table_settings), publication))
+        expanded = preset_options(
+            connection, table, table_settings, plan_options(table_settings, shard)
+        )
+        one = plan_table(table, expanded.options, publication)
+        one = with_row_filter(connection, one, publication, server)
+        planned.append(dataclasses.replace(one, warnings=(*expanded.warnings, *one.warnings)))
     _check_distinct(planned)
-    plan = PipelinePlan(server, tuple(planned), publication)
+    for one in planned:
+        check_collection_config(settings.qdrant, one.plan)
+    plan = PipelinePlan(server, tuple(planned), publication, owned)
     if publication is not None:
+        to_add = {table.oid for table, _ in plan.unpublished} if owned else set()
         check_publication(
             publication,
-            [(p.table, tuple(c.name for c in p.plan.columns)) for p in planned],
+            [
+                (p.table, tuple(c.name for c in p.plan.columns))
+                for p in planned
+                if p.table.oid not in to_add
+            ],
             server,
+            {p.table.oid: p.row_filter for p in planned},
         )
     return plan
 
 
-def plan_table(table: Table, options: PlanOptions, publication: Publication | None) -> PlannedTable:
-    """Plan one table as it is published, or would be."""
+def plan_table(
+    table: Table,
+    options: PlanOptions,
+    publication: Publication | None,
+    *,
+    changed: bool = False,
+) -> PlannedTable:
+    """Plan one table as it is published, or would be. ``changed``: it was planned before, so the
+    options may name columns that are gone."""
     published = publication.tables.get(table.oid) if publication is not None else None
-    result = build_plan(table, options, published.columns if published is not None else None)
+    result = build_plan(
+        table,
+        present_options(table, options) if changed else options,
+        published.columns if published is not None else None,
+    )
     taken = {column.name for column in result.plan.columns}
     return PlannedTable(
         table=table,
@@ -94,6 +158,37 @@ def plan_table(table: Table, options: PlanOptions, publication: Publication | No
         ignored=frozenset(column.name for column in table.columns) - taken,
         warnings=result.warnings,
     )
+
+
+def with_row_filter(
+    connection: PgConnection,
+    planned: PlannedTable,
+    publication: Publication | None,
+    server: ServerInfo,
+) -> PlannedTable:
+    """The table with the row filter that its options ask for, as it is published or would be.
+
+    Raises what keeps the filter from being published, or the publication from being used.
+    """
+    options = planned.options
+    plan = planned.plan
+    row_filter = resolve_filter(
+        connection,
+        planned.table,
+        [plan.columns[position].name for position in plan.key],
+        options.where,
+        options.shard,
+        publication,
+        server,
+    )
+    warnings = planned.warnings
+    if row_filter is not None and options.where is None and options.shard is None:
+        unasked = (
+            f"{planned.name}: the publication sends only rows of {row_filter}, which `where` does "
+            "not say; the others are not kept in step"
+        )
+        warnings = (*warnings, unasked)
+    return dataclasses.replace(planned, row_filter=row_filter, warnings=warnings)
 
 
 def without_new_vectors(planned: PlannedTable, known: Sequence[str]) -> PlannedTable:
@@ -147,7 +242,8 @@ def _configuration(planned: PlannedTable) -> str:
     """What must stay for the points to keep their ids and their form."""
     plan = planned.plan
     key = [(plan.columns[i].name, key_family(plan.columns[i].type)) for i in plan.key]
-    content = f"{planned.options!r} {key!r}"
+    # Without columns that are gone, so that they can be taken out of the configuration.
+    content = f"{present_options(planned.table, planned.options)!r} {key!r}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -176,4 +272,10 @@ def _check_distinct(planned: Sequence[PlannedTable]) -> None:
             raise ConfigError(
                 f"tables {names} share the collection {collection!r} but their vectors differ",
                 "Give them equal vector columns, dimensions and metrics, or a collection each.",
+            )
+        if any(t.plan.collection_config != tables[0].plan.collection_config for t in tables):
+            raise ConfigError(
+                f"tables {names} share the collection {collection!r} but their `collection_config` "
+                "differs",
+                "Give each of them the same, or a collection each.",
             )

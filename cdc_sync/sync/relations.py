@@ -99,20 +99,25 @@ class Relations:
         """Mark tables that the batch writes by other columns than those they are synced to, and
         return them, whether they were marked before or not."""
         found = []
-        for oid, binding in batch.bindings.items():
-            synced = self._synced.get(oid)
-            if synced is not None and binding.planned.plan.columns != synced.columns:
-                self.mark(binding.planned, "rows were written by other columns")
-                found.append(binding.planned)
+        written = [binding.planned for binding in batch.bindings.values()]
+        for planned in (*written, *(request.planned for request in batch.rereads)):
+            synced = self._synced.get(planned.plan.oid)
+            if synced is not None and planned.plan.columns != synced.columns:
+                self.mark(planned, "rows were written by other columns")
+                found.append(planned)
         return found
 
-    def synced(self, planned: PlannedTable) -> None:
-        """The table was read again as a whole, by this plan."""
+    def reading(self, planned: PlannedTable) -> None:
+        """The table is being read as a whole, by this plan."""
         self._planned[planned.plan.oid] = planned
         self._synced[planned.plan.oid] = planned.plan
         self._definitions[planned.plan.oid] = planned.table.definition
         # Whatever Relation message comes next is bound to the new plan.
         self._bindings.pop(planned.plan.oid, None)
+
+    def synced(self, planned: PlannedTable) -> None:
+        """The table was read as a whole, by this plan."""
+        self.reading(planned)
         self.stale.discard(planned.plan.oid)
 
     def mark(self, planned: PlannedTable, reason: str) -> None:

@@ -1,12 +1,16 @@
-"""Resync: reading tables again as a whole under the running stream.
+"""Resync: copying tables under the running stream, window by window.
 
-The applier stands still, a snapshot S is taken, the tables are copied under S, and the stream goes
-on. That is exact iff every transaction applied so far, be it in part, is visible in S (design,
-section 5.4): a commit is streamed before it is visible, so a snapshot in which an applied
-transaction is still running is thrown away and taken again. What was applied by an earlier life of
-the daemon is not known by id; all of that had begun before this life did, so the first resync waits
-until every transaction of that time is over. Everything later than S comes by the stream and is
-written over the copy.
+The applier stands still, a snapshot S is taken, chunks are copied under S until the window's time
+is up, and the stream goes on until it has passed the end of the window; then comes the next window.
+So a first copy goes on after its first window or after a crash, a table joins a running pipeline,
+and a stale table is read again.
+
+That is exact iff every transaction applied so far, be it in part, is visible in S (design, section
+5.4): a commit is streamed before it is visible, so a snapshot in which an applied transaction is
+still running is thrown away and taken again. What was applied by an earlier life of the daemon is
+not known by id; all of that had begun before this life did, so the first window waits until every
+transaction of that time is over. Everything later than S comes by the stream and is written over
+the copy.
 
 That a table is stale is found by comparing it with what is on record of its last copy. Rows that
 were written by columns which it had only for a while leave no such difference, so there the record
@@ -18,24 +22,28 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 
 from cdc_sync.config import Settings
 from cdc_sync.mapping.planner import replan
+from cdc_sync.mapping.table import Table
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
+from cdc_sync.ops.status import StatusBoard
 from cdc_sync.postgres.catalog import read_table
 from cdc_sync.postgres.connect import connect
-from cdc_sync.postgres.publication import read_publication
+from cdc_sync.postgres.publication import Publication, read_publication
 from cdc_sync.postgres.refetch import widen_xid
 from cdc_sync.postgres.snapshot import SnapshotHolder, TableRewrittenError
-from cdc_sync.postgres.watch import SourcePosition, source_position, transaction_horizon
+from cdc_sync.postgres.watch import SourcePosition, transaction_horizon
 from cdc_sync.qdrant.sink import Sink
-from cdc_sync.sync.backfill import Backfill
+from cdc_sync.sync.backfill import Backfill, Retry
 from cdc_sync.sync.gather import Batch
-from cdc_sync.sync.planning import fingerprint, plan_table, stale_fingerprint
+from cdc_sync.sync.planning import plan_table
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.routing import PlannedTable
+from cdc_sync.sync.table_records import TableRecords
+from cdc_sync.sync.taking_slot import server_position
 
 log = get_logger(__name__)
 
@@ -55,6 +63,15 @@ class RecentTransactions:
     def raise_horizon(self, horizon: int) -> None:
         """Take every transaction below as possibly applied."""
         self._horizon = max(self._horizon, horizon)
+
+    @property
+    def horizon(self) -> int:
+        """A 64-bit id: of the transactions below, which are applied is not known."""
+        return self._horizon
+
+    def pending(self) -> frozenset[int]:
+        """The 32-bit ids of transactions applied that are not known to be visible everywhere."""
+        return frozenset(self._applied)
 
     def add(self, xid: int) -> None:
         """A transaction has been applied, in part or as a whole."""
@@ -85,7 +102,7 @@ class NotYetVisibleError(Exception):
 
 
 class Resync:
-    """Reads stale tables again."""
+    """Opens windows for tables that are stale or not copied yet."""
 
     def __init__(
         self,
@@ -93,19 +110,28 @@ class Resync:
         sink: Sink,
         relations: Relations,
         metrics: Metrics,
+        board: StatusBoard,
         backfill: Backfill,
-        retry: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]],
+        retry: Retry,
     ) -> None:
         self._settings = settings
         self._sink = sink
         self._relations = relations
         self._metrics = metrics
+        self._board = board
         self._backfill = backfill
         self._retry = retry
+        self._records = TableRecords(sink.state, settings.pipeline.name)
         self._recorded: set[int] = set()
+        self._uncopied: set[str] = set()
         self._barriers: dict[int, int] = {}
         self._next_try = 0.0
         self.recent: RecentTransactions | None = None
+
+    @property
+    def copying(self) -> bool:
+        """Whether tables of the pipeline have not been copied yet."""
+        return bool(self._uncopied)
 
     def open(self) -> None:
         """Read the horizon of this life. Blocking. Raises :class:`SourceError`.
@@ -127,75 +153,148 @@ class Resync:
             self._relations.observe(oid, definition)
 
     async def compare(self) -> None:
-        """Mark tables that are not as the record says. Errors as of the state store."""
-        state = await self._sink.state.load(self._settings.pipeline.name)
-        if state is not None:
-            self._relations.compare(state)
+        """Mark tables that are not as the record says, or not copied yet. Errors as of the state
+        store."""
+        state = await self._records.load()
+        if state is None:
+            return
+        self._relations.compare(state)
+        self._uncopied = {table.table for table in state.tables if not table.copied}
+        for planned in self._relations.tables:
+            if planned.name in self._uncopied:
+                self._relations.mark(planned, "not copied yet")
+        stale = {p.name for p in self._relations.tables if p.plan.oid in self._relations.stale}
+        ledgers = await self._sink.state.ledgers(self._settings.pipeline.name)
+        self._backfill.take_up(ledger for ledger in ledgers if ledger.table in stale)
 
     async def note(self, batch: Batch) -> None:
         """Mark tables which the batch is going to write by other columns than they were copied by,
         also on record. Errors as of the state store."""
         for planned in self._relations.note(batch):
             await self._record_stale(planned)
+            # A copy under way has written rows by columns that are not the table's any more.
+            if self._backfill.has_begun(planned.name):
+                await self._backfill.restart(planned)
+                self._barriers.pop(planned.plan.oid, None)
 
     async def outdated(self, planned: PlannedTable) -> None:
         """Mark a table whose rows could not be read by key, since its columns have changed. Errors
         as of the state store."""
-        self._relations.mark(planned, "columns changed before rows were read again")
+        await self.request(planned, "columns changed before rows were read again")
+
+    async def request(self, planned: PlannedTable, reason: str) -> None:
+        """Have the whole table read again. On record when this returns; errors as of the state
+        store."""
+        self._relations.mark(planned, reason)
         await self._record_stale(planned)
+        await self._backfill.restart(planned)
+        self._barriers.pop(planned.plan.oid, None)
 
     async def run(self, applied: int) -> None:
-        """Read stale tables again. The applier must be at rest until this returns; ``applied`` is
-        where it stands.
+        """Open a window if there is something to copy and it is time. The applier must be at rest
+        until this returns; ``applied`` is where it stands.
 
         While the stream is behind, rows of the old columns are still to come and would make the
-        table stale again, so first it has to come to where the server was when this was seen.
+        table stale again, so first it has to come to where the server was when this was seen, or
+        when the last window ended.
         """
         if time.monotonic() < self._next_try:
             return
+        ready = []
         for oid in sorted(self._relations.stale):
             if oid not in self._barriers:
-                await self._retry(lambda oid=oid: self._set_barrier(oid))  # type: ignore[misc]
-            if applied < self._barriers[oid]:
-                continue
-            try:
-                await self._retry(lambda oid=oid: self._table(oid))  # type: ignore[misc]
-            except (TableRewrittenError, NotYetVisibleError) as error:
-                # The stream goes on meanwhile.
-                self._next_try = time.monotonic() + _RETRY_SECONDS
-                log.info("resync_postponed", reason=str(error))
-                continue
-            del self._barriers[oid]
-
-    async def _set_barrier(self, oid: int) -> None:
-        self._barriers[oid] = await asyncio.to_thread(self._position)
-
-    def _position(self) -> int:
-        with connect(self._settings.source, application_name="cdc_sync watch") as connection:
-            return int(source_position(connection, self._settings.source.slot).current)
-
-    async def _table(self, oid: int) -> None:
-        planned = await asyncio.to_thread(self._plan, oid)
-        await self._sink.inspect(planned.plan)
-        await self._sink.ensure_collection(planned.plan)
-        holder = await self._snapshot(planned)
+                self._barriers[oid] = await asyncio.to_thread(
+                    server_position, self._settings.source
+                )
+            if applied >= self._barriers[oid]:
+                ready.append(oid)
+        if not ready:
+            return
         try:
-            log.info("resync_started", table=planned.name)
-            totals = await self._backfill.copy([planned], holder.snapshot_id)
+            await self._retry(lambda: self._window(ready))
+        except (TableRewrittenError, NotYetVisibleError) as error:
+            # The stream goes on meanwhile.
+            self._next_try = time.monotonic() + _RETRY_SECONDS
+            log.info("window_postponed", reason=str(error))
+            return
+        for oid in ready:
+            self._barriers.pop(oid, None)
+
+    async def _window(self, oids: Sequence[int]) -> None:
+        tables = await asyncio.to_thread(self._plan, oids)
+        for planned in tables:
+            await self._sink.inspect(planned.plan)
+            await self._sink.ensure_collection(planned.plan)
+            if not self._backfill.has_begun(planned.name):
+                await self._begin(planned)
+        holder = await self._snapshot(tables)
+        try:
+            started = time.monotonic()
+            for planned in tables:
+                # What comes by the stream from here on is bound to this plan.
+                self._relations.reading(planned)
+            completed = await self._backfill.window(tables, holder.snapshot_id)
         finally:
             await asyncio.to_thread(holder.close)
-        await self._sink.make_durable()
-        await self._record(planned, fingerprint(planned))
-        self._recorded.discard(oid)
-        self._relations.synced(planned)
-        self._metrics.add_table(planned.name).schema_changes["resynced"].inc()
-        log.info("resync_completed", table=planned.name, rows=totals[oid].rows)
+        for planned in completed:
+            await self.complete(planned)
+        log.info(
+            "window_closed",
+            tables=len(tables),
+            completed=len(completed),
+            seconds=round(time.monotonic() - started, 3),
+        )
 
-    def _plan(self, oid: int) -> PlannedTable:
-        before = next(p for p in self._relations.tables if p.plan.oid == oid)
+    async def _begin(self, planned: PlannedTable) -> None:
+        first = planned.name in self._uncopied
+        if not first:
+            log.info("resync_started", table=planned.name)
+            # Should its columns be as they were again by the next start, no comparison would show
+            # that it was read by others.
+            await self._record_stale(planned)
+        # Rows deleted while their changes were not followed are found by the sweep; nothing was
+        # there before a first copy.
+        await self._backfill.begin(
+            planned,
+            sweep=not first or self._settings.migration.adopt,
+            repair=first and self._settings.migration.adopt,
+        )
+
+    async def complete(self, planned: PlannedTable) -> None:
+        """Every chunk of the table is copied: put that on record."""
+        first = planned.name in self._uncopied
+        await self._sink.make_durable()
+        # Where it was deferred for the load; before the record, after which nobody would do it.
+        await self._sink.build_index(planned.plan)
+        await self._records.copied(planned)
+        ledger = await self._backfill.end(planned)
+        self._uncopied.discard(planned.name)
+        self._recorded.discard(planned.plan.oid)
+        self._relations.synced(planned)
+        self._board.table(planned.name).update(state="streaming")
+        if not first:
+            self._metrics.add_table(planned.name).schema_changes["resynced"].inc()
+        log.info(
+            "table_copied" if first else "resync_completed",
+            table=planned.name,
+            rows=ledger.rows,
+            bytes=ledger.bytes,
+            orphans=ledger.orphans,
+        )
+
+    def _plan(self, oids: Sequence[int]) -> list[PlannedTable]:
+        by_oid = {planned.plan.oid: planned for planned in self._relations.tables}
         with connect(self._settings.source, application_name="cdc_sync watch") as connection:
             publication = read_publication(connection, self._settings.source.publication)
-            planned = plan_table(read_table(connection, oid), before.options, publication)
+            return [
+                self._plan_again(by_oid[oid], read_table(connection, oid), publication)
+                for oid in oids
+            ]
+
+    def _plan_again(
+        self, before: PlannedTable, table: Table, publication: Publication | None
+    ) -> PlannedTable:
+        planned = plan_table(table, before.options, publication, changed=True)
         # As the stream does it: changes that stop the stream are not for a copy either, and a new
         # vector column is not in the collection.
         again = replan(
@@ -212,12 +311,12 @@ class Resync:
         )
         return dataclasses.replace(planned, plan=plan)
 
-    async def _snapshot(self, planned: PlannedTable) -> SnapshotHolder:
+    async def _snapshot(self, tables: Sequence[PlannedTable]) -> SnapshotHolder:
         assert self.recent is not None
         holder = await asyncio.to_thread(
             SnapshotHolder.fresh,
             self._settings.source,
-            [planned.table],
+            [planned.table for planned in tables],
             lock_timeout_seconds=_LOCK_SECONDS,
         )
         seen = holder.snapshot
@@ -230,15 +329,5 @@ class Resync:
 
     async def _record_stale(self, planned: PlannedTable) -> None:
         if planned.plan.oid not in self._recorded:
-            await self._record(planned, stale_fingerprint(planned))
+            await self._records.stale(planned)
             self._recorded.add(planned.plan.oid)
-
-    async def _record(self, planned: PlannedTable, text: str) -> None:
-        state = await self._sink.state.load(self._settings.pipeline.name)
-        if state is None:
-            return
-        tables = tuple(
-            dataclasses.replace(t, plan_fingerprint=text) if t.table == planned.name else t
-            for t in state.tables
-        )
-        await self._sink.state.save(dataclasses.replace(state, tables=tables))

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cdc_sync.errors import ErrorKind, SourceError
+from cdc_sync.errors import ErrorKind, MappingError, SourceError
 from cdc_sync.mapping.ids import compile_point_id
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.planner import PlanOptions, replan
+from cdc_sync.mapping.strings import uuid_binary
 from cdc_sync.mapping.table import PgType, Table
 from cdc_sync.pgoutput.messages import Relation
+from cdc_sync.postgres.preset_tables import only_condition
 from cdc_sync.rows import PointId, Row
 
 
@@ -40,6 +42,16 @@ class PlannedTable:
         """``schema.table``, the label of the table everywhere."""
         return self.plan.qualified_name
 
+    @property
+    def selection(self) -> str | None:
+        """The condition, as SQL, of the rows that are read; None: all. It is the publication's row
+        filter and ``options.only``, which is no part of that: its column would then have to be in
+        the replica identity."""
+        if self.options.only is None:
+            return self.row_filter
+        condition = only_condition(self.options.only)
+        return condition if self.row_filter is None else f"({self.row_filter}) AND {condition}"
+
 
 @dataclass(slots=True)
 class Binding:
@@ -47,7 +59,8 @@ class Binding:
 
     ``order`` gives for each plan column its place in the tuple, or is None when tuples are in plan
     order as they come. ``types`` are the columns' types by which the plan was made; ``replanned``
-    says that the plan differs from the one before the message.
+    says that the plan differs from the one before the message. ``only``: the position of a column,
+    and its values (in binary and text format) in the rows that are kept; None: all are.
     """
 
     planned: PlannedTable
@@ -56,6 +69,11 @@ class Binding:
     key: tuple[int, ...]
     point_id: Callable[[Row], PointId]
     replanned: bool = False
+    only: tuple[int, frozenset[bytes]] | None = None
+
+    def keeps(self, row: Row) -> bool:
+        """Whether a row in plan order is one of those that are kept in step."""
+        return self.only is None or row[self.only[0]] in self.only[1]
 
     def arrange(self, row: Row) -> Row:
         """Return the tuple in plan order."""
@@ -102,6 +120,21 @@ def bind(planned: PlannedTable, relation: Relation, resolve: ResolveType) -> Bin
         key=plan.key,
         point_id=compile_point_id(plan),
         replanned=replanned,
+        only=_only(plan, planned.options.only),
+    )
+
+
+def _only(plan: TablePlan, only: tuple[str, bytes] | None) -> tuple[int, frozenset[bytes]] | None:
+    if only is None:
+        return None
+    name, value = only
+    for position, column in enumerate(plan.columns):
+        if column.name == name and column.type.base.name == "uuid":
+            return position, frozenset({value, uuid_binary(value).encode("ascii")})
+    raise MappingError(
+        f"{plan.qualified_name}: column {name}, which tells the rows that are kept, is gone or is "
+        "no uuid any more",
+        "Take out `preset_collection` and copy the table anew, or bring the column back.",
     )
 
 

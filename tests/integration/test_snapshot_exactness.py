@@ -23,11 +23,11 @@ from cdc_sync.postgres.connect import PgConnection, connect
 from cdc_sync.postgres.replication import CreatedSlot, ReplicationConnection
 from cdc_sync.postgres.snapshot import SnapshotHolder, copy_query, copy_rows, import_snapshot
 from cdc_sync.rows import PointId, Row
-from cdc_sync.sync import backfill
-from cdc_sync.sync.backfill import Backfill, CopyTotals, cut
+from cdc_sync.sync.backfill import Backfill
 from cdc_sync.sync.copying import Chunk
 from cdc_sync.sync.first_copy import FirstCopy
 from cdc_sync.sync.gather import Gatherer
+from cdc_sync.sync.ledger import Ledger
 from cdc_sync.sync.planning import plan_pipeline
 from cdc_sync.sync.routing import PlannedTable, ResolveType, bind
 from tests.support.everything import create_everything_table
@@ -48,6 +48,11 @@ def faults(qdrant: QdrantTarget) -> Faults:
     if qdrant.faults is None:
         pytest.skip("a real server has no scripted faults")
     return qdrant.faults
+
+
+def chunks(planned: PlannedTable) -> list[Chunk]:
+    """The whole table."""
+    return Ledger.new("p", planned, 5000, sweep=False, repair=False).left(planned)
 
 
 def create_docs(database: Database, rows: int = 2000, filler: int = 300) -> None:
@@ -84,7 +89,7 @@ def copy_all(source: SourceSettings, snapshot: str, table: PlannedTable) -> list
             return [row for batch in copy_rows(connection, query, text) for row in batch]
 
     with ThreadPoolExecutor(2) as workers:
-        return [row for rows in workers.map(copy, cut(table)) for row in rows]
+        return [row for rows in workers.map(copy, chunks(table)) for row in rows]
 
 
 def replay(stream: ReplicationConnection, replica: Replica, log: int, last: int) -> None:
@@ -192,23 +197,23 @@ def test_the_test_sees_a_copy_under_another_snapshot(
 
 # -- the engine's first copy
 
-TWO_WORKERS: Final = {"num_workers": 2}
+TWO_WORKERS: Final = {"num_workers": 2, "chunk_rows": 500}
 ONE_LANE: Final = {"parallel_requests": 1}
 
 
 def hold_the_copy(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> None:
     """Let both workers' first writes wait; what is written before the copy does not. There are
     several chunks, and a worker has one request under way."""
-    copy = Backfill.copy
-    monkeypatch.setattr(backfill, "CHUNK_ROWS", 500)
+    copy = Backfill.window
 
     async def holding(
         self: Backfill, tables: Sequence[PlannedTable], snapshot: str
-    ) -> dict[int, CopyTotals]:
+    ) -> list[PlannedTable]:
+        await self._save(list(self._ledgers.values()))
         faults.hold("write", times=2)
         return await copy(self, tables, snapshot)
 
-    monkeypatch.setattr(Backfill, "copy", holding)
+    monkeypatch.setattr(Backfill, "window", holding)
 
 
 @pytest.mark.requirement("R53")
@@ -400,7 +405,7 @@ def test_copied_and_streamed_rows_give_equal_points(
         ).tables
         codec, point_id = WireCodec(planned_table.plan), compile_point_id(planned_table.plan)
         copied: dict[PointId, bytes] = {}
-        for chunk in cut(planned_table):
+        for chunk in chunks(planned_table):
             query, text = copy_query(
                 planned_table.plan, chunk.leaf, chunk.start_block, chunk.end_block
             )

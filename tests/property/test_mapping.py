@@ -5,6 +5,7 @@ nothing else is raised.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import decimal
 import json
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 from qdrant_client import grpc
 
 from cdc_sync.errors import MappingError
+from cdc_sync.mapping.decoding import JsonValue
 from cdc_sync.mapping.ids import compile_key_text, compile_point_id
-from cdc_sync.mapping.plan import ColumnPlan, Metric, VectorKind, VectorPlan
+from cdc_sync.mapping.plan import ColumnPlan, Constant, Metric, VectorKind, VectorPlan
+from cdc_sync.mapping.protobuf import encode_value
 from cdc_sync.mapping.python import PythonCodec
 from cdc_sync.mapping.table import PgType, TypeKind
 from cdc_sync.mapping.values import binary_decoder, text_decoder
@@ -200,20 +203,38 @@ def test_both_formats_give_the_same_value(value: tuple[PgType, Forms]) -> None:
     assert repr(by_binary) == repr(text_decoder(type_)(text))
 
 
+SOME_COLUMNS = st.lists(st.sampled_from(["id", "c0", "c1", "c2"]), max_size=3).map(tuple)
+CONSTANTS = st.dictionaries(
+    TEXTS.map(lambda text: f"constant {text}"),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXTS,
+    max_size=3,
+)
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
         st.tuples(VALUES, st.sampled_from(["binary", "text", "null", "unchanged"])), max_size=5
     ),
-    st.booleans(),
-    st.booleans(),
+    st.booleans() | SOME_COLUMNS,
+    st.booleans() | SOME_COLUMNS,
     st.none() | TEXTS,
+    st.none() | TEXTS.filter(lambda text: text not in ("_table", "_shard")),
+    CONSTANTS,
+    st.sampled_from([None, "2/3"]),
 )
 def test_both_codecs_give_the_same_payload(
     values: list[tuple[tuple[PgType, Forms], str]],
-    drop_nulls: bool,
-    numeric_as_string: bool,
+    drop_nulls: bool | tuple[str, ...],
+    numeric_as_string: bool | tuple[str, ...],
     namespace: str | None,
+    payload_key: str | None,
+    constants: dict[str, Constant],
+    shard: str | None,
 ) -> None:
     columns = [ColumnPlan("id", core("int8"), "id")]
     row: Row = [bytes(8)]
@@ -226,19 +247,33 @@ def test_both_codecs_give_the_same_payload(
             "unchanged": UNCHANGED,
         }
         row.append(forms[form])
-    plan = table_plan(
-        *columns,
-        namespace=namespace,
+    plan = dataclasses.replace(
+        table_plan(*columns, namespace=namespace),
         drop_nulls=drop_nulls,
         numeric_as_string=numeric_as_string,
+        payload_key=payload_key,
+        constants=tuple(constants.items()),
+        shard=shard,
     )
     wire, python = WireCodec(plan), PythonCodec(plan)
     expected = python.payload(row)
+    fields = expected if payload_key is None else expected[payload_key]
+    assert isinstance(fields, dict)
+    assert set(wire.unknown_fields(row)) == set(python.unknown_fields(row))
+    assert not set(fields) & set(wire.unknown_fields(row))
+    assert set(expected) - set(fields) <= {payload_key, "_table", "_shard"}
     entries = grpc.SetPayloadPoints.FromString(wire.payload_entries(row, 3)).payload
     written = {key: value_of(value) for key, value in entries.items()}
     assert sorted_repr(written) == sorted_repr(expected)
     assert set(expected) <= wire.known_fields(row)
     assert wire.non_finite == python.non_finite
+    kept: dict[str, JsonValue] = {name: ["kept", None] for name in wire.unknown_fields(row)}
+    filled = wire.payload_entries(
+        row, 3, {name: encode_value(value) for name, value in kept.items()}
+    )
+    entries = grpc.SetPayloadPoints.FromString(filled).payload
+    written = {key: value_of(value) for key, value in entries.items()}
+    assert sorted_repr(written) == sorted_repr(python.payload(row, kept))
     if UNCHANGED not in row:
         point = grpc.PointStruct.FromString(wire.point(1, row))
         assert sorted_repr(payload_of(point)) == sorted_repr(expected)

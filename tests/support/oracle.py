@@ -15,7 +15,7 @@ import json
 import math
 import struct
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias, TypedDict, Unpack
 
@@ -81,18 +81,24 @@ class Difference:
 class Options(TypedDict, total=False):
     """The table's settings as in the configuration, and what is needed to read.
 
-    ``where`` is SQL for a publication's row filter; ``api_key`` is Qdrant's.
+    ``where`` is SQL for a publication's row filter; ``shard`` is the mark that every point has to
+    carry (its rows are told by ``where``); ``api_key`` is Qdrant's.
     """
 
     key: Sequence[str] | None
     columns: Sequence[str] | None
     namespace: str | None
-    drop_nulls: bool
-    numeric_as_string: bool
-    skip_bytea: bool
+    exclude: Sequence[str]
+    rename: Mapping[str, str]
+    constants: Mapping[str, Json]
+    payload_key: str | None
+    drop_nulls: bool | Sequence[str]
+    numeric_as_string: bool | Sequence[str]
+    skip_bytea: bool | Sequence[str]
     unnamed_vector: str | None
     bit_vectors: Sequence[str]
     where: str | None
+    shard: str | None
     api_key: str | None
 
 
@@ -159,7 +165,7 @@ def _compare(
             rows = reader.rows()
             while page := list(itertools.islice(rows, _PAGE)):
                 _compare_page(page, points, seen, result)
-        _compare_ids(points, seen, options.get("namespace"), result)
+        _compare_ids(points, seen, options, result)
     finally:
         points.close()
     return result
@@ -204,15 +210,16 @@ def _compare_point(
                 result.add("vector", expected.id, name, wrong)
 
 
-def _compare_ids(
-    points: Points, seen: set[PointId], namespace: str | None, result: _Result
-) -> None:
+def _compare_ids(points: Points, seen: set[PointId], options: Options, result: _Result) -> None:
     scrolled: set[PointId] = set()
-    for id_, owner in points.scroll("_table"):
+    # Others may keep points in the collection, of another shard or another table.
+    shard, namespace = options.get("shard"), options.get("namespace")
+    mark, ours = ("_table", namespace) if shard is None else ("_shard", shard)
+    for id_, owner in points.scroll(mark):
         if id_ in scrolled:
             result.add("duplicate", id_, "", "the collection lists it twice")
         scrolled.add(id_)
-        if id_ not in seen and (namespace is None or owner == namespace):
+        if id_ not in seen and (ours is None or owner == ours):
             result.add("extra", id_, "", "the point has no row")
     reported = {one.id for one in result.differences if one.kind == "missing"}
     for id_ in seen - scrolled - reported:
@@ -342,7 +349,8 @@ class _Table:
         self._from = only + sql.Identifier(str(schema), str(name))
         types = self._types()
         self._key = list(options.get("key") or self._primary_key())
-        wanted = list(options.get("columns") or types)
+        excluded = options.get("exclude") or ()
+        wanted = [name for name in options.get("columns") or types if name not in excluded]
         self._columns = [name for name in types if name in wanted or name in self._key]
         self._types_read = [types[name] for name in self._columns]
         self._payload: list[tuple[int, str, Parse]] = []
@@ -401,24 +409,29 @@ class _Table:
         is_bits = type_.name in ("bit", "varbit") and column in options.get("bit_vectors", ())
         if is_bits or inner.name in ("vector", "halfvec") or type_.name == "sparsevec":
             unnamed = column == options.get("unnamed_vector")
-            self._vectors.append((at, "" if unnamed else column, type_))
+            name = options.get("rename", {}).get(column, column)
+            self._vectors.append((at, "" if unnamed else name, type_))
         elif inner.name == "sparsevec":
             raise OracleError(f"column {column}: an array of sparsevec")
-        elif not (type_.name == "bytea" and options.get("skip_bytea", False)):
-            parse = parser(type_, options.get("numeric_as_string", False))
+        elif not (type_.name == "bytea" and _for(options.get("skip_bytea"), column)):
+            parse = parser(type_, _for(options.get("numeric_as_string"), column))
             self._payload.append((at, column, parse))
 
     def _expected(self, row: list[str | None]) -> _Expected:
         namespace = self._options.get("namespace")
-        payload: dict[str, Json] = {}
-        for at, name, parse in self._payload:
+        fields: dict[str, Json] = dict(self._options.get("constants", {}))
+        for at, column, parse in self._payload:
             text = row[at]
-            if text is not None:
-                payload[name] = parse(text)
-            elif not self._options.get("drop_nulls", False):
-                payload[name] = None
-        if namespace is not None:
-            payload["_table"] = namespace
+            if text is None and _for(self._options.get("drop_nulls"), column):
+                continue
+            name = self._options.get("rename", {}).get(column, column)
+            if name in fields:
+                raise OracleError(f"two things are called {name}")
+            fields[name] = None if text is None else parse(text)
+        under = self._options.get("payload_key")
+        payload: dict[str, Json] = fields if under is None else {under: fields}
+        marks = {"_table": namespace, "_shard": self._options.get("shard")}
+        payload.update({name: mark for name, mark in marks.items() if mark is not None})
         vectors: dict[str, Vector] = {}
         for at, name, type_ in self._vectors:
             text = row[at]
@@ -443,6 +456,11 @@ class _Table:
         canonical = key if namespace is None else [namespace, key]
         text = json.dumps(canonical, ensure_ascii=False, separators=(",", ":"))
         return str(uuid.uuid5(_NAMESPACE, text))
+
+
+def _for(option: bool | Sequence[str] | None, column: str) -> bool:
+    """Whether an option that is for all columns or for those named is for this one."""
+    return bool(option) if option is None or isinstance(option, bool) else column in option
 
 
 def _vector(text: str, type_: OracleType) -> Vector | None:

@@ -132,13 +132,18 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def running(
-    settings: Settings, database: Database, qdrant: QdrantTarget, *, wait: bool = True
+    settings: Settings,
+    database: Database,
+    qdrant: QdrantTarget,
+    *,
+    wait: bool = True,
+    restart: bool = False,
 ) -> AsyncIterator[Running]:
     """Run a pipeline; waits until it streams unless told not to. It is cancelled at the end if it
     runs still, which is as abrupt as a task can be ended: nothing more is confirmed."""
     with _impatient():
         pipeline, stopping = Pipeline(settings), asyncio.Event()
-        task = asyncio.create_task(pipeline.run(stopping))
+        task = asyncio.create_task(pipeline.run(stopping, restart=restart))
         life = Running(pipeline, database, qdrant, stopping, task)
         try:
             if wait:

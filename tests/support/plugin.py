@@ -6,4 +6,5 @@ pytest_plugins = [
     "tests.support.fix_postgres",
     "tests.support.fix_qdrant",
     "tests.support.fix_pipeline",
+    "tests.support.fix_cli",
 ]

@@ -210,10 +210,14 @@ def test_the_status_is_the_documented_contract(
             "state": "failed",
             "rows_copied": 4,
             "rows_estimated": 400,
+            "rows_exact": False,
+            "bytes_copied": 0,
+            "retries": 0,
             "changes_applied": 2,
             "dead_letters": 1,
             "error": "cannot use postgres://u:***@h",
             "remedy": "ALTER TABLE x",
+            "copy_seconds": None,
         }
     ]
     assert body["tasks"] == [{"name": "stream", "heartbeat_age_seconds": 2.0}]

@@ -1,0 +1,184 @@
+"""``cdc-sync plan``."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cdc_sync.cli.check import exit_code
+from cdc_sync.cli.options import takes_settings
+
+if TYPE_CHECKING:
+    from cdc_sync.loading import LoadedSettings
+    from cdc_sync.sync.explanation import Explained, TableExplained, VectorExplained
+    from cdc_sync.sync.findings import Finding
+
+_LABEL = 14
+_WIDTH = 100
+
+
+@takes_settings
+def plan(
+    loaded: LoadedSettings,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Show what a run would do, without doing any of it.
+
+    Tables, keys, vectors, payload, indexes, the size of the copy, and what stands in the way.
+    Qdrant need not be reachable. Exit code 0 if there is no error.
+    """
+    from cdc_sync.ops.redaction import redact
+    from cdc_sync.sync.explain import explain
+    from cdc_sync.sync.explanation import as_json as explanation_json
+
+    explained = explain(loaded.settings)
+    code = exit_code(explained.findings)
+    if as_json:
+        content = {"ok": code == 0, **explanation_json(explained)}
+        typer.echo(redact(json.dumps(content, indent=2, ensure_ascii=False, default=str)))
+    else:
+        typer.echo(redact("\n".join(_lines(explained))))
+    return code
+
+
+def _lines(explained: Explained) -> Iterator[str]:
+    if explained.server:
+        server = explained.server
+        yield from _entry("postgres", f"{server['version']}, database {server['database']}")
+        yield from _entry("publication", _existence(explained.publication))
+        statement = explained.publication.get("statement")
+        if statement:
+            yield f"{'':{_LABEL}}{statement}"
+        yield from _entry("slot", _existence(explained.slot))
+        yield from _wal(explained.wal)
+    yield from _entry("qdrant", _qdrant(explained.qdrant))
+    yield from _entry("copy", _copy(explained.copy))
+    for table in explained.tables:
+        yield ""
+        yield from _table(table)
+    if explained.findings:
+        yield ""
+        for finding in explained.findings:
+            yield from _finding(finding)
+
+
+def _entry(label: str, text: str, indent: str = "") -> Iterator[str]:
+    """``label    text``, more lines of text below each other."""
+    margin = " " * (_LABEL + len(indent))
+    wrapped = textwrap.wrap(
+        text, _WIDTH - len(margin), break_long_words=False, break_on_hyphens=False
+    )
+    for number, line in enumerate(wrapped or [""]):
+        yield f"{indent}{label:<{_LABEL}}{line}" if number == 0 else f"{margin}{line}"
+
+
+def _existence(part: Mapping[str, object]) -> str:
+    if not part.get("exists"):
+        return f"{part['name']}, would be created"
+    state = ", in use" if part.get("active") else ""
+    status = part.get("wal_status")
+    return f"{part['name']}, exists{state}{f', WAL {status}' if status else ''}"
+
+
+def _qdrant(part: Mapping[str, object]) -> str:
+    if part.get("reachable"):
+        return f"{part['url']}, version {part['version']}"
+    return f"{part['url']}, not reachable: what exists there is not known"
+
+
+def _copy(part: Mapping[str, object]) -> str:
+    text = (
+        f"{part['workers']} workers ({part['executor']}), chunks of about {part['chunk_rows']} "
+        f"rows, windows of {part['window_seconds']} s"
+    )
+    return text + (", HNSW built afterwards" if part["defer_hnsw"] else "")
+
+
+def _wal(part: Mapping[str, object]) -> Iterator[str]:
+    from cdc_sync.sync.progress import duration_text, size_text
+
+    limit = part["max_slot_wal_keep_bytes"]
+    shown = f"up to {size_text(limit)}" if isinstance(limit, int) else "any amount"
+    text = f"wal_level {part['wal_level']}, a slot may keep {shown}"
+    rate, seconds = part["bytes_per_second"], part["measured_seconds"]
+    window, hour = part["bytes_kept_while_copying"], part["bytes_kept_per_hour_of_standstill"]
+    if isinstance(rate, float) and isinstance(seconds, float):
+        assert isinstance(window, int)
+        assert isinstance(hour, int)
+        text += (
+            f"; {size_text(round(rate))} a second were written in the last "
+            f"{duration_text(seconds)}, by which about {size_text(window)} are kept while copying "
+            f"and {size_text(hour)} an hour while nobody reads"
+        )
+    yield from _entry("wal", text)
+    advice = part["advice"]
+    for sentence in advice if isinstance(advice, list) else ():
+        yield from _entry("", sentence)
+
+
+def _table(table: TableExplained) -> Iterator[str]:
+    yield f"{table.table} -> collection {table.collection}"
+    indent = "  "
+    yield from _entry("action", _action(table), indent)
+    yield from _entry("size", _size(table), indent)
+    if len(table.partitions) > 1:
+        names = ", ".join(f"{one.name} ({one.chunks})" for one in table.partitions)
+        yield from _entry("partitions", f"{len(table.partitions)} (chunks): {names}", indent)
+    if table.row_filter is not None:
+        yield from _entry("rows", f"only where {table.row_filter}", indent)
+    key = ", ".join(table.key)
+    yield from _entry("key", f"{key}, from {table.key_from}; point id: {table.ids}", indent)
+    for number, vector in enumerate(table.vectors):
+        yield from _entry("vectors" if number == 0 else "", _vector(vector), indent)
+    name_width = max(len(column.name) for column in table.columns)
+    type_width = max(len(column.type) for column in table.columns)
+    for number, column in enumerate(table.columns):
+        text = f"{column.name:<{name_width}}  {column.type:<{type_width}}  {column.becomes}"
+        yield f"{indent}{'columns' if number == 0 else '':<{_LABEL}}{text}"
+    indexes = ", ".join(f"{one['field']} ({one['type']})" for one in table.payload_indexes)
+    yield from _entry("indexes", indexes or "none on the payload", indent)
+    if table.collection_config:
+        settings = json.dumps(table.collection_config, ensure_ascii=False, default=str)
+        yield from _entry("settings", settings, indent)
+    for label, sentences in (("warnings", table.warnings), ("notes", table.notes)):
+        for number, sentence in enumerate(sentences):
+            text = sentence.removeprefix(f"{table.table}: ")
+            yield from _entry(label if number == 0 else "", text, indent)
+
+
+def _action(table: TableExplained) -> str:
+    if table.points is None:
+        return table.action
+    return f"{table.action} (it holds {table.points} points)"
+
+
+def _size(table: TableExplained) -> str:
+    from cdc_sync.sync.progress import size_text
+
+    rows = f"about {table.rows:,} rows" if table.rows is not None else "rows"
+    text = f"{rows} ({table.rows_from}), {size_text(table.bytes)} on disk, {table.chunks} chunks"
+    if table.vector_bytes:
+        text += f"; vectors of {size_text(table.vector_bytes)} in Qdrant"
+    return text
+
+
+def _vector(vector: VectorExplained) -> str:
+    name = vector.name or "(unnamed)"
+    parts = [f"{name}: {vector.kind} {vector.datatype}"]
+    if vector.dimension is not None:
+        parts.append(f"{vector.dimension} dimensions from {vector.dimension_from}")
+    parts.append(f"{vector.metric} from {vector.metric_from}")
+    if vector.settings:
+        parts.append(json.dumps(vector.settings, ensure_ascii=False))
+    return ", ".join(parts)
+
+
+def _finding(finding: Finding) -> Iterator[str]:
+    yield from _entry(finding.severity, f"{finding.subject}: {finding.message}")
+    if finding.remedy:
+        # Left-aligned under each other, so that SQL can be copied as it is.
+        yield textwrap.indent(finding.remedy, " " * _LABEL)

@@ -1,0 +1,66 @@
+"""What is on record of the pipeline's tables: whether each has been copied, and by what plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.qdrant.sink import PipelineState, StateStore, TableState
+from cdc_sync.sync.planning import fingerprint, stale_fingerprint
+from cdc_sync.sync.routing import PlannedTable
+
+
+class TableRecords:
+    """Reads and writes the tables' part of the pipeline's record. Errors as of the state store."""
+
+    def __init__(self, store: StateStore, pipeline: str) -> None:
+        self._store = store
+        self._pipeline = pipeline
+
+    async def load(self) -> PipelineState | None:
+        """The pipeline's record."""
+        return await self._store.load(self._pipeline)
+
+    async def copied(self, planned: PlannedTable) -> None:
+        """The table has been copied as a whole, by this plan."""
+        await self._change(planned, plan_fingerprint=fingerprint(planned), copied=True)
+
+    async def stale(self, planned: PlannedTable) -> None:
+        """The table must be copied again."""
+        await self._change(planned, plan_fingerprint=stale_fingerprint(planned))
+
+    async def add(self, tables: Iterable[PlannedTable]) -> None:
+        """Tables join the pipeline, not copied yet."""
+        state = await self.load()
+        if state is not None:
+            added = tuple(table_state(planned, copied=False) for planned in tables)
+            await self._store.save(dataclasses.replace(state, tables=state.tables + added))
+
+    async def _change(self, planned: PlannedTable, **changes: object) -> None:
+        state = await self.load()
+        if state is None:
+            return
+        tables = tuple(
+            dataclasses.replace(table, **changes) if table.table == planned.name else table  # type: ignore[arg-type]
+            for table in state.tables
+        )
+        if tables != state.tables:
+            await self._store.save(dataclasses.replace(state, tables=tables))
+
+
+def table_state(planned: PlannedTable, *, copied: bool) -> TableState:
+    """The record of one table."""
+    return TableState(
+        planned.name,
+        planned.plan.collection,
+        fingerprint(planned),
+        copied,
+        planned.plan.oid,
+        vector_columns(planned.plan),
+    )
+
+
+def vector_columns(plan: TablePlan) -> tuple[str, ...]:
+    """Names of the columns that are vectors of the collection."""
+    return tuple(column.name for column in plan.columns if column.vector is not None)

@@ -1,0 +1,70 @@
+"""Taking the slot: the beginning of a session, and where slot and server stand. All blocking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cdc_sync.config import SourceSettings
+from cdc_sync.errors import ErrorKind, SourceError
+from cdc_sync.mapping.values import needs_text
+from cdc_sync.pgoutput.lsn import Lsn
+from cdc_sync.postgres.connect import connect
+from cdc_sync.postgres.replication import ReplicationConnection, StreamOptions
+from cdc_sync.postgres.slot import read_slot
+from cdc_sync.postgres.watch import source_position
+from cdc_sync.sync.planning import PipelinePlan
+from cdc_sync.sync.routing import PlannedTable
+
+
+def start_stream(
+    source: SourceSettings, plan: PipelinePlan, tables: Sequence[PlannedTable], applied: int
+) -> ReplicationConnection:
+    """Start replication from where the slot stands.
+
+    Raises :class:`SourceError`: SLOT_ACTIVE while another process has it, SOURCE_CHANGED when the
+    server is another than the plan's or stands before ``applied``.
+    """
+    connection = ReplicationConnection.open(source)
+    try:
+        identity = connection.identify()
+        if identity.xlog_position < applied:
+            raise SourceError(
+                ErrorKind.SOURCE_CHANGED,
+                f"the server stands at {identity.xlog_position}, before what was already "
+                f"applied ({Lsn(applied)}): it was restored to an earlier state",
+                "Copy anew with --migration.restart.",
+            )
+        if identity.system_identifier != plan.server.system_identifier:
+            raise SourceError(
+                ErrorKind.SOURCE_CHANGED,
+                f"the cluster behind the connection changed from "
+                f"{plan.server.system_identifier} to {identity.system_identifier}",
+            )
+        connection.start(
+            source.slot, source.publication, options=StreamOptions(binary=_can_be_binary(tables))
+        )
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _can_be_binary(tables: Sequence[PlannedTable]) -> bool:
+    """A type without binary output below an array, composite or range would stop the server's
+    decoding for good (R12)."""
+    return not any(
+        needs_text(column.type) for planned in tables for column in planned.table.columns
+    )
+
+
+def confirmed_position(source: SourceSettings) -> int:
+    """Where the slot stands; it moves no more by others once this process has it."""
+    with connect(source) as connection:
+        slot = read_slot(connection, source.slot)
+    return int(slot.confirmed_flush_lsn or 0) if slot is not None else 0
+
+
+def server_position(source: SourceSettings) -> int:
+    """The end of the server's WAL."""
+    with connect(source) as connection:
+        return int(source_position(connection, source.slot).current)

@@ -1,0 +1,624 @@
+"""``cdc-sync resync`` and the control channel behind it: points are put right, under a running
+stream, and whoever else writes into the channel does no harm."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import io
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import psycopg
+import pytest
+from qdrant_client import models as q
+
+from cdc_sync.cli import main
+from cdc_sync.errors import ExitCode
+from cdc_sync.mapping.ids import compile_point_id, id_scheme
+from cdc_sync.mapping.plan import IdScheme
+from cdc_sync.mapping.planner import PlanOptions
+from cdc_sync.ops.redaction import forget_secrets
+from cdc_sync.postgres.catalog import find_table
+from cdc_sync.postgres.connect import connect
+from cdc_sync.postgres.key_texts import KeyTextError, parse_keys
+from cdc_sync.postgres.refetch import TableRedefinedError, fetch_rows
+from cdc_sync.postgres.shards import shard_filter
+from cdc_sync.sync.control import ResyncRows
+from cdc_sync.sync.reading import Reread, RowReader
+from cdc_sync.sync.resync import RecentTransactions
+from cdc_sync.sync.resync_request import read_key
+from cdc_sync.sync.routing import PlannedTable
+from tests.integration.test_visibility import hanging
+from tests.support.fix_pipeline import Synced, SyncTable
+from tests.support.fix_postgres import Database, DatabaseFactory, PrivatePostgres
+from tests.support.pipeline_task import pipeline_settings, running
+from tests.support.qdrant_control import QdrantTarget
+from tests.support.source_tables import raw_plan, source_settings
+
+SECRET: Final = "a-key-nobody-may-see"
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended, and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def resync(synced: Synced, *arguments: str) -> Done:
+    """Run the command in this process, which is much faster."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["resync", "--config", str(synced.daemon.config), *arguments])
+    forget_secrets()
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def resynced(synced: Synced, *arguments: str) -> str:
+    """Ask, and wait until it is done."""
+    done = resync(synced, "--wait", "--timeout", "30", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("done\n")
+    return done.stdout
+
+
+def create_docs(database: Database, rows: int = 30) -> None:
+    database.execute(
+        "CREATE TABLE docs (id bigint PRIMARY KEY, note text, n int, emb vector(3));"
+        f"INSERT INTO docs SELECT i, 'note ' || i, i, '[1,2,3]' FROM generate_series(1, {rows}) i"
+    )
+
+
+def points(synced: Synced) -> dict[q.ExtendedPointId, q.Record]:
+    assert synced.qdrant is not None
+    found, _ = synced.qdrant.client().scroll(
+        synced.collection, limit=10_000, with_vectors=True, with_payload=True
+    )
+    return {record.id: record for record in found}
+
+
+def put(synced: Synced, id_: int | str, record: q.Record | None = None) -> None:
+    """Write a point behind the pipeline's back: as it was, or with what no row has."""
+    assert synced.qdrant is not None
+    point = q.PointStruct(
+        id=id_,
+        vector=(record.vector or {}) if record is not None else {"emb": [9.0, 9.0, 9.0]},
+        payload=record.payload if record is not None else {"note": "wrong"},
+    )
+    synced.qdrant.client().upsert(synced.collection, [point], wait=True)
+
+
+def remove(synced: Synced, *ids: int | str) -> None:
+    assert synced.qdrant is not None
+    synced.qdrant.client().delete(synced.collection, list(ids), wait=True)
+
+
+def emit(database: Database, text: str) -> None:
+    database.execute("SELECT pg_logical_emit_message(true, 'cdc_sync', %s)", (text,))
+
+
+def request(synced: Synced, *keys: str, table: str = "public.docs") -> str:
+    """A request in plain SQL's words."""
+    body: dict[str, object] = {"pipeline": synced.daemon.slot, "table": table}
+    if keys:
+        body["keys"] = [[key] for key in keys]
+    return json.dumps({"resync": body})
+
+
+def outcome(synced: Synced, name: str) -> float:
+    return synced.daemon.metric("cdc_sync_control_requests_total", outcome=name)
+
+
+def different(synced: Synced) -> set[object]:
+    return {difference.id for difference in synced.differences()}
+
+
+# -- what it puts right
+
+
+def test_rows_by_key_are_made_as_they_are_and_others_are_left(
+    database: Database, sync_table: SyncTable
+) -> None:
+    create_docs(database)
+    synced = sync_table(database, "docs")
+    for id_ in (3, 7, 8, 700, 701):
+        put(synced, id_)
+    remove(synced, 5, 6)
+    out = resynced(synced, "--keys", "3", "5", "007", " 700 ", "3", "99")
+    assert "5 rows of public.docs" in out
+    assert different(synced) == {6, 8, 701}
+    assert outcome(synced, "rows") == 1
+    name = "cdc_sync_rows_reread_total"
+    assert synced.daemon.metric(name, table="public.docs", result="written") == 3
+    assert synced.daemon.metric(name, table="public.docs", result="deleted") == 2
+    resynced(synced, "--table", 'public."docs"', "--keys", "6", "--keys", "8", "701")
+    synced.assert_equal()
+
+
+def test_rows_by_predicate(database18: Database, sync_table: SyncTable) -> None:
+    create_docs(database18)
+    synced = sync_table(database18, "docs")
+    for id_ in range(1, 31):
+        put(synced, id_)
+    # A percent sign, a comment at the end, and the table's own name in it.
+    out = resynced(synced, "--where", "docs.n % 2 = 0 AND note LIKE 'note%' -- the even ones")
+    assert "15 rows of public.docs" in out
+    assert different(synced) == set(range(1, 31, 2))
+    out = resync(synced, "--where", "n > 1000").stdout
+    assert out == "no row matches: nothing to ask for\n"
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_table_as_a_whole(database18: Database, sync_table: SyncTable, everything: bool) -> None:
+    create_docs(database18)
+    synced = sync_table(database18, "docs")
+    for id_ in (1, 2, 500):
+        put(synced, id_)
+    remove(synced, 9)
+    out = resynced(synced, *(["--all"] if everything else []))
+    assert "public.docs as a whole" in out
+    synced.assert_equal()
+    assert outcome(synced, "table") == 1
+    assert "resync_completed" in [event["event"] for event in synced.daemon.events()]
+
+
+def test_what_is_asked_for_while_nothing_streams_waits_in_the_wal(
+    database18: Database, sync_table: SyncTable
+) -> None:
+    create_docs(database18)
+    synced = sync_table(database18, "docs")
+    put(synced, 1)
+    assert synced.daemon.terminate() == 0
+    done = resync(synced, "--keys", "1")
+    assert done.returncode == 0
+    assert "the request waits in the WAL" in done.stdout
+    late = resync(synced, "--keys", "2", "--wait", "--timeout", "0.5")
+    assert late.returncode == ExitCode.TEMPORARY
+    assert "was not read within 0.5 s" in late.stdout
+    synced.daemon.start()
+    synced.assert_equal()
+    assert outcome(synced, "rows") == 2
+
+
+def test_an_embedded_database_that_is_in_use(database18: Database, sync_table: SyncTable) -> None:
+    create_docs(database18)
+    synced = sync_table(database18, "docs", target="edge")
+    out = resync(synced, "--keys", "1", "2", "--wait").stdout
+    assert out.endswith("done\n")
+    assert resync(synced, "--wait").returncode == 0
+    assert (outcome(synced, "rows"), outcome(synced, "table")) == (1, 1)
+    assert synced.daemon.terminate() == 0
+    # The database is not held while it waits, or the pipeline could not start.
+    thread = threading.Thread(target=lambda: done.append(resync(synced, "--keys", "1", "--wait")))
+    done: list[Done] = []
+    thread.start()
+    time.sleep(1.0)
+    synced.daemon.start()
+    thread.join(30)
+    assert done[0].stdout.endswith("done\n")
+    synced.assert_equal()
+
+
+# -- kinds of keys
+
+
+@dataclass(frozen=True)
+class KeyCase:
+    """Key columns, the key of a row in SQL, and a text for the same key."""
+
+    columns: str
+    value: str
+    key: str
+
+
+KEYS: Final = {
+    "bigint": KeyCase("k bigint", "9223372036854775807", "+09223372036854775807"),
+    "negative": KeyCase("k int", "-5", "-05"),
+    "uuid": KeyCase(
+        "k uuid",
+        "'a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11'",
+        "{A0EEBC99-9C0B4EF8-BB6D6BB9BD380A11}",
+    ),
+    "odd text": KeyCase(
+        "k text", """E'a,b "c" [d]\\\\ ''e'' \u00e9 %s'""", """a,b "c" [d]\\ 'e' \u00e9 %s"""
+    ),
+    "empty text": KeyCase("k text", "''", ""),
+    "char(5)": KeyCase("k char(5)", "'ab'", "ab"),
+    "varchar in a domain": KeyCase("k code", "'x-1'", "x-1"),
+    "enumeration": KeyCase("k colour", "'deep red'", "deep red"),
+    "citext": KeyCase("k citext", "'Acme'", "Acme"),
+    "numeric": KeyCase("k numeric", "1.50", "15e-1"),
+    "float8": KeyCase("k float8", "0.1", "1e-1"),
+    "timestamptz": KeyCase("k timestamptz", "'2024-02-29 12:00+02'", "2024-02-29T10:00:00Z"),
+    "bytea": KeyCase("k bytea", r"'\x00ff'", r"\000\377"),
+    "composite": KeyCase("a text, b int", "'x', 7", "x,007"),
+    "composite in JSON": KeyCase("a text, b int", "E'x,y\\n', 7", '["x,y\\n", 7]'),
+}
+#: Any text is a key of these.
+TEXTS: Final = {"odd text", "empty text", "char(5)", "varchar in a domain", "citext", "bytea"}
+TYPES: Final = (
+    "CREATE DOMAIN code AS varchar(8) CHECK (VALUE LIKE 'x%');"
+    "CREATE TYPE colour AS ENUM ('deep red', 'blue');"
+)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_key_means_its_row_however_it_is_written(name: str, database18: Database) -> None:
+    case = KEYS[name]
+    names = ", ".join(column.split()[0] for column in case.columns.split(", "))
+    database18.execute(
+        f"{TYPES} CREATE TABLE docs ({case.columns}, PRIMARY KEY ({names}));"
+        f"INSERT INTO docs VALUES ({case.value})"
+    )
+    with connect(source_settings(database18.url)) as connection:
+        plan = raw_plan(find_table(connection, "docs"))
+        scheme = id_scheme([column.type for column in plan.columns], None)
+        point_id = compile_point_id(dataclasses.replace(plan, id_scheme=scheme))
+        key = read_key(case.key, len(plan.key))
+        (parsed,) = parse_keys(connection, plan.columns, [key, key])
+        (row,) = fetch_rows(connection, plan, [parsed], [])
+        # The id of a key whose row is gone is that which the row had.
+        assert point_id(list(parsed)) == point_id(row)
+        if name not in TEXTS:
+            with pytest.raises(KeyTextError) as caught:
+                parse_keys(connection, plan.columns, [key, (SECRET,) * len(key)])
+            assert SECRET not in repr(caught.value)
+            assert caught.value.__cause__ is None
+        assert connection.info.transaction_status.name == "IDLE"
+
+
+def test_keys_of_a_type_that_is_gone(database18: Database) -> None:
+    database18.execute(f"{TYPES} CREATE TABLE docs (k colour PRIMARY KEY)")
+    with connect(source_settings(database18.url)) as connection:
+        plan = raw_plan(find_table(connection, "docs"))
+        database18.execute("DROP TABLE docs; DROP TYPE colour")
+        with pytest.raises(TableRedefinedError):
+            parse_keys(connection, plan.columns, [("blue",)])
+
+
+@pytest.mark.parametrize("key", ['["a,b \\"c\\" \u00e9\\n%s", 7]', "plain,007"])
+def test_a_composite_key(key: str, database18: Database, sync_table: SyncTable) -> None:
+    database18.execute(
+        "CREATE TABLE docs (a text, b int, emb vector(3), PRIMARY KEY (b, a));"
+        "ALTER TABLE docs DROP CONSTRAINT docs_pkey, ADD PRIMARY KEY (a, b);"
+        "INSERT INTO docs VALUES (E'a,b \"c\" \u00e9\\n%s', 7, '[1,2,3]'), ('plain', 7, NULL)"
+    )
+    synced = sync_table(database18, "docs")
+    text, number = read_key(key, 2)
+    (id_,) = (str(i) for i, record in points(synced).items() if (record.payload or {})["a"] == text)
+    record = points(synced)[id_]
+    remove(synced, id_)
+    resynced(synced, "--keys", key)
+    synced.assert_equal()
+    # A point whose row is gone.
+    database18.execute("DELETE FROM docs WHERE (a, b) = (%s, %s)", (text, int(number)))
+    synced.assert_equal()
+    put(synced, id_, record)
+    resynced(synced, "--keys", key)
+    assert len(points(synced)) == 1
+    synced.assert_equal()
+
+
+def test_keys_from_files(database18: Database, sync_table: SyncTable, tmp_path: Path) -> None:
+    database18.execute(
+        "CREATE TABLE docs (k text PRIMARY KEY, emb vector(3));"
+        "INSERT INTO docs VALUES (E'two\\nlines', '[1,2,3]'), ('plain', '[1,2,3]'), ('', NULL),"
+        " ('[1]', NULL)"
+    )
+    synced = sync_table(database18, "docs")
+    ids = [i if isinstance(i, int) else str(i) for i in points(synced)]
+    as_json, plain = tmp_path / "keys.jsonl", tmp_path / "keys.txt"
+    as_json.write_text('"two\\nlines"\n\n["plain"]\n""\n["[1]"]\n', encoding="utf-8")
+    remove(synced, *ids)
+    assert "4 rows" in resynced(synced, "--keys-file", str(as_json))
+    synced.assert_equal()
+    plain.write_bytes(b"plain\r\n\r\n[1]\n")
+    remove(synced, *ids)
+    assert "3 rows" in resynced(synced, "--keys-file", str(plain))
+    assert len(points(synced)) == 3
+    command = [sys.executable, "-m", "cdc_sync", "resync", "--config", str(synced.daemon.config)]
+    done = subprocess.run(
+        [*command, "--keys-file", "-", "--wait"],
+        input="plain\n", capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("asked pipeline")
+    assert "1 rows of public.docs" in done.stdout
+    assert done.stdout.endswith("done\n")
+    assert done.stderr == ""
+
+
+def test_many_keys_are_many_messages(database18: Database, sync_table: SyncTable) -> None:
+    create_docs(database18, rows=1)
+    database18.execute(
+        "INSERT INTO docs SELECT i, 'note', i, '[1,2,3]' FROM generate_series(2, 2600) i"
+    )
+    synced = sync_table(database18, "docs")
+    remove(synced, *range(1, 2601, 3))
+    resynced(synced, "--where", "true")
+    assert outcome(synced, "rows") == 6
+    synced.assert_equal()
+
+
+# -- what it refuses
+
+
+REFUSED: Final[tuple[tuple[list[str], ExitCode, str], ...]] = (
+    (["--table", "nowhere"], ExitCode.CONFIG, "there is no table nowhere"),
+    (["--table", "other"], ExitCode.CONFIG, "table other does not belong to pipeline"),
+    (["--table", "docs", "--table", "other"], ExitCode.CONFIG, "table other does not belong"),
+    (["--table", "docs;"], ExitCode.CONFIG, "is not a table's name"),
+    (["--keys", "1", SECRET, "2"], ExitCode.CONFIG, "key 2 of 3 is no key of public.docs"),
+    (["--keys", "1", "9" * 30], ExitCode.CONFIG, "key 2 of 2 is no key of public.docs"),
+    (["--where", "colour = 'red'"], ExitCode.CONFIG, 'column "colour" does not exist'),
+    (["--where", "note = n"], ExitCode.CONFIG, "evaluating the predicate"),
+    (["--where", f"n = '{SECRET}'"], ExitCode.CONFIG, "evaluating the predicate"),
+    (["--where", "true); DROP TABLE other; --"], ExitCode.CONFIG, "evaluating the predicate"),
+    (["--where", "nextval('numbers') > 0"], ExitCode.CONFIG, "read-only transaction"),
+    (["--pipeline.name", "another"], ExitCode.DATA, "no record of a pipeline 'another'"),
+    (["--source.slot", "another"], ExitCode.DATA, "there is no slot another"),
+    (["1", "2"], ExitCode.USAGE, "unexpected argument: 1"),
+    (["--keys", "1", "--where", "true"], ExitCode.USAGE, "exclude each other"),
+    (["--all", "--table", "docs"], ExitCode.USAGE, "--all goes with no"),
+    (["--where", " "], ExitCode.USAGE, "--where is empty"),
+    (["--keys-file", "/nowhere/keys"], ExitCode.USAGE, "cannot be read"),
+    (["--keys-file", "/dev/null"], ExitCode.USAGE, "holds no key"),
+)
+
+
+def test_what_cannot_be_asked_for(database18: Database, sync_table: SyncTable) -> None:
+    create_docs(database18)
+    database18.execute("CREATE TABLE other (id int PRIMARY KEY, emb vector(3))")
+    database18.execute("CREATE SEQUENCE numbers")
+    synced = sync_table(database18, "docs")
+    wrong = []
+    for arguments, code, said in REFUSED:
+        done = resync(synced, *arguments)
+        if said not in done.stderr or done.returncode != code or done.stdout:
+            wrong.append((arguments, done))
+        assert SECRET not in done.stdout + done.stderr
+    assert not wrong
+    synced.daemon.wait_caught_up()
+    assert "resync_requested" not in synced.daemon.log()
+
+
+# -- whoever writes into the channel
+
+
+def garbage(slot: str) -> list[str]:
+    fields = {"pipeline": slot, "table": "public.docs"}
+    return [
+        "", "{", "null", "[" * 5000, SECRET, json.dumps({"resync": "all"}),
+        json.dumps({"drop": fields}),
+        json.dumps({"resync": {**fields, "where": "true"}}),
+        json.dumps({"resync": {**fields, "keys": []}}),
+        json.dumps({"resync": {**fields, "keys": [[str(i)] for i in range(501)]}}),
+        json.dumps({"resync": {**fields, "keys": [["1", "2"]]}}),
+        json.dumps({"resync": {**fields, "keys": [[1]]}}),
+        json.dumps({"resync": {**fields, "keys": [["\0"]]}}),
+        json.dumps({"resync": {**fields, "keys": [["x" * 10_000]]}}),
+        "x" * (3 << 20),
+    ]  # fmt: skip
+
+
+@pytest.mark.requirement("R49")
+def test_a_role_without_rights_can_do_no_harm(database: Database, sync_table: SyncTable) -> None:
+    create_docs(database)
+    database.execute("CREATE TABLE secrets (id bigint PRIMARY KEY, emb vector(3))")
+    synced = sync_table(database, "docs")
+    put(synced, 3)
+    before = points(synced)
+    stranger = f"stranger_{database.name}"
+    database.execute(f"CREATE ROLE {stranger}")
+    try:
+        with database.connect() as connection:
+            connection.execute(f"SET ROLE {stranger}".encode())
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute("SELECT FROM docs")
+            for text in garbage(synced.daemon.slot):
+                connection.execute("SELECT pg_logical_emit_message(true, 'cdc_sync', %s)", (text,))
+            for table in ("public.secrets", "pg_catalog.pg_authid", f"public.{SECRET}", "docs"):
+                connection.execute(
+                    "SELECT pg_logical_emit_message(true, 'cdc_sync', %s)",
+                    (request(synced, table=table),),
+                )
+            # Neither transactional, nor ours, nor of this pipeline.
+            connection.execute(
+                "SELECT pg_logical_emit_message(false, 'cdc_sync', %s)", (request(synced),)
+            )
+            connection.execute(
+                "SELECT pg_logical_emit_message(true, 'CDC_SYNC', %s)", (request(synced),)
+            )
+            connection.execute(
+                "SELECT pg_logical_emit_message(true, 'cdc_sync', %s)",
+                (request(synced).replace(synced.daemon.slot, "another"),),
+            )
+            # A request like any other, whose keys are none.
+            for key in ("1); DROP TABLE docs; --", "", SECRET, "1e400", "9" * 100):
+                connection.execute(
+                    "SELECT pg_logical_emit_message(true, 'cdc_sync', %s)",
+                    (request(synced, "1", key),),
+                )
+        synced.daemon.wait_caught_up()
+        assert outcome(synced, "invalid") == len(garbage(synced.daemon.slot)) + 1
+        assert outcome(synced, "unknown_table") == 4
+        assert outcome(synced, "unreadable") == 5
+        assert outcome(synced, "table") == outcome(synced, "limited") == 0
+        assert points(synced) == before
+        assert SECRET not in synced.daemon.log()
+        assert different(synced) == {3}
+    finally:
+        database.execute(f"DROP ROLE {stranger}")
+
+
+@pytest.mark.requirement("R49")
+def test_a_flood_of_requests_is_limited_and_the_stream_goes_on(
+    database18: Database, sync_table: SyncTable
+) -> None:
+    create_docs(database18)
+    synced = sync_table(database18, "docs")
+    with database18.connect() as connection, connection.pipeline():
+        for _ in range(300):
+            connection.execute(
+                "SELECT pg_logical_emit_message(true, 'cdc_sync', %s)", (request(synced),)
+            )
+    database18.execute("UPDATE docs SET note = 'later'")
+    synced.assert_equal()
+    assert outcome(synced, "table") == 5
+    assert outcome(synced, "limited") == 295
+
+
+# -- under a running stream
+
+
+def write_on(database: Database, stop: threading.Event, seed: int) -> Callable[[], None]:
+    """Change rows, keys too, until told to stop."""
+
+    def write() -> None:
+        dice = random.Random(seed)
+        with database.connect() as connection:
+            while not stop.is_set():
+                id_ = dice.choice([-1, 1]) * dice.randint(1, 40)
+                statement = dice.choice(
+                    [
+                        "UPDATE docs SET n = n + 1 WHERE id = %s",
+                        "UPDATE docs SET note = repeat(n::text, 50) WHERE id = %s",
+                        "DELETE FROM docs WHERE id = %s",
+                        "INSERT INTO docs VALUES (%s, 'new', 0, '[4,5,6]') ON CONFLICT DO NOTHING",
+                        "UPDATE docs SET id = -id WHERE id = %s",
+                    ]
+                )
+                with contextlib.suppress(psycopg.errors.UniqueViolation):
+                    connection.execute(statement.encode(), (id_,))
+
+    return write
+
+
+def test_requests_under_writers_leave_both_sides_equal(
+    database18: Database, sync_table: SyncTable
+) -> None:
+    create_docs(database18)
+    synced = sync_table(database18, "docs", pipeline={"batch_rows": 16})
+    stop = threading.Event()
+    threads = [threading.Thread(target=write_on(database18, stop, seed)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    dice = random.Random(0)
+    end = time.monotonic() + 5
+    asked = 0
+    with database18.connect() as connection:
+        while time.monotonic() < end:
+            keys = [str(dice.choice([-1, 1]) * dice.randint(1, 40)) for _ in range(10)]
+            text = request(synced, *dict.fromkeys(keys))
+            with connection.transaction():
+                # Between the changes of one transaction, too.
+                connection.execute("UPDATE docs SET n = -1 WHERE id = %s", (keys[0],))
+                connection.execute("SELECT pg_logical_emit_message(true, 'cdc_sync', %s)", (text,))
+                connection.execute("DELETE FROM docs WHERE id = %s", (keys[-1],))
+            asked += 1
+            time.sleep(0.02)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    synced.assert_equal()
+    assert outcome(synced, "rows") == asked
+    assert asked > 50
+
+
+@pytest.mark.requirement("R71", "R84")
+async def test_rows_are_not_read_before_what_was_applied_is_visible(
+    private_postgres: PrivatePostgres, database18_factory: DatabaseFactory, qdrant: QdrantTarget
+) -> None:
+    database = database18_factory(private_postgres())
+    create_docs(database)
+    settings = pipeline_settings(database, qdrant, "docs")
+    body = {"pipeline": settings.pipeline.name, "table": "public.docs", "keys": [["1"], ["31"]]}
+    async with running(settings, database, qdrant) as life:
+        changes = "UPDATE docs SET note = 'new' WHERE id = 1"
+        with hanging(database, f"WITH moved AS (DELETE FROM docs WHERE id = 2) {changes}"):
+            await life.wait(
+                lambda: life.metric("changes_total", table="public.docs", op="update") == 1,
+                "the commit in the stream",
+            )
+            with database.connect() as connection:
+                connection.execute("SET synchronous_commit = local")
+                connection.execute(
+                    "SELECT pg_logical_emit_message(true, 'cdc_sync', %s)",
+                    (json.dumps({"resync": body}),),
+                )
+            await life.wait(
+                lambda: life.metric("control_requests_total", outcome="rows") == 1, "the request"
+            )
+            await asyncio.sleep(0.5)
+            assert life.metric("rows_reread_total", table="public.docs", result="written") == 0
+        await life.assert_equal()
+        assert life.metric("rows_reread_total", table="public.docs", result="written") == 1
+        assert life.metric("control_requests_total", outcome="table") == 0
+
+
+async def test_rows_that_cannot_be_read_by_themselves_bring_the_table(
+    database18: Database, qdrant: QdrantTarget
+) -> None:
+    create_docs(database18)
+    settings = pipeline_settings(database18, qdrant, "docs")
+    collection = str(settings.tables[0].collection)
+    async with running(settings, database18, qdrant) as life:
+        await life.stop()
+    # Whether the stream has brought what this transaction did is not known to the next life.
+    with database18.connect(autocommit=False) as connection:
+        connection.execute("UPDATE docs SET note = 'open' WHERE id = 30")
+        async with running(settings, database18, qdrant) as life:
+            qdrant.client().delete(collection, [1, 2, 3], wait=True)
+            body = {"pipeline": settings.pipeline.name, "table": "public.docs"}
+            emit(database18, json.dumps({"resync": {**body, "keys": [["1"], ["2"]]}}))
+            await life.caught_up()
+            assert life.metric("rows_reread_total", table="public.docs", result="written") == 0
+            assert life.state == "streaming"
+            connection.rollback()
+            await life.wait(
+                lambda: (
+                    life.metric("schema_changes_total", table="public.docs", outcome="resynced")
+                    == 1
+                ),
+                "the table",
+            )
+            await life.assert_equal()
+            # From now on it can be read row by row.
+            qdrant.client().delete(collection, [1, 2, 3], wait=True)
+            emit(database18, json.dumps({"resync": {**body, "keys": [["1"], ["2"], ["3"]]}}))
+            await life.assert_equal()
+            assert life.metric("rows_reread_total", table="public.docs", result="written") == 3
+
+
+async def test_keys_of_another_shard_are_not_ours_to_remove(database18: Database) -> None:
+    create_docs(database18)
+    reader = RowReader(source_settings(database18.url), lambda: RecentTransactions(0))
+    found: dict[str, Reread] = {}
+    try:
+        with connect(source_settings(database18.url)) as connection:
+            table = find_table(connection, "docs")
+        for shard in ("1/3", "2/3", "3/3"):
+            plan = dataclasses.replace(raw_plan(table), shard=shard, id_scheme=IdScheme.INTEGER)
+            row_filter = shard_filter(table, ["id"], shard)
+            planned = PlannedTable(table, plan, PlanOptions(), row_filter)
+            keys = tuple((str(i),) for i in range(1, 61))
+            answer = await reader.reread(ResyncRows(planned, keys), [])
+            assert answer is not None
+            found[shard] = answer
+    finally:
+        reader.close()
+    # Each key has one shard that makes or removes its point.
+    assert sorted(i for one in found.values() for i, _ in one.rows) == list(range(1, 31))
+    assert sorted(i for one in found.values() for i in one.absent) == list(range(31, 61))
+    assert all(one.rows and one.absent for one in found.values())
