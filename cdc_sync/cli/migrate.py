@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ import typer
 from cdc_sync.cli.app import invocation_of
 from cdc_sync.cli.official import note
 from cdc_sync.cli.options import takes_settings
-from cdc_sync.cli.run import ended_by_sigterm
+from cdc_sync.cli.run import Restart, ended_by_sigterm
 
 if TYPE_CHECKING:
     from cdc_sync.loading import LoadedSettings
@@ -55,59 +56,60 @@ def _note_offsets(value: str | None) -> None:
         )
 
 
+Source = Annotated[
+    str | None, typer.Argument(metavar="pg", help="The kind of source; can be left out.")
+]
+DropSlot = Annotated[
+    bool,
+    typer.Option(
+        "--migration.drop-slot",
+        help="At the end remove the slot, the publication if it is ours, and our records. Changes "
+        "are not followed any more then.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the trace of errors.", callback=_set_debug)
+]
+Version = Annotated[
+    bool,
+    typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+]
+OffsetsCollection = Annotated[
+    str | None,
+    typer.Option(
+        "--migration.offsets-collection",
+        metavar="NAME",
+        help="Has no effect (of qdrant-migration).",
+        callback=_note_offsets,
+    ),
+]
+SkipTlsVerification = Annotated[
+    bool,
+    typer.Option(
+        "--skip-tls-verification",
+        help="Has no effect (of qdrant-migration).",
+        callback=_note_tls,
+    ),
+]
+Trace = Annotated[
+    bool, typer.Option("--trace", help="As --debug (of qdrant-migration).", callback=_note_trace)
+]
+
+
 @takes_settings
 def migrate(
     loaded: LoadedSettings,
     context: typer.Context,
-    source: Annotated[
-        str | None, typer.Argument(metavar="pg", help="The kind of source; can be left out.")
-    ] = None,
-    restart: Annotated[
-        bool,
-        typer.Option(
-            "--migration.restart",
-            help="Forget the pipeline's records, clear its collections and copy again.",
-        ),
-    ] = False,
-    drop_slot: Annotated[
-        bool,
-        typer.Option(
-            "--migration.drop-slot",
-            help="At the end remove the slot, the publication if it is ours, and our records. "
-            "Changes are not followed any more then.",
-        ),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-    offsets_collection: Annotated[
-        str | None,
-        typer.Option(
-            "--migration.offsets-collection",
-            metavar="NAME",
-            help="Has no effect (of qdrant-migration).",
-            callback=_note_offsets,
-        ),
-    ] = None,
-    skip_tls_verification: Annotated[
-        bool,
-        typer.Option(
-            "--skip-tls-verification",
-            help="Has no effect (of qdrant-migration).",
-            callback=_note_tls,
-        ),
-    ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the trace of errors.", callback=_set_debug)
-    ] = False,
-    trace: Annotated[
-        bool,
-        typer.Option("--trace", help="As --debug (of qdrant-migration).", callback=_note_trace),
-    ] = False,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Print the version.", callback=_print_version, is_eager=True
-        ),
-    ] = False,
+    source: Source = None,
+    restart: Restart = False,
+    drop_slot: DropSlot = False,
+    as_json: AsJson = False,
+    offsets_collection: OffsetsCollection = None,
+    skip_tls_verification: SkipTlsVerification = False,
+    debug: Debug = False,
+    trace: Trace = False,
+    version: Version = False,
 ) -> int:
     """Copy the tables, catch up with their changes, and end.
 
@@ -115,7 +117,7 @@ def migrate(
     before its end it goes on where it was when it is run again. The slot stays, so that run can
     follow from there, unless it is dropped.
     """
-    with ended_by_sigterm():
+    with ended_by_sigterm(128 + signal.SIGTERM):
         from cdc_sync.sync.migrate import migrate as start
 
         result = start(loaded.settings, restart=restart, remove=drop_slot)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _LABEL = 14
 _WIDTH = 100
+#: Partitions that are named in the text; with --json they are all there.
+_PARTITIONS = 12
 
 
 @takes_settings
@@ -39,10 +41,20 @@ def plan(
     code = exit_code(explained.findings)
     if as_json:
         content = {"ok": code == 0, **explanation_json(explained)}
-        typer.echo(redact(json.dumps(content, indent=2, ensure_ascii=False, default=str)))
+        typer.echo(json.dumps(_redacted(content), indent=2, ensure_ascii=False, default=str))
     else:
         typer.echo(redact("\n".join(_lines(explained))))
     return code
+
+
+def _redacted(value: object) -> object:
+    from cdc_sync.ops.redaction import redact
+
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {name: _redacted(one) for name, one in value.items()}
+    return [_redacted(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _lines(explained: Explained) -> Iterator[str]:
@@ -126,8 +138,10 @@ def _table(table: TableExplained) -> Iterator[str]:
     yield from _entry("action", _action(table), indent)
     yield from _entry("size", _size(table), indent)
     if len(table.partitions) > 1:
-        names = ", ".join(f"{one.name} ({one.chunks})" for one in table.partitions)
-        yield from _entry("partitions", f"{len(table.partitions)} (chunks): {names}", indent)
+        names = [f"{one.name} ({one.chunks})" for one in table.partitions]
+        shown = ", ".join(names[:_PARTITIONS])
+        more = f" and {len(names) - _PARTITIONS} more" if len(names) > _PARTITIONS else ""
+        yield from _entry("partitions", f"{len(names)} (chunks): {shown}{more}", indent)
     if table.row_filter is not None:
         yield from _entry("rows", f"only where {table.row_filter}", indent)
     key = ", ".join(table.key)

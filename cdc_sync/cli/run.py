@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from cdc_sync.loading import LoadedSettings
 
 
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--migration.restart",
+        help="Forget the pipeline's records, clear its collections and copy again.",
+    ),
+]
+
+
 @takes_settings
-def run(
-    loaded: LoadedSettings,
-    restart: Annotated[
-        bool,
-        typer.Option(
-            "--migration.restart",
-            help="Forget the pipeline's records, clear its collections and copy again.",
-        ),
-    ] = False,
-) -> int:
+def run(loaded: LoadedSettings, restart: Restart = False) -> int:
     """Copy the tables, then follow every change, until stopped.
 
     Takes a TOML file, or flags for one table; flags override the file.
@@ -39,14 +39,14 @@ def run(
 
 
 @contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
+def ended_by_sigterm(exit_code: int = 0) -> Iterator[None]:
     """Let SIGTERM end the process while imports are under way.
 
     As process 1 of a container there is no default action. The pipeline installs its own handler.
     """
 
     def leave(_number: int, _frame: types.FrameType | None) -> None:
-        sys.exit(0)
+        sys.exit(exit_code)
 
     previous = signal.signal(signal.SIGTERM, leave)
     try:

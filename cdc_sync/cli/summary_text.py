@@ -63,7 +63,7 @@ def _total(summary: CopySummary) -> tuple[str, ...]:
         size_text(sum(table.bytes for table in tables)),
         _time(summary.seconds),
         _rate(here / summary.seconds if summary.seconds and here else None),
-        f"{sum(table.retries for table in tables):,}",
+        f"{summary.retries:,}",
         f"{sum(table.dead_letters for table in tables):,}",
         f"{sum(table.counts.source_rows for table in tables):,}",
         f"{sum(table.counts.points for table in tables):,}",

@@ -73,9 +73,7 @@ def is_key_type(type_: PgType) -> bool:
     return base.schema == "pg_catalog" and base.name in _STRING_TYPES | _NUMBER_TYPES
 
 
-def id_scheme(
-    types: Sequence[PgType], namespace: str | None, text_uuids: bool = False
-) -> IdScheme:
+def id_scheme(types: Sequence[PgType], namespace: str | None, text_uuids: bool = False) -> IdScheme:
     """Return how keys of these column types become ids; with ``text_uuids`` texts that spell a
     uuid become that one.
     """

@@ -146,7 +146,8 @@ def _is_textual(type_: PgType) -> bool:
 def compile_migration_id(type_: PgType, scheme: IdScheme) -> tuple[IdFunction, IdFunction]:
     """Return the functions from a key value (binary, text) to its id."""
     base = type_.base
-    to_id = _OF_TEXT[scheme]
+    # The text of a number, a date or an address is never that of a UUID.
+    to_id = _OF_TEXT[scheme] if _is_textual(base) else _hashed
     if _is_core(base, frozenset({"bytea"})):
         to_id = _of_bytes(scheme, to_id)
     binary, text = _texts(type_)

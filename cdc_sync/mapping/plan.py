@@ -130,6 +130,7 @@ class TablePlan:
     ``part`` make; None: its fields are fields of the payload. ``constants`` are fields and values
     that every point has.
     ``collection_config`` holds settings of a collection that is created, by Qdrant's REST names.
+    ``inherited``: rows of the tables that inherit from it are taken too.
     """
 
     oid: int
@@ -147,6 +148,7 @@ class TablePlan:
     object_field: str | None = None
     constants: tuple[tuple[str, Constant], ...] = ()
     shard: str | None = None
+    inherited: bool = False
     # Not compared: it decides how a collection is made, not what its points are.
     collection_config: Mapping[str, object] = field(default_factory=dict, compare=False)
 

@@ -25,6 +25,7 @@ from cdc_sync.mapping.migration_ids import NATIVE_IDS, migration_scheme
 from cdc_sync.mapping.plan import (
     ColumnPlan,
     Constant,
+    Datatype,
     IdScheme,
     Metric,
     Part,
@@ -42,6 +43,7 @@ from cdc_sync.mapping.vector_settings import (
     find_datatype,
     find_dimension,
     find_metric,
+    without_vectors,
 )
 from cdc_sync.mapping.vectors import declared_dimension, vector_base
 
@@ -134,6 +136,7 @@ def build_plan(
     scheme = _id_scheme(table, [columns[positions[name]] for name in key], options)
     plan = TablePlan(
         oid=table.oid,
+        inherited=bool(table.children),
         schema=table.schema,
         table=table.name,
         collection=options.collection or table.name,
@@ -254,8 +257,9 @@ def _not_sent(table: Table, column: Column) -> Exception:
     return unusable(
         table,
         f"column {column.name} is not in the publication's column list",
-        "ALTER PUBLICATION <publication> SET TABLE "
-        f"{sql_name(table)} (<columns, with {quoted(column.name)}>);",
+        f"ALTER PUBLICATION <publication> DROP TABLE {sql_name(table)}; "
+        f"ALTER PUBLICATION <publication> ADD TABLE {sql_name(table)} "
+        f"(<columns, with {quoted(column.name)}>) <and the WHERE it has, if any>;",
     )
 
 
@@ -349,12 +353,18 @@ def _plan_vector(
             )
         _check_sparse(table, column, facts, options, warnings)
         return VectorPlan(name, kind, None, Metric.DOT)
+    datatype = find_datatype(column.type, name, options.collection_config)
+    if datatype is Datatype.UINT8 and not _is_bits(vector_base(column.type)):
+        warnings.append(
+            f"{table.qualified_name}: column {column.name} is stored as uint8: its components are "
+            "cut to whole numbers from 0 to 255"
+        )
     return VectorPlan(
         name=name,
         kind=kind,
         size=_dimension(table, column, facts, options),
         metric=_metric(table, column, facts, options, warnings),
-        datatype=find_datatype(column.type, name, options.collection_config),
+        datatype=datatype,
         hnsw_m=facts.hnsw_m,
         hnsw_ef_construct=facts.hnsw_ef_construct,
     )
@@ -468,11 +478,14 @@ def replan(
     positions = {column.name: position for position, column in enumerate(planned)}
     fields = {column.field for column in planned} | {name for name, _ in plan.marks}
     fields |= set(options.indexes)
+    kept = {column.vector.name for column in planned if column.vector is not None}
+    gone = {vector.name for vector in plan.vectors} - kept
     return dataclasses.replace(
         plan,
         columns=tuple(planned),
         key=tuple(positions[name] for name in key),
         payload_indexes=tuple(index for index in plan.payload_indexes if index.field in fields),
+        collection_config=without_vectors(plan.collection_config, gone),
     )
 
 

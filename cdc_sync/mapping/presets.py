@@ -19,6 +19,7 @@ from cdc_sync.mapping.keys import quoted, sql_name
 from cdc_sync.mapping.plan import Part, PayloadIndexType, VectorKind
 from cdc_sync.mapping.planner import PlanOptions, vector_kind
 from cdc_sync.mapping.table import Table
+from cdc_sync.mapping.vector_indexes import vector_indexes
 from cdc_sync.mapping.vectors import declared_dimension
 
 PresetName: TypeAlias = Literal["langchain", "llamaindex", "vecs"]
@@ -116,8 +117,8 @@ def vector_column(preset: PresetName) -> str:
 
 
 def lacks_dimension(preset: PresetName, table: Table, options: PlanOptions) -> bool:
-    """Tell whether neither the column of the embeddings nor the configuration has a dimension, as
-    LangChain makes its table unless told one."""
+    """Tell whether the column of the embeddings has no dimension, as LangChain makes it unless told
+    one, and neither the configuration gives one nor the indexes, all the same."""
     name = vector_column(preset)
     column = next((column for column in table.columns if column.name == name), None)
     return (
@@ -125,6 +126,7 @@ def lacks_dimension(preset: PresetName, table: Table, options: PlanOptions) -> b
         and vector_kind(column.type) is VectorKind.DENSE
         and declared_dimension(column.type) is None
         and name not in options.dimensions
+        and len(set(vector_indexes(table, name).dimensions.values())) != 1
     )
 
 

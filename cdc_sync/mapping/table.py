@@ -103,7 +103,7 @@ class Leaf:
     """A relation that holds rows of the table: the table itself, or a leaf partition.
 
     ``pages`` is the actual size in blocks; ``estimated_rows`` the planner's estimate (-1: never
-    analysed).
+    analysed). ``identity_columns`` are those of the relation's own old-key tuples.
     """
 
     oid: int
@@ -112,6 +112,7 @@ class Leaf:
     relfilenode: int
     pages: int
     estimated_rows: float
+    identity_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,27 @@ class Table:
     def qualified_name(self) -> str:
         """``schema.table``, unquoted: for people, logs and metric labels."""
         return f"{self.schema}.{self.name}"
+
+    @property
+    def children(self) -> tuple[Leaf, ...]:
+        """The tables that inherit from it (partitions made by hand), when it is a plain one.
+
+        Their changes come under their own names, and their keys and identities are their own.
+        """
+        if self.partitioned:
+            return ()
+        return tuple(leaf for leaf in self.leaves if leaf.oid != self.oid)
+
+    @property
+    def only(self) -> str:
+        """``ONLY`` before the table's name in SQL, where it holds its rows by itself."""
+        return "" if self.partitioned or self.children else "ONLY "
+
+
+def stored_anew(before: str, after: str) -> bool:
+    """Whether the files that hold a table's rows are others in two definitions: VACUUM FULL,
+    TRUNCATE, and what rewrites rows."""
+    return before.split(".")[1:2] != after.split(".")[1:2]
 
 
 def redefined(before: str, after: str) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from cdc_sync.errors import ConfigError
 from cdc_sync.mapping.keys import quoted, sql_name, unusable
 from cdc_sync.mapping.plan import Datatype, Metric
 from cdc_sync.mapping.table import Column, PgType, Table, TypeKind
@@ -13,8 +14,6 @@ from cdc_sync.mapping.vectors import declared_dimension, vector_base
 
 if TYPE_CHECKING:
     from cdc_sync.mapping.planner import PlanOptions
-
-from cdc_sync.errors import ConfigError
 
 #: Where something was found.
 CONFIGURED: Final = "the configuration"
@@ -132,3 +131,21 @@ def find_datatype(type_: PgType, name: str, collection_config: Mapping[str, obje
     if isinstance(wanted, str) and wanted in {datatype.value for datatype in Datatype}:
         return Datatype(wanted)
     return _DATATYPES.get(vector_base(type_).name, Datatype.FLOAT32)
+
+
+def without_vectors(
+    collection_config: Mapping[str, object], names: Collection[str]
+) -> Mapping[str, object]:
+    """Return the settings without those of these vectors, which the plan no longer has."""
+    if not names:
+        return collection_config
+    kept = dict(collection_config)
+    for part in ("vectors", "sparse_vectors"):
+        vectors = kept.get(part)
+        if not isinstance(vectors, Mapping):
+            continue
+        kept[part] = {name: value for name, value in vectors.items() if name not in names}
+        if part == "vectors" and "" in names and "" not in vectors:
+            # They are those of the unnamed vector itself.
+            del kept[part]
+    return kept

@@ -266,13 +266,24 @@ SELECT i.indrelid, c.relname, m.amname, i.indisunique, i.indisprimary, i.indisva
 _LEAVES: Final = """
 SELECT c.oid, n.nspname, c.relname, pg_relation_filenode(c.oid),
        pg_relation_size(c.oid) / current_setting('block_size')::int8,
-       c.reltuples, c.relkind::text, c.relpersistence::text
-  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE c.oid = ANY (
-         CASE %(kind)s WHEN 'p'
-           THEN ARRAY(SELECT t.relid::oid FROM pg_partition_tree(%(table)s) t WHERE t.isleaf)
-           ELSE ARRAY[%(table)s::oid] END)
-   AND c.relkind <> 'p'
+       c.reltuples,
+       CASE c.relreplident
+         WHEN 'f' THEN ARRAY(SELECT a.attname::text FROM pg_attribute a
+                              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
+         ELSE ARRAY(SELECT a.attname::text
+                      FROM pg_index i JOIN pg_attribute a
+                        ON a.attrelid = c.oid AND a.attnum = ANY (i.indkey::int2[])
+                     WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
+                       AND CASE c.relreplident WHEN 'd' THEN i.indisprimary
+                                               WHEN 'i' THEN i.indisreplident ELSE false END)
+       END,
+       c.relkind::text, c.relpersistence::text
+  FROM (WITH RECURSIVE tree (oid) AS (
+          SELECT %(table)s::oid UNION
+          SELECT i.inhrelid FROM pg_inherits i JOIN tree ON i.inhparent = tree.oid)
+        SELECT oid FROM tree) tree
+  JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind <> 'p'
  ORDER BY n.nspname, c.relname
 """
 
@@ -307,8 +318,8 @@ def _read(conn: PgConnection, oid: int, types: TypeResolver) -> Table:
             _COLUMNS, (oid,)
         ).fetchall()
     )
-    leaves = _leaves(conn, oid, kind)
-    leaf_oids = [leaf.oid for leaf in leaves] if kind == "p" else []
+    leaves = _leaves(conn, oid)
+    leaf_oids = [leaf.oid for leaf in leaves if leaf.oid != oid]
     found = conn.execute(_INDEXES, {"table": oid, "leaves": leaf_oids}).fetchall()
     own = [(_index(row), row[7]) for row in found if row[0] == oid]
     primary = next((index for index, _ in own if index.primary), None)
@@ -393,10 +404,10 @@ def _distinct(
     return tuple(indexes)
 
 
-def _leaves(conn: PgConnection, oid: int, kind: str) -> tuple[Leaf, ...]:
+def _leaves(conn: PgConnection, oid: int) -> tuple[Leaf, ...]:
     leaves = []
-    for row in conn.execute(_LEAVES, {"table": oid, "kind": kind}).fetchall():
-        *facts, leaf_kind, persistence = row
-        _refuse(qualified(row[1], row[2]), leaf_kind, persistence)
-        leaves.append(Leaf(*facts))
+    for row in conn.execute(_LEAVES, {"table": oid}).fetchall():
+        leaf, schema, name, filenode, pages, rows, identity, leaf_kind, persistence = row
+        _refuse(qualified(schema, name), leaf_kind, persistence)
+        leaves.append(Leaf(leaf, schema, name, filenode, pages, rows, tuple(identity)))
     return tuple(leaves)

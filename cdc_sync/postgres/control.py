@@ -31,10 +31,10 @@ def matching_keys(
     iterator is exhausted or closed. Raises :class:`SourceError`.
     """
     listed = ", ".join(f"{quote_ident(column.name)}::pg_catalog.text" for column in key)
-    only = "" if table.partitioned else "ONLY "
     # The predicate may end in a comment.
+    source = table.only + qualified(table.schema, table.name)
     query = (
-        f"SELECT {listed} FROM {only}{qualified(table.schema, table.name)} WHERE (\n{predicate}\n)"
+        f"SELECT {listed} FROM {source} WHERE (\n{predicate}\n)"
     )
     try:
         with conn.transaction():

@@ -62,9 +62,9 @@ def estimate_rows(conn: PgConnection, table: Table, row_filter: str | None) -> R
 
     Raises :class:`SourceError`, SOURCE_PERMISSION where the table may not be read.
     """
-    only = "" if table.partitioned else "ONLY "
+    relation = table.only + qualified(table.schema, table.name)
     where = f" WHERE {row_filter}" if row_filter is not None else ""
-    query = f"EXPLAIN (FORMAT JSON) SELECT FROM {only}{qualified(table.schema, table.name)}{where}"
+    query = f"EXPLAIN (FORMAT JSON) SELECT FROM {relation}{where}"
     try:
         row = conn.execute(query.encode()).fetchone()
     except psycopg.Error as exc:

@@ -1,5 +1,5 @@
-"""What the presets have to ask of the database: a LangChain collection by name, and the dimension of
-vectors whose column declares none."""
+"""What the presets have to ask of the database: a LangChain collection by name, and the dimension
+of vectors whose column declares none."""
 
 from __future__ import annotations
 

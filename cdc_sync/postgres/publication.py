@@ -144,7 +144,7 @@ def publication_entry(
 
 
 def _relation(table: Table) -> str:
-    return ("" if table.partitioned else "ONLY ") + qualified(table.schema, table.name)
+    return table.only + qualified(table.schema, table.name)
 
 
 def in_parentheses(predicate: str) -> str:

@@ -125,7 +125,7 @@ def _end(conn: PgConnection) -> None:
 
 
 def _source(conn: PgConnection, plan: TablePlan) -> str:
-    """Return the table under its present name; a plain one without its inheritance children."""
+    """Return the table under its present name, with what it consists of."""
     row = None
     try:
         row = conn.execute(
@@ -141,7 +141,7 @@ def _source(conn: PgConnection, plan: TablePlan) -> str:
             f"table {plan.qualified_name} is gone",
             "Remove it from the configuration, or start cdc-sync again to take the new table.",
         )
-    return ("" if row[2] == "p" else "ONLY ") + qualified(row[0], row[1])
+    return ("" if row[2] == "p" or plan.inherited else "ONLY ") + qualified(row[0], row[1])
 
 
 def _select(

@@ -85,7 +85,13 @@ def resolve_filter(
     if publication is None or published is None:
         return _as_published(conn, table, wanted, server) or wanted
     found = published.row_filter
-    if found is None or _shape(conn, table, found) != _shape(conn, table, wanted):
+    of_children = {
+        publication.tables[child.oid].row_filter
+        for child in table.children
+        if child.oid in publication.tables
+    }
+    same = found is not None and _shape(conn, table, found) == _shape(conn, table, wanted)
+    if not same or not of_children <= {found}:
         columns = None if len(published.columns) == len(table.columns) else published.columns
         raise filter_mismatch(publication, table, columns, server, wanted)
     return found
@@ -102,7 +108,7 @@ def _check_expression(conn: PgConnection, table: Table, where: str) -> None:
     """
     if "\0" in where:
         raise ConfigError(f"{table.qualified_name}: `where` holds a NUL character", _ALLOWED)
-    source = ("" if table.partitioned else "ONLY ") + qualified(table.schema, table.name)
+    source = table.only + qualified(table.schema, table.name)
     for condition in (f"({where}\n)", f"CAST({where}\n AS pg_catalog.bool)"):
         error = _try(conn, f"SELECT 1 FROM {source} WHERE {condition} LIMIT 0")
         if error is not None:
@@ -203,7 +209,7 @@ def _valid(conn: PgConnection, table: Table, predicate: str, columns: Collection
 
 # -- the replica identity
 
-_LEAF_IDENTITIES: Final = """
+_IDENTITIES: Final = """
 SELECT n.nspname::text, c.relname::text, c.relreplident::text,
        ARRAY(SELECT a.attname::text
                FROM pg_index i JOIN pg_attribute a
@@ -211,23 +217,20 @@ SELECT n.nspname::text, c.relname::text, c.relreplident::text,
               WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
                 AND CASE c.relreplident WHEN 'd' THEN i.indisprimary
                                         WHEN 'i' THEN i.indisreplident ELSE false END)
-  FROM pg_partition_tree(%s) t
-  JOIN pg_class c ON c.oid = t.relid
-  JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE t.isleaf AND c.relkind = 'r'
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.oid = ANY (%s)
  ORDER BY 1, 2
 """
 
 
 def _check_identity(conn: PgConnection, table: Table, predicate: str) -> None:
     """Refuse a filter over columns that old rows do not carry: the server would take it, and fail
-    every update and delete of the table from then on."""
-    identities = [(table.schema, table.name, table.replica_identity, list(table.identity_columns))]
-    if table.partitioned:
-        try:
-            identities = conn.execute(_LEAF_IDENTITIES, (table.oid,)).fetchall()
-        except psycopg.Error as exc:
-            raise translate(exc, f"reading the partitions of {table.qualified_name}") from exc
+    every update and delete of the table from then on. Partitions have identities of their own."""
+    try:
+        oids = [leaf.oid for leaf in table.leaves]
+        identities = conn.execute(_IDENTITIES, (oids,)).fetchall()
+    except psycopg.Error as exc:
+        raise translate(exc, f"reading the identities of {table.qualified_name}") from exc
     valid: dict[frozenset[str], bool] = {}
     lacking = []
     for schema, name, identity, columns in identities:
@@ -252,12 +255,13 @@ def _check_identity(conn: PgConnection, table: Table, predicate: str) -> None:
 def _outside_identity(
     table: Table, missing: Sequence[str], relations: Sequence[tuple[str, str]]
 ) -> SourceError:
-    where = "it" if not table.partitioned else f"{len(relations)} of its partitions"
+    own = list(relations) == [(table.schema, table.name)]
+    where = "it" if own else ", ".join(f"{schema}.{name}" for schema, name in relations[:5])
     full = "\n".join(
         f"ALTER TABLE {qualified(schema, name)} REPLICA IDENTITY FULL;"
         for schema, name in relations
     )
-    by_index = _index_remedy(table, missing)
+    by_index = _index_remedy(table, missing) if own else ""
     return SourceError(
         ErrorKind.TABLE_UNUSABLE,
         f"{table.qualified_name}: its row filter reads {column_list(list(missing))}, which the"
@@ -268,9 +272,7 @@ def _outside_identity(
 
 
 def _index_remedy(table: Table, missing: Sequence[str]) -> str:
-    """SQL for an identity by index; empty where there can be none."""
-    if table.partitioned:
-        return ""
+    """SQL for an identity by index."""
     name = qualified(table.schema, table.name)
     needed = {*table.identity_columns, *missing}
     not_null = {column.name for column in table.columns if column.not_null}
@@ -303,7 +305,7 @@ def _identifies(index: Index, not_null: Collection[str]) -> bool:
 _PRINTED: Final = """
 SELECT pg_get_expr(r.prqual, r.prrelid)
   FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
- WHERE p.pubname = %s
+ WHERE p.pubname = %s AND r.prrelid = %s
 """
 
 
@@ -325,7 +327,7 @@ def _as_published(
         with conn.transaction(force_rollback=True):
             conn.execute(_LIMITS)
             conn.execute(statement.encode())
-            row = conn.execute(_PRINTED, (name,)).fetchone()
+            row = conn.execute(_PRINTED, (name, table.oid)).fetchone()
     except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction):
         return None
     except psycopg.Error as exc:

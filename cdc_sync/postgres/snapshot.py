@@ -198,9 +198,10 @@ class SnapshotHolder:
 #: snapshot.
 _NOW: Final = """
 SELECT to_regclass(%s)::oid::int8,
-       CASE WHEN %s THEN ARRAY(SELECT t.relid::oid::int8
-                                 FROM pg_partition_tree(%s::oid) t WHERE t.isleaf)
-            ELSE ARRAY[%s::int8] END
+       ARRAY(WITH RECURSIVE tree (oid) AS (
+               SELECT %s::oid UNION
+               SELECT i.inhrelid FROM pg_inherits i JOIN tree ON i.inhparent = tree.oid)
+             SELECT c.oid::int8 FROM tree JOIN pg_class c USING (oid) WHERE c.relkind <> 'p')
 """
 
 
@@ -213,10 +214,7 @@ def lock_and_verify(conn: PgConnection, tables: Sequence[Table]) -> None:
     """
     if not tables:
         return
-    listed = ", ".join(
-        ("" if table.partitioned else "ONLY ") + qualified(table.schema, table.name)
-        for table in tables
-    )
+    listed = ", ".join(table.only + qualified(table.schema, table.name) for table in tables)
     run_command(conn, f"LOCK TABLE {listed} IN ACCESS SHARE MODE", "locking the tables")
     try:
         for table in tables:
@@ -227,13 +225,16 @@ def lock_and_verify(conn: PgConnection, tables: Sequence[Table]) -> None:
 
 def _verify(conn: PgConnection, table: Table) -> None:
     name = qualified(table.schema, table.name)
-    row = conn.execute(_NOW, (name, table.partitioned, table.oid, table.oid)).fetchone()
+    row = conn.execute(_NOW, (name, table.oid)).fetchone()
     assert row is not None
     oid, leaves = row
+    if not table.partitioned and not table.children:
+        # Tables that inherit from it are left out, or there are none.
+        leaves = [table.oid]
     if oid != table.oid:
         raise _rewritten(table, "it was dropped or renamed, and another has its name")
     if set(leaves) != {leaf.oid for leaf in table.leaves}:
-        raise _rewritten(table, "partitions were attached or detached")
+        raise _rewritten(table, "partitions or children were attached or detached")
     filenodes = conn.execute(
         "SELECT l, pg_relation_filenode(l::oid)::int8 FROM unnest(%s::int8[]) l", (leaves,)
     ).fetchall()

@@ -21,15 +21,13 @@ _DEFINITIONS = """
                 FROM pg_catalog.pg_attribute a
                WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
              (WITH RECURSIVE part (oid) AS (
-                SELECT i.inhrelid FROM pg_catalog.pg_inherits i
-                 WHERE i.inhparent = c.oid AND c.relkind = 'p'
-                UNION ALL
+                SELECT i.inhrelid FROM pg_catalog.pg_inherits i WHERE i.inhparent = c.oid
+                UNION
                 SELECT i.inhrelid FROM pg_catalog.pg_inherits i JOIN part ON i.inhparent = part.oid)
               SELECT md5(string_agg(part.oid::text, ',' ORDER BY part.oid)) FROM part), '.',
              (WITH RECURSIVE tree (oid) AS (
-                SELECT c.oid UNION ALL
-                SELECT i.inhrelid FROM pg_catalog.pg_inherits i JOIN tree ON i.inhparent = tree.oid
-                 WHERE c.relkind = 'p')
+                SELECT c.oid UNION
+                SELECT i.inhrelid FROM pg_catalog.pg_inherits i JOIN tree ON i.inhparent = tree.oid)
               SELECT md5(string_agg(s.relfilenode::text, ',' ORDER BY s.oid))
                 FROM tree JOIN pg_catalog.pg_class s ON s.oid = tree.oid), '.',
              (SELECT md5(string_agg(concat_ws('|', a.attnum, a.xmin), ',' ORDER BY a.attnum))

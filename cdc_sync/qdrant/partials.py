@@ -197,9 +197,7 @@ class PartialWriter:
             fields = point.payload
             if self._plan.payload_key is not None:
                 # Indexing a map of messages would make the entry.
-                nested = (
-                    fields[self._plan.payload_key] if self._plan.payload_key in fields else None
-                )
+                nested = fields.get(self._plan.payload_key)
                 fields = {} if nested is None else nested.struct_value.fields
             found[messages.point_id_value(point.id)] = {
                 name: fields[name].SerializeToString() for name in fields

@@ -108,6 +108,7 @@ def ledger_record(ledger: TableLedger) -> Record:
         "rows": ledger.rows,
         "bytes": ledger.bytes,
         "orphans": ledger.orphans,
+        "again": ledger.again,
     }
 
 
@@ -128,6 +129,7 @@ def table_ledger(record: Mapping[str, object], where: str) -> TableLedger:
         leaves=tuple(_leaf_ledger(leaf, where) for leaf in leaves),
         repair=record.get("repair") is True,
         sweep=record.get("sweep") is True,
+        again=record.get("again") is True,
         **numbers,
     )
 

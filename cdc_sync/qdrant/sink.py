@@ -201,8 +201,8 @@ class TableLedger:
 
     ``fingerprint`` is of the plan and definition by which it is copied. ``repair``: existing points
     are compared instead of written over. ``sweep``: points without a row are looked for once all
-    chunks are done, in ``buckets`` parts (0: not known yet) of which ``swept`` are done. The counts
-    are of finished chunks.
+    chunks are done, in ``buckets`` parts (0: not known yet) of which ``swept`` are done. ``again``:
+    another copy is to follow. The counts are of finished chunks.
     """
 
     pipeline: str
@@ -216,6 +216,7 @@ class TableLedger:
     rows: int = 0
     bytes: int = 0
     orphans: int = 0
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

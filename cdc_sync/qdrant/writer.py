@@ -239,9 +239,7 @@ class ServerWriter:
     ) -> None:
         while jobs:
             ids = [self._codec.point_id(id_) for id_ in jobs.popleft()]
-            request = messages.get(
-                self._plan.collection, ids, with_payload=True, with_vectors=True
-            )
+            request = messages.get(self._plan.collection, ids, with_payload=True, with_vectors=True)
             answer = await self._rpc.request(GET, request, self._target, lane)
             found += [
                 RetrievedPoint(

@@ -59,6 +59,11 @@ class StaleTables(Protocol):
         """The table is to be read again as a whole."""
         ...
 
+    def may_be_older(self, planned: PlannedTable) -> bool:
+        """Whether points of the table may be older than the stream: it is being read again, and a
+        row may escape that by moving."""
+        ...
+
 
 class Applier:
     """Writes batches to the sink."""
@@ -113,7 +118,7 @@ class Applier:
             await self._retry(
                 lambda lost=lost: self._dead_letters.park(  # type: ignore[misc]
                     lost.binding.planned.name,
-                    [("(key cannot be mapped)", lost.reason)],
+                    [(lost.key, lost.reason)],
                     lsn=lost.lsn,
                     commit_time=lost.commit_time,
                     kind=ErrorKind.MAPPING,
@@ -134,7 +139,7 @@ class Applier:
 
     async def _apply_table(self, batch: Batch, binding: Binding, table: TableBatch) -> None:
         changes, rootless = table.split()
-        rootless += self._refused_before(binding, changes)
+        rootless += self._unreliable(binding, changes)
         if rootless:
             rows = await self._fetch_points(binding, table, rootless)
             changes.upserts += rows
@@ -161,11 +166,12 @@ class Applier:
             lambda: self._dead_letters.release(table, (i for i in ids if i not in refused))
         )
 
-    def _refused_before(self, binding: Binding, changes: Changes) -> list[PointId]:
-        """Take out partials of points whose last version was refused, and return their ids: what
-        such an update leaves unchanged is not in Qdrant."""
+    def _unreliable(self, binding: Binding, changes: Changes) -> list[PointId]:
+        """Take out partials of points that cannot be relied on for what the update leaves
+        unchanged, and return their ids: the last version was refused, or the point is older."""
         name = binding.planned.name
-        ids = [i for i, _ in changes.partials if self._dead_letters.holds(name, i)]
+        older = self._stale.may_be_older(binding.planned)
+        ids = [i for i, _ in changes.partials if older or self._dead_letters.holds(name, i)]
         if ids:
             taken = set(ids)
             changes.partials = [change for change in changes.partials if change[0] not in taken]

@@ -86,8 +86,20 @@ class Backfill:
         """Whether a copy of the table is under way."""
         return table in self._ledgers
 
-    async def begin(self, planned: PlannedTable, *, sweep: bool, repair: bool = False) -> None:
-        """Begin a copy of the table from nothing. On record when this returns."""
+    def may_be_older(self, table: str) -> bool:
+        """Whether a copy of the table is under way that found points there, or may have."""
+        ledger = self._ledgers.get(table)
+        return ledger is not None and ledger.record.sweep
+
+    async def begin(
+        self,
+        planned: PlannedTable,
+        *,
+        sweep: bool,
+        repair: bool = False,
+        sweep_only: bool = False,
+    ) -> None:
+        """Begin a copy of the table from nothing, or only a sweep. On record when this returns."""
         ledger = Ledger.new(
             self._settings.pipeline.name,
             planned,
@@ -96,6 +108,10 @@ class Backfill:
             repair=repair,
         )
         self._ledgers[planned.name] = ledger
+        if sweep_only:
+            ledger.take_as_copied()
+            await self._save([ledger])
+            return
         # Every row is read again: those that still cannot be written are parked again.
         await self._retry(lambda: self._dead_letters.release_table(planned.name))
         await self._save([ledger])
@@ -109,12 +125,24 @@ class Backfill:
             await self._save([ledger])
             log.info("copy_restarted", table=planned.name)
 
+    async def once_more(self, planned: PlannedTable) -> None:
+        """Have the copy under way followed by another. On record when this returns."""
+        ledger = self._ledgers[planned.name]
+        ledger.want_again()
+        await self._save([ledger])
+
+    def is_wanted_again(self, table: str) -> bool:
+        """Whether the copy under way is to be followed by another."""
+        return self._ledgers[table].record.again
+
     async def end(self, planned: PlannedTable) -> TableLedger:
-        """Forget the ledger of a completed copy, which is returned."""
+        """Forget the ledger of a completed copy, which is returned. Workers end with the last."""
         record = self._ledgers.pop(planned.name).record
         await self._retry(
             lambda: self._sink.state.drop_ledger(self._settings.pipeline.name, planned.name)
         )
+        if not self._ledgers:
+            await self.close()
         return record
 
     async def close(self) -> None:

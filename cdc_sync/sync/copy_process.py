@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Final, TypeAlias
 
 from cdc_sync.errors import CdcSyncError
-from cdc_sync.sync.copying import ChunkCopier, ChunkResult, CopyTask, OnRetry
+from cdc_sync.sync.copying import ChunkCopier, ChunkResult, CopyStoppedError, CopyTask, OnRetry
 
 #: How long a worker that is told to stop may take to end its request in flight.
 STOP_SECONDS: Final = 10.0
@@ -93,7 +93,10 @@ class ProcessWorker:
             while isinstance(answer := await self._receive(), _Retried):
                 self._on_retry(answer.error, answer.seconds)
         except (EOFError, OSError) as error:
-            raise WorkerLostError(self._how_it_ended()) from error
+            raise WorkerLostError(await self._how_it_ended()) from error
+        if isinstance(answer, CopyStoppedError):
+            # By somebody else's SIGTERM.
+            raise WorkerLostError(await self._how_it_ended())
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -103,11 +106,12 @@ class ProcessWorker:
         answer: _Answer = self._pipe.recv()
         return answer
 
-    def _how_it_ended(self) -> str:
-        self._process.join(timeout=1.0)
+    async def _how_it_ended(self) -> str:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_readable(self._process.sentinel), STOP_SECONDS)
         code = self._process.exitcode
         if code is None:
-            return f"worker process {self.pid} closed its pipe"
+            return f"worker process {self.pid} does not answer any more"
         if code < 0:
             return f"worker process {self.pid} was killed by {signal.Signals(-code).name}"
         return f"worker process {self.pid} ended with exit code {code}"

@@ -43,7 +43,8 @@ class CopyReporter:
             return
         await self._stop_expecting()
         seconds = self._pipeline.board.copy_seconds()
-        if self._summaries and states == {"streaming"} and seconds not in (None, self._reported):
+        over = states.isdisjoint(("pending", "catching_up"))
+        if self._summaries and over and seconds not in (None, self._reported):
             self._reported = seconds
             await self._summarize()
 

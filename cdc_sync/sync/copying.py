@@ -23,6 +23,7 @@ from cdc_sync.postgres.snapshot import copy_query, copy_rows, import_snapshot
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Applied, Changes, Sink, TableWriter
 from cdc_sync.rows import PointId, Row
+from cdc_sync.sync.dead_letters import letter_of_key
 from cdc_sync.sync.repairing import repairing
 from cdc_sync.sync.retry import retrying
 from cdc_sync.sync.writing import writing
@@ -207,7 +208,7 @@ def _upserts(
         try:
             changes.upserts.append((point_id(row), row))
         except MappingError as error:
-            unmappable.append(("(key cannot be mapped)", error.message))
+            unmappable.append((letter_of_key(error), error.message))
     return changes, unmappable
 
 

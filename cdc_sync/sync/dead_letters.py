@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
-from cdc_sync.errors import CdcSyncError, ErrorKind
+from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError
+from cdc_sync.mapping.migration_ids import SharedIdError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
@@ -16,6 +17,17 @@ from cdc_sync.qdrant.sink import DeadLetter, StateStore
 from cdc_sync.rows import PointId
 
 log = get_logger(__name__)
+
+
+def letter_of_key(error: MappingError) -> str:
+    """The key of the dead letter of a row whose own key has no point id.
+
+    Where the migration tool gave it one, there is a letter for each; else one for all.
+    """
+    cause = error.__cause__
+    if isinstance(cause, SharedIdError):
+        return f"(key cannot be mapped: {cause.id})"
+    return "(key cannot be mapped)"
 
 
 class DeadLetterOffice:

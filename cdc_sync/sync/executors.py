@@ -165,8 +165,9 @@ class WorkerPool:
         await _to_the_end(asyncio.gather(*(worker.stop() for worker in workers)))
 
     async def _share(self, source: ChunkSource, results: asyncio.Queue[ChunkResult | None]) -> None:
+        chunks = _Chunks(source)
         places = [
-            asyncio.create_task(self._place(place, source, results))
+            asyncio.create_task(self._place(place, chunks, results))
             for place in range(len(self._workers))
         ]
         try:
@@ -181,24 +182,25 @@ class WorkerPool:
                 task.result()
 
     async def _place(
-        self, place: int, source: ChunkSource, results: asyncio.Queue[ChunkResult | None]
+        self, place: int, chunks: _Chunks, results: asyncio.Queue[ChunkResult | None]
     ) -> None:
-        while (task := source.next()) is not None:
+        while (task := await chunks.take()) is not None:
             try:
                 worker = self._workers[place]
                 if worker is None:
                     worker = self._workers[place] = await self._start(place)
                 result = await worker.copy(task)
             except NoRoomError as error:
-                source.put_back(task)
+                chunks.put_back(task)
                 self._without_room(place, error)
                 return
             except (WorkerLostError, SourceError) as error:
                 if isinstance(error, SourceError) and not _is_cut_connection(error):
                     raise
                 await self._after_loss(place, task, error)
-                source.put_back(task)
+                chunks.put_back(task)
                 continue
+            chunks.finish()
             self._losses.pop(task.chunk, None)
             self._losses_in_a_row = 0
             await results.put(result)
@@ -251,6 +253,33 @@ class WorkerPool:
             except WorkerLostError as error:
                 log.info("copy_worker_ended", error=str(error))
                 await self._drop(place)
+
+
+class _Chunks:
+    """The chunks of one window. While some are being copied, others may have to wait for one that
+    is lost."""
+
+    def __init__(self, source: ChunkSource) -> None:
+        self._source = source
+        self._in_progress = 0
+        self._changed = asyncio.Event()
+
+    async def take(self) -> CopyTask | None:
+        while (task := self._source.next()) is None:
+            if self._in_progress == 0:
+                return None
+            await self._changed.wait()
+        self._in_progress += 1
+        return task
+
+    def put_back(self, task: CopyTask) -> None:
+        self._source.put_back(task)
+        self.finish()
+
+    def finish(self) -> None:
+        self._in_progress -= 1
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
 
 async def _report(results: asyncio.Queue[ChunkResult | None], done: Done) -> None:

@@ -91,17 +91,27 @@ def _copy(settings: Settings) -> dict[str, object]:
 def _explain_source(settings: Settings, explained: Explained) -> PipelinePlan | None:
     try:
         with connect(settings.source) as connection:
-            plan = plan_pipeline(connection, settings)
-            slot = read_slot(connection, settings.source.slot)
-            _explain_server(settings, plan, slot, explained)
-            _preflight(connection, settings, plan, slot, explained)
-            explained.wal = _explain_wal(settings, wal_facts(connection), slot)
-            for planned in plan.tables:
-                explained.tables.append(_explain_table(connection, settings, planned, explained))
-            return plan
+            return _explain_tables(connection, settings, explained)
     except CdcSyncError as error:
         explained.findings.append(Finding.from_error("postgres", error))
         return None
+
+
+def _explain_tables(
+    connection: PgConnection, settings: Settings, explained: Explained
+) -> PipelinePlan | None:
+    try:
+        plan = plan_pipeline(connection, settings)
+    except CdcSyncError as error:
+        explained.findings.append(Finding.from_error("tables", error))
+        return None
+    slot = read_slot(connection, settings.source.slot)
+    _explain_server(settings, plan, slot, explained)
+    _preflight(connection, settings, plan, slot, explained)
+    explained.wal = _explain_wal(settings, wal_facts(connection), slot)
+    for planned in plan.tables:
+        explained.tables.append(_explain_table(connection, settings, planned))
+    return plan
 
 
 def _preflight(
@@ -221,7 +231,7 @@ def wal_advice(
 
 
 def _explain_table(
-    connection: PgConnection, settings: Settings, planned: PlannedTable, explained: Explained
+    connection: PgConnection, settings: Settings, planned: PlannedTable
 ) -> TableExplained:
     plan, table = planned.plan, planned.table
     sizes = leaf_bytes(connection, table)

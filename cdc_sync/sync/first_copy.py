@@ -247,6 +247,9 @@ class FirstCopy:
             log.warning("collection_differs", table=planned.name, note=note)
         if state is not None and not migration.adopt:
             await self.sink.writer(planned.plan).clear()
+            if migration.defer_hnsw:
+                # One that existed has its index already.
+                await self.sink.defer_indexing(planned.plan)
 
     async def _copy_from_new_slot(self, plan: PipelinePlan, owned: bool) -> int:
         """Create the slot, copy the first window under its snapshot, return the slot's consistent

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
@@ -21,6 +21,7 @@ from cdc_sync.pgoutput.envelope import XLOG_HEADER_BYTES, decode_keepalive, unix
 from cdc_sync.rows import UNCHANGED, PointId, Row
 from cdc_sync.sync.coalesce import TableBatch, fill
 from cdc_sync.sync.control import Accepted, ResyncRows, ResyncTable
+from cdc_sync.sync.dead_letters import letter_of_key
 from cdc_sync.sync.routing import Binding, PlannedTable
 
 _KEEPALIVE = 0x6B
@@ -52,9 +53,10 @@ _KINDS: Final[dict[type, MessageKind]] = {
 
 @dataclass(frozen=True, slots=True)
 class Unmappable:
-    """A change whose key cannot become a point id."""
+    """A change whose key cannot become a point id; ``key`` is that of its dead letter."""
 
     binding: Binding
+    key: str
     reason: str
     lsn: int
     commit_time: int
@@ -301,7 +303,7 @@ class Gatherer:
         batch = self._batch
         oid = binding.planned.plan.oid
         known = batch.bindings.get(oid)
-        if known is not binding:
+        if known is not binding and not _same_rows(known, binding):
             if known is not None:
                 # The plan or the tuple order changed inside the batch: rows of two shapes do not
                 # mix.
@@ -321,7 +323,11 @@ class Gatherer:
         except MappingError as error:
             batch.unmappable.append(
                 Unmappable(
-                    binding, error.message, transaction.final_lsn, int(transaction.commit_time)
+                    binding,
+                    letter_of_key(error),
+                    error.message,
+                    transaction.final_lsn,
+                    int(transaction.commit_time),
                 )
             )
         self._batch_changes += 1
@@ -375,16 +381,21 @@ class Gatherer:
         transaction = self._current("Truncate")
         if transaction.skip:
             return
-        ours = [b for oid in message.relations if (b := self._bindings.get(oid)) is not None]
+        ours = {
+            b.planned.plan.oid: b
+            for oid in message.relations
+            if (b := self._bindings.get(oid)) is not None
+        }
         if not ours:
             return
-        self._barrier(
-            transaction,
-            Batch(
-                truncates=tuple(b.planned.plan.oid for b in ours),
-                bindings={b.planned.plan.oid: b for b in ours},
-            ),
-        )
+        whole = {oid for oid, b in ours.items() if _is_whole(b, message.relations)}
+        if whole:
+            bindings = {oid: b for oid, b in ours.items() if oid in whole}
+            self._barrier(transaction, Batch(truncates=tuple(bindings), bindings=bindings))
+        if len(whole) < len(ours):
+            # Which points were of a part of the table is not known from their ids.
+            parts = tuple(b.planned for oid, b in ours.items() if oid not in whole)
+            self._barrier(transaction, Batch(resync_tables=parts))
 
     def _logical_message(self, message: m.LogicalMessage) -> None:
         transaction = self._transaction
@@ -427,3 +438,14 @@ def _take_from_old(new: Row, old: Row, *, whole: bool, key: tuple[int, ...]) -> 
         if row[i] is UNCHANGED:
             row[i] = old[i]
     return row
+
+
+def _same_rows(known: Binding | None, binding: Binding) -> bool:
+    """Whether rows of two relations (tables that inherit from one) become equal points."""
+    return known is not None and known.planned.plan is binding.planned.plan
+
+
+def _is_whole(binding: Binding, truncated: Sequence[int]) -> bool:
+    """Whether a table is truncated with all that inherits from it."""
+    table = binding.planned.table
+    return not table.children or {leaf.oid for leaf in table.leaves} <= set(truncated)

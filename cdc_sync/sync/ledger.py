@@ -53,7 +53,8 @@ class Ledger:
 
         A plan or definition other than the one before starts from nothing, and so does a leaf with
         other storage (rewritten or truncated: its blocks hold other rows). A leaf that is gone
-        leaves points behind, so they are swept.
+        leaves points behind, and so does one that was truncated, of which the stream says nothing
+        (R34); so they are swept.
         """
         now = fingerprint(planned)
         if now != self.record.fingerprint:
@@ -66,6 +67,9 @@ class Ledger:
         for leaf in planned.table.leaves:
             before = known.pop(leaf.oid, None)
             if before is None or before.relfilenode != leaf.relfilenode:
+                if before is not None and planned.table.partitioned:
+                    # If it was truncated, nothing of that was sent (R34).
+                    self._change(sweep=True)
                 before = self._cut(leaf)
             leaves.append(before)
         if known:
@@ -73,6 +77,15 @@ class Ledger:
         if tuple(leaves) != self.record.leaves:
             # What was swept may have been of rows that are gone now.
             self._change(leaves=tuple(leaves), buckets=0, swept=0)
+
+    def take_as_copied(self) -> None:
+        """Only sweep."""
+        leaves = tuple(dataclasses.replace(leaf, done=((0, None),)) for leaf in self.record.leaves)
+        self._change(leaves=leaves, sweep=True)
+
+    def want_again(self) -> None:
+        """Another copy is to follow."""
+        self._change(again=True)
 
     def restart(self) -> None:
         """Take nothing as done."""
@@ -135,10 +148,10 @@ class Ledger:
 
     def _chunk_pages(self, leaf: Leaf) -> int:
         if leaf.estimated_rows > 0 and leaf.pages > 0:
-            pages = round(self._chunk_rows * leaf.pages / leaf.estimated_rows)
+            pages = self._chunk_rows * leaf.pages / leaf.estimated_rows
         else:
             pages = _DEFAULT_CHUNK_PAGES
-        return min(max(pages, _MIN_CHUNK_PAGES), _MAX_CHUNK_PAGES)
+        return round(min(max(pages, _MIN_CHUNK_PAGES), _MAX_CHUNK_PAGES))
 
     def _change(self, **changes: object) -> None:
         self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]

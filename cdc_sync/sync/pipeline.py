@@ -447,7 +447,7 @@ class Pipeline:
             self._watching.result()
         if batch is not None:
             self._keep_book(batch)
-        if self._relations.stale:
+        if self._relations.stale or self._relations.unswept:
             copying = self._resync.copying
             await self._resync.run(self.positions.applied)
             if copying and not self._resync.copying:

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cdc_sync.config import Settings, TableSettings
-from cdc_sync.errors import ConfigError
+from cdc_sync.errors import ConfigError, ErrorKind, SourceError
 from cdc_sync.mapping.column_options import present_options
 from cdc_sync.mapping.ids import plan_fingerprint
 from cdc_sync.mapping.planner import PlanOptions, build_plan, key_family, replan
-from cdc_sync.mapping.table import Table, redefined
+from cdc_sync.mapping.table import Table, redefined, stored_anew
 from cdc_sync.postgres.catalog import ServerInfo, find_table, server_info
 from cdc_sync.postgres.connect import PgConnection
+from cdc_sync.postgres.identifiers import column_list, qualified, quote_ident
 from cdc_sync.postgres.publication import Publication, check_publication, read_publication
 from cdc_sync.postgres.row_filters import resolve_filter
 from cdc_sync.postgres.shards import parse_shard
@@ -144,20 +145,70 @@ def plan_table(
     """Plan one table as it is published, or would be. ``changed``: it was planned before, so the
     options may name columns that are gone."""
     published = publication.tables.get(table.oid) if publication is not None else None
+    table, inherited = with_published_children(table, publication)
     result = build_plan(
         table,
         present_options(table, options) if changed else options,
         published.columns if published is not None else None,
     )
     taken = {column.name for column in result.plan.columns}
-    return PlannedTable(
+    planned = PlannedTable(
         table=table,
         plan=result.plan,
         options=options,
         row_filter=published.row_filter if published is not None else None,
         ignored=frozenset(column.name for column in table.columns) - taken,
-        warnings=result.warnings,
+        warnings=(*result.warnings, *inherited),
     )
+    _check_children(planned)
+    return planned
+
+
+def with_published_children(
+    table: Table, publication: Publication | None
+) -> tuple[Table, tuple[str, ...]]:
+    """The table with the tables that inherit from it, or without: all are published, or none (R40).
+    And what the operator may not expect of that."""
+    if not table.children:
+        return table, ()
+    names = ", ".join(f"{child.schema}.{child.name}" for child in table.children)
+    if publication is not None:
+        absent = [c for c in table.children if c.oid not in publication.tables]
+        if len(absent) == len(table.children):
+            own = tuple(leaf for leaf in table.leaves if leaf.oid == table.oid)
+            left_out = (
+                f"{table.qualified_name}: the publication does not have the tables that inherit "
+                f"from it ({names}), so their rows are not taken"
+            )
+            return dataclasses.replace(table, leaves=own), (left_out,)
+        if absent:
+            listed = ", ".join(f"ONLY {qualified(c.schema, c.name)}" for c in absent)
+            raise SourceError(
+                ErrorKind.PUBLICATION_UNUSABLE,
+                f"publication {publication.name} has some of the tables that inherit from "
+                f"{table.qualified_name}, but not {', '.join(c.name for c in absent)}",
+                f"ALTER PUBLICATION {quote_ident(publication.name)} ADD TABLE {listed};",
+            )
+    taken = (
+        f"{table.qualified_name}: rows of {names} are taken too, since they inherit from it; "
+        "their keys must be distinct from each other, which Postgres does not ensure"
+    )
+    return table, (taken,)
+
+
+def _check_children(planned: PlannedTable) -> None:
+    """Once published, the application's updates of a child without a replica identity fail."""
+    key = [planned.plan.columns[position].name for position in planned.plan.key]
+    for child in planned.table.children:
+        if not set(key) <= set(child.identity_columns):
+            name = qualified(child.schema, child.name)
+            raise SourceError(
+                ErrorKind.TABLE_UNUSABLE,
+                f"{child.schema}.{child.name}, which inherits from {planned.name}, has no replica "
+                "identity with the key; keys are not inherited, and without one its updates and "
+                "deletes fail as soon as it is published",
+                f"ALTER TABLE {name} ADD PRIMARY KEY ({column_list(key)});",
+            )
 
 
 def with_row_filter(
@@ -231,6 +282,12 @@ def is_stale(recorded: str, planned: PlannedTable) -> bool:
     """Whether a collection with this fingerprint is not as the table now is."""
     plan, _, definition = recorded.partition(":")[2].partition(":")
     return plan != plan_fingerprint(planned.plan) or redefined(definition, planned.table.definition)
+
+
+def is_stored_anew(recorded: str, planned: PlannedTable) -> bool:
+    """Whether the table's rows are in other files than when the fingerprint was made."""
+    definition = recorded.partition(":")[2].partition(":")[2]
+    return bool(definition) and stored_anew(definition, planned.table.definition)
 
 
 def same_configuration(one: str, other: str) -> bool:

@@ -20,9 +20,8 @@ from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.status import StatusBoard
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.live import Live
-    from rich.table import Table
 
 log = get_logger(__name__)
 
@@ -32,6 +31,9 @@ _SAMPLE_SECONDS: Final = 0.5
 _LOG_SECONDS: Final = 10.0
 _REFRESHES_A_SECOND: Final = 4
 _BAR_WIDTH: Final = 24
+_NARROW_BAR_WIDTH: Final = 8
+#: Columns of a terminal from which everything is shown.
+_WIDE: Final = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +218,8 @@ class ProgressScreen:
             self._live.stop()
             self._live = None
 
-    def _table(self) -> Table:
-        return progress_table(*self._shown)
+    def _table(self) -> Group:
+        return progress_table(*self._shown, self.console.width)
 
     def write(self, text: str) -> None:
         """Write text above the display."""
@@ -245,44 +247,48 @@ class _Above(io.StringIO):
         return True
 
 
-def progress_table(tables: Sequence[TableProgress], lag: tuple[int | None, float | None]) -> Table:
-    """The display: a row a table, and the stream's lag below."""
+def progress_table(
+    tables: Sequence[TableProgress], lag: tuple[int | None, float | None], width: int
+) -> Group:
+    """The display, for a terminal of ``width`` columns: a row a table, the stream's lag below."""
+    from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table.grid(padding=(0, 2))
-    for justify in ("left", "left", "right", "right", "right", "right", "left"):
-        grid.add_column(justify=justify, no_wrap=True)
+    wide = width >= _WIDE
+    grid = Table.grid(padding=(0, 2 if wide else 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
+    for _ in range(4 if wide else 2):
+        grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(no_wrap=True)
     for table in tables:
         fraction = table.fraction
         bar = ProgressBar(
             total=None if fraction is None else 1.0,
             completed=fraction or 0.0,
-            width=_BAR_WIDTH,
+            width=_BAR_WIDTH if wide else _NARROW_BAR_WIDTH,
             pulse=fraction is None,
         )
-        grid.add_row(
-            Text(table.table),
-            bar,
-            rows_text(table),
-            size_text(table.bytes),
-            "" if table.rows_per_second is None else f"{table.rows_per_second:,.0f} rows/s",
-            "" if table.eta_seconds is None else f"ETA {duration_text(table.eta_seconds)}",
-            table.state.replace("_", " "),
-        )
-    if (text := lag_text(*lag)) is not None:
-        grid.add_row("stream", Text(text))
-    return grid
+        rate = "" if table.rows_per_second is None else f"{table.rows_per_second:,.0f} rows/s"
+        eta = "" if table.eta_seconds is None else f"ETA {duration_text(table.eta_seconds)}"
+        state = table.state.replace("_", " ")
+        facts = (size_text(table.bytes), rate, eta, state) if wide else (rate, eta or state)
+        grid.add_row(Text(table.table), bar, rows_text(table, wide), *facts)
+    text = lag_text(*lag)
+    return Group(grid) if text is None else Group(grid, Text(f"stream {text}"))
 
 
-def rows_text(table: TableProgress) -> str:
+def rows_text(table: TableProgress, wide: bool = True) -> str:
     """``1,200/~90,000 rows (estimated)``: a total that was not counted says so."""
+    unit = " rows" if wide else ""
     if table.expected is None:
-        return f"{table.rows:,} rows"
+        return f"{table.rows:,}{unit}"
     if table.exact:
-        return f"{table.rows:,}/{table.expected:,} rows"
-    return f"{table.rows:,}/~{table.expected:,} rows (estimated)"
+        return f"{table.rows:,}/{table.expected:,}{unit}"
+    estimated = "rows (estimated)" if wide else "estimated"
+    return f"{table.rows:,}/~{table.expected:,} {estimated}"
 
 
 def lag_text(lag_bytes: int | None, seconds: float | None) -> str | None:

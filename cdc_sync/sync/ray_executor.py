@@ -11,6 +11,7 @@ Actors end with the daemon: they are not detached, so Ray kills them when their 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import pickle
@@ -91,16 +92,17 @@ class RayCluster:
             )
         self._num_workers = settings.migration.num_workers
         self._on_retry = on_retry
+        self._joining: asyncio.Task[int] | None = None
+        self._joined = False
         self._pool: WorkerPool | None = None
-        self._connected = False
 
     async def copy(self, source: ChunkSource, done: Done) -> None:
         """See :class:`~cdc_sync.sync.executors.ChunkExecutor`. Raises :class:`ConfigError` where
         there is no cluster at the address."""
         if self._pool is None:
-            # In a thread of its own: in the main one Ray takes SIGTERM for itself.
-            workers = await asyncio.to_thread(self._connect)
-            self._pool = WorkerPool(workers, self._start)
+            # In a thread: in the main one Ray takes SIGTERM for itself.
+            self._joining = asyncio.create_task(asyncio.to_thread(self._join))
+            self._pool = WorkerPool(await asyncio.shield(self._joining), self._start)
         await self._pool.copy(source, done)
 
     async def close(self) -> None:
@@ -108,11 +110,13 @@ class RayCluster:
         pool, self._pool = self._pool, None
         if pool is not None:
             await pool.close()
-        if self._connected:
-            self._connected = False
+        if self._joining is not None:
+            await asyncio.wait({self._joining})
+        if self._joined:
+            self._joined = False
             await asyncio.to_thread(ray.shutdown)
 
-    def _connect(self) -> int:
+    def _join(self) -> int:
         """Join the cluster, unless this process has. Returns how many workers there shall be."""
         if not ray.is_initialized():
             local = self._address == "local"
@@ -134,9 +138,10 @@ class RayCluster:
                     "Start Ray on this machine (ray start --address=HEAD:6379), or correct "
                     "migration.ray_address.",
                 ) from error
-            self._connected = True
-        cpus = int(ray.cluster_resources().get("CPU", 0))
-        workers = self._num_workers or min(max(cpus, 1), _MAX_WORKERS)
+            self._joined = True
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 0)))
+        # More than that would wait for room, each with a chunk in its hands.
+        workers = min(self._num_workers or _MAX_WORKERS, cpus)
         log.info("ray_joined", nodes=sum(node["Alive"] for node in ray.nodes()), workers=workers)
         return workers
 
@@ -179,11 +184,10 @@ class _RayWorker:
 
     async def stop(self) -> None:
         try:
-            await _answer(self._actor.stop.remote())
-            if self._copying is not None:
-                await asyncio.wait({self._copying}, timeout=STOP_SECONDS)
-        except WorkerLostError:
-            pass
+            with contextlib.suppress(TimeoutError, WorkerLostError):
+                await asyncio.wait_for(_answer(self._actor.stop.remote()), STOP_SECONDS)
+                if self._copying is not None:
+                    await asyncio.wait({self._copying}, timeout=STOP_SECONDS)
         finally:
             ray.kill(self._actor)
             if self._copying is not None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from cdc_sync.config import Settings
 from cdc_sync.mapping.plan import TablePlan
-from cdc_sync.mapping.table import PgType, redefined
+from cdc_sync.mapping.table import PgType, redefined, stored_anew
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.pgoutput.messages import Relation
@@ -21,7 +21,7 @@ from cdc_sync.postgres.catalog import TypeResolver
 from cdc_sync.postgres.connect import connect
 from cdc_sync.qdrant.sink import PipelineState
 from cdc_sync.sync.gather import Batch
-from cdc_sync.sync.planning import is_stale
+from cdc_sync.sync.planning import is_stale, is_stored_anew
 from cdc_sync.sync.routing import Binding, PlannedTable, bind
 
 log = get_logger(__name__)
@@ -39,9 +39,13 @@ class Relations:
         self._synced: dict[int, TablePlan] = {p.plan.oid: p.plan for p in tables}
         self._definitions: dict[int, str] = {p.plan.oid: p.table.definition for p in tables}
         self._bindings: dict[int, Binding] = {}
+        #: Tables that inherit send their changes under their own OIDs (R40).
+        self._roots = {leaf.oid: p.plan.oid for p in tables for leaf in p.table.children}
         self._types: dict[tuple[int, int], PgType] = {}
         self._ignored: set[int] = set()
         self.stale: set[int] = set()
+        #: Tables of which rows may be gone without a message.
+        self.unswept: set[int] = set()
         for planned in tables:
             for column in planned.table.columns:
                 self._types[column.type.oid, column.type.typmod] = column.type
@@ -56,8 +60,12 @@ class Relations:
         earlier life has marked."""
         for known in state.tables:
             for planned in self._planned.values():
-                if planned.name == known.table and is_stale(known.plan_fingerprint, planned):
+                if planned.name != known.table:
+                    continue
+                if is_stale(known.plan_fingerprint, planned):
                     self.mark(planned, "changed while the pipeline was down")
+                elif planned.table.partitioned and is_stored_anew(known.plan_fingerprint, planned):
+                    self.mark_unswept(planned)
 
     def is_redefined(self, oid: int, definition: str) -> bool:
         """Whether a table is not defined any more as when it was read as a whole."""
@@ -65,15 +73,20 @@ class Relations:
 
     def observe(self, oid: int, definition: str) -> None:
         """Mark a table that was redefined since it was read as a whole."""
+        planned = self._planned[oid]
         if self.is_redefined(oid, definition):
-            self.mark(self._planned[oid], "changed in the catalog")
+            self.mark(planned, "changed in the catalog")
         else:
+            if planned.table.partitioned and stored_anew(self._definitions[oid], definition):
+                # TRUNCATE of a partition is not sent under the root's name (R34).
+                self.mark_unswept(planned)
             self._definitions[oid] = definition
 
     def route(self, relation: Relation) -> Binding | None:
         """Bind a Relation message; None for a table that is not configured. Raises as
         :func:`bind`."""
-        planned = self._planned.get(relation.oid)
+        root = self._roots.get(relation.oid, relation.oid)
+        planned = self._planned.get(root)
         if planned is None:
             if relation.oid not in self._ignored:
                 self._ignored.add(relation.oid)
@@ -85,7 +98,7 @@ class Relations:
         binding = bind(planned, relation, self._resolve)
         self._bindings[relation.oid] = binding
         if binding.replanned:
-            self._planned[relation.oid] = binding.planned
+            self._planned[root] = binding.planned
             self._metrics.add_table(planned.name).schema_changes["applied"].inc()
             log.info("columns_changed", table=planned.name, columns=len(relation.columns))
         return binding
@@ -113,18 +126,27 @@ class Relations:
         self._synced[planned.plan.oid] = planned.plan
         self._definitions[planned.plan.oid] = planned.table.definition
         # Whatever Relation message comes next is bound to the new plan.
-        self._bindings.pop(planned.plan.oid, None)
+        for leaf in (planned.plan.oid, *(child.oid for child in planned.table.children)):
+            self._bindings.pop(leaf, None)
+            self._roots[leaf] = planned.plan.oid
 
     def synced(self, planned: PlannedTable) -> None:
         """The table was read as a whole, by this plan."""
         self.reading(planned)
         self.stale.discard(planned.plan.oid)
+        self.unswept.discard(planned.plan.oid)
 
     def mark(self, planned: PlannedTable, reason: str) -> None:
         """Mark a table stale."""
         if planned.plan.oid not in self.stale:
             self.stale.add(planned.plan.oid)
             log.info("resync_wanted", table=planned.name, reason=reason)
+
+    def mark_unswept(self, planned: PlannedTable) -> None:
+        """Have the table's points looked through for those without a row."""
+        if planned.plan.oid not in self.unswept:
+            self.unswept.add(planned.plan.oid)
+            log.info("sweep_wanted", table=planned.name, reason="a partition has other storage")
 
     def _resolve(self, oid: int, typmod: int) -> PgType:
         known = self._types.get((oid, typmod))

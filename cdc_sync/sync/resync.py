@@ -25,13 +25,14 @@ import time
 from collections.abc import Sequence
 
 from cdc_sync.config import Settings
+from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.mapping.planner import replan
 from cdc_sync.mapping.table import Table
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.postgres.catalog import read_table
-from cdc_sync.postgres.connect import connect
+from cdc_sync.postgres.connect import PgConnection, connect
 from cdc_sync.postgres.publication import Publication, read_publication
 from cdc_sync.postgres.refetch import widen_xid
 from cdc_sync.postgres.snapshot import SnapshotHolder, TableRewrittenError
@@ -163,32 +164,45 @@ class Resync:
         for planned in self._relations.tables:
             if planned.name in self._uncopied:
                 self._relations.mark(planned, "not copied yet")
-        stale = {p.name for p in self._relations.tables if p.plan.oid in self._relations.stale}
+        wanted = self._relations.stale | self._relations.unswept
+        names = {p.name for p in self._relations.tables if p.plan.oid in wanted}
         ledgers = await self._sink.state.ledgers(self._settings.pipeline.name)
-        self._backfill.take_up(ledger for ledger in ledgers if ledger.table in stale)
+        self._backfill.take_up(ledger for ledger in ledgers if ledger.table in names)
 
     async def note(self, batch: Batch) -> None:
         """Mark tables which the batch is going to write by other columns than they were copied by,
         also on record. Errors as of the state store."""
         for planned in self._relations.note(batch):
-            await self._record_stale(planned)
             # A copy under way has written rows by columns that are not the table's any more.
             if self._backfill.has_begun(planned.name):
                 await self._backfill.restart(planned)
                 self._barriers.pop(planned.plan.oid, None)
+            await self._record_stale(planned)
 
     async def outdated(self, planned: PlannedTable) -> None:
         """Mark a table whose rows could not be read by key, since its columns have changed. Errors
         as of the state store."""
-        await self.request(planned, "columns changed before rows were read again")
+        self._relations.mark(planned, "columns changed before rows were read again")
+        await self._backfill.restart(planned)
+        await self._record_stale(planned)
+        self._barriers.pop(planned.plan.oid, None)
 
     async def request(self, planned: PlannedTable, reason: str) -> None:
-        """Have the whole table read again. On record when this returns; errors as of the state
+        """Have the whole table read again, after the copy that may be under way: anybody may ask,
+        and must not keep it from ending. On record when this returns; errors as of the state
         store."""
+        if self._backfill.has_begun(planned.name):
+            await self._backfill.once_more(planned)
+            return
         self._relations.mark(planned, reason)
         await self._record_stale(planned)
-        await self._backfill.restart(planned)
         self._barriers.pop(planned.plan.oid, None)
+
+    def may_be_older(self, planned: PlannedTable) -> bool:
+        """Whether points of the table may be older than the stream. A row of a block that is left
+        may move into a chunk that is done, and no window reads it then; so what an update does not
+        send must not be taken from its point (R69)."""
+        return self._backfill.may_be_older(planned.name)
 
     async def run(self, applied: int) -> None:
         """Open a window if there is something to copy and it is time. The applier must be at rest
@@ -201,7 +215,7 @@ class Resync:
         if time.monotonic() < self._next_try:
             return
         ready = []
-        for oid in sorted(self._relations.stale):
+        for oid in sorted(self._relations.stale | self._relations.unswept):
             if oid not in self._barriers:
                 self._barriers[oid] = await asyncio.to_thread(
                     server_position, self._settings.source
@@ -224,7 +238,9 @@ class Resync:
         tables = await asyncio.to_thread(self._plan, oids)
         for planned in tables:
             await self._sink.inspect(planned.plan)
-            await self._sink.ensure_collection(planned.plan)
+            await self._sink.ensure_collection(
+                planned.plan, create=self._settings.migration.create_collection
+            )
             if not self._backfill.has_begun(planned.name):
                 await self._begin(planned)
         holder = await self._snapshot(tables)
@@ -247,6 +263,9 @@ class Resync:
 
     async def _begin(self, planned: PlannedTable) -> None:
         first = planned.name in self._uncopied
+        if not first and planned.plan.oid not in self._relations.stale:
+            await self._backfill.begin(planned, sweep=True, sweep_only=True)
+            return
         if not first:
             log.info("resync_started", table=planned.name)
             # Should its columns be as they were again by the next start, no comparison would show
@@ -263,31 +282,35 @@ class Resync:
     async def complete(self, planned: PlannedTable) -> None:
         """Every chunk of the table is copied: put that on record."""
         first = planned.name in self._uncopied
+        swept = not first and planned.plan.oid not in self._relations.stale
         await self._sink.make_durable()
         # Where it was deferred for the load; before the record, after which nobody would do it.
         await self._sink.build_index(planned.plan)
-        await self._records.copied(planned)
+        await self._records.copied(planned, stale=self._backfill.is_wanted_again(planned.name))
         ledger = await self._backfill.end(planned)
         self._uncopied.discard(planned.name)
         self._recorded.discard(planned.plan.oid)
         self._relations.synced(planned)
         self._board.table(planned.name).update(state="streaming")
-        if not first:
+        if not first and not swept:
             self._metrics.add_table(planned.name).schema_changes["resynced"].inc()
         log.info(
-            "table_copied" if first else "resync_completed",
+            "table_copied" if first else "sweep_completed" if swept else "resync_completed",
             table=planned.name,
             rows=ledger.rows,
             bytes=ledger.bytes,
             orphans=ledger.orphans,
         )
+        if ledger.again:
+            self._relations.mark(planned, "asked for while it was being copied")
+            self._recorded.add(planned.plan.oid)
 
     def _plan(self, oids: Sequence[int]) -> list[PlannedTable]:
         by_oid = {planned.plan.oid: planned for planned in self._relations.tables}
         with connect(self._settings.source, application_name="cdc_sync watch") as connection:
             publication = read_publication(connection, self._settings.source.publication)
             return [
-                self._plan_again(by_oid[oid], read_table(connection, oid), publication)
+                self._plan_again(by_oid[oid], _read(connection, by_oid[oid]), publication)
                 for oid in oids
             ]
 
@@ -331,3 +354,16 @@ class Resync:
         if planned.plan.oid not in self._recorded:
             await self._records.stale(planned)
             self._recorded.add(planned.plan.oid)
+
+
+def _read(connection: PgConnection, planned: PlannedTable) -> Table:
+    try:
+        return read_table(connection, planned.plan.oid)
+    except SourceError as error:
+        if error.kind is not ErrorKind.TABLE_UNUSABLE:
+            raise
+        raise SourceError(
+            error.kind,
+            f"table {planned.name} cannot be read any more: {error.message}",
+            error.remedy,
+        ) from error

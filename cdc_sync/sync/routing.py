@@ -97,6 +97,10 @@ def bind(planned: PlannedTable, relation: Relation, resolve: ResolveType) -> Bin
     if planned.options.columns is not None:
         wanted = {c.name for c in plan.columns}
         columns = [c for c in columns if c.name in wanted]
+    if relation.oid != plan.oid:
+        # A table that inherits may have columns of its own.
+        inherited = {c.name for c in plan.columns}
+        columns = [c for c in columns if c.name in inherited]
     found = [(c.name, resolve(c.type_oid, c.type_modifier)) for c in columns]
     known = {c.name: c.type for c in plan.columns}
     replanned = dict(found) != known

@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from prometheus_client.registry import Collector
+
 from cdc_sync.config import Settings, SourceSettings
 from cdc_sync.errors import SourceError
 from cdc_sync.ops.metrics import Metrics
@@ -91,11 +93,12 @@ class TableSummary:
 
 @dataclass(frozen=True, slots=True)
 class CopySummary:
-    """All tables. ``seconds`` is the time of the copy as a whole, ``retries`` those of Qdrant in
-    this process and its workers."""
+    """All tables. ``seconds`` is the time of the copy as a whole; ``retries`` are those of requests
+    to Qdrant, for the stream too."""
 
     tables: tuple[TableSummary, ...]
     seconds: float | None
+    retries: int = 0
 
     @property
     def agree(self) -> bool | None:
@@ -114,7 +117,7 @@ class CopySummary:
             "bytes": sum(table.bytes for table in self.tables),
             "seconds": self.seconds,
             "rows_per_second": _rounded(rate),
-            "retries": sum(table.retries for table in self.tables),
+            "retries": self.retries,
             "dead_letters": sum(table.dead_letters for table in self.tables),
             "source_rows": sum(table.counts.source_rows for table in self.tables),
             "agree": self.agree,
@@ -170,7 +173,8 @@ class Summarizer:
                 )
                 for planned in self._tables
             ]
-        return CopySummary(tuple(tables), self._board.copy_seconds())
+        retries = sum(map(_value, self._metrics.sink_retries.values()))
+        return CopySummary(tuple(tables), self._board.copy_seconds(), retries)
 
     def _entries(self) -> dict[str, Mapping[str, object]]:
         tables = self._board.snapshot()["tables"]
@@ -226,12 +230,8 @@ class Summarizer:
 
     def _copied_here(self, table: str) -> tuple[int, int]:
         """Rows and bytes by the metrics, which begin with the process."""
-        registry = self._metrics.registry
-        rows, size = (
-            registry.get_sample_value(f"cdc_sync_snapshot_{what}_total", {"table": table})
-            for what in ("rows", "bytes")
-        )
-        return int(rows or 0), int(size or 0)
+        bound = self._metrics.add_table(table)
+        return _value(bound.snapshot_rows), _value(bound.snapshot_bytes)
 
     def _waiting(self, connection: PgConnection, planned: PlannedTable) -> bool | None:
         source = self._settings.source
@@ -287,6 +287,11 @@ def _count(connection: PgConnection, planned: PlannedTable) -> tuple[LeafCount, 
     # Partitions come and go: those of now count, not those of the plan.
     table = read_table(connection, planned.table.oid)
     return count_rows(connection, table.leaves, planned.selection)
+
+
+def _value(counter: Collector) -> int:
+    """What a counter without further labels stands at."""
+    return sum(int(sample.value) for family in counter.collect() for sample in family.samples)
 
 
 def _number(value: object) -> int:

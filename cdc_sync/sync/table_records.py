@@ -22,9 +22,10 @@ class TableRecords:
         """The pipeline's record."""
         return await self._store.load(self._pipeline)
 
-    async def copied(self, planned: PlannedTable) -> None:
-        """The table has been copied as a whole, by this plan."""
-        await self._change(planned, plan_fingerprint=fingerprint(planned), copied=True)
+    async def copied(self, planned: PlannedTable, *, stale: bool = False) -> None:
+        """The table has been copied as a whole, by this plan; ``stale``: and must be once more."""
+        text = stale_fingerprint(planned) if stale else fingerprint(planned)
+        await self._change(planned, plan_fingerprint=text, copied=True)
 
     async def stale(self, planned: PlannedTable) -> None:
         """The table must be copied again."""

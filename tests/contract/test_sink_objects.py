@@ -41,7 +41,7 @@ def expected(writer: TableWriter, title: str, members: dict[str, object]) -> dic
 
 
 async def test_members_are_written_and_go_with_an_update(writer: TableWriter) -> None:
-    members = {"a": [1, {"b": None}], "n": 2**60}
+    members = {"a": [1, {"b": None}], "n": 2**60, "": "e", "x.y[]": 1, "ü\n": {}}
     assert await writer.apply(upserts((1, row(b"t", jsonb(members))))) == Applied()
     stored = (await content(writer))[1]
     assert stored.payload == expected(writer, "t", members)

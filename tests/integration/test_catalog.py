@@ -135,7 +135,7 @@ def test_objects_of_others_do_not_shadow_the_catalog(database18: Database) -> No
     [
         ("dosc", "public.docs"),
         ("app.docs", "public.docs"),
-        ("CamelCase", 'public."CamelCase"'),
+        ("Camelcase", 'public."CamelCase"'),
         ("public.camelcase", 'public."CamelCase"'),
         ("wholly_other", "Searched in public"),
     ],

@@ -18,6 +18,7 @@ from cdc_sync.mapping.table import Table
 from cdc_sync.mapping.vector_indexes import VectorIndex, index_notes, vector_indexes
 from cdc_sync.postgres.catalog import find_table
 from cdc_sync.postgres.connect import connect
+from cdc_sync.sync.check import run_checks
 from cdc_sync.sync.planning import plan_pipeline
 from tests.support.fix_postgres import Database
 from tests.support.fix_qdrant import QdrantTarget
@@ -342,6 +343,25 @@ async def test_an_absent_collection_that_may_not_be_created(
     async with running(settings, database18, qdrant) as life:
         await life.assert_equal()
         await life.stop()
+
+
+def test_the_check_tells_of_collections_too(database18: Database, qdrant: QdrantTarget) -> None:
+    docs(database18)
+    settings = pipeline_settings(
+        database18,
+        qdrant,
+        {"name": "docs", "collection_config": {"on_disk_payload": False}},
+        migration={"create_collection": False},
+    )
+    collection = str(settings.tables[0].collection)
+    errors = [finding for finding in run_checks(settings) if finding.severity == "error"]
+    assert [finding.subject for finding in errors] == [f"collection {collection}"]
+    params = models.VectorParams(size=4, distance=models.Distance.COSINE)
+    qdrant.client().create_collection(collection, vectors_config={"embedding": params})
+    findings = run_checks(settings)
+    assert not [finding for finding in findings if finding.severity == "error"]
+    warnings = [finding.message for finding in findings if finding.severity == "warning"]
+    assert any("on_disk_payload = true" in warning for warning in warnings)
 
 
 def test_plans_differ_in_settings_only_by_name(database18: Database) -> None:

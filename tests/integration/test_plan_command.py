@@ -158,6 +158,20 @@ def test_an_embedded_database_is_not_made(tmp_path: Path, database18: Database) 
     assert not (tmp_path / "edge").exists()
 
 
+def test_many_partitions_are_counted_in_the_text(database18: Database, command: Command) -> None:
+    database18.execute(
+        "CREATE TABLE items (id int PRIMARY KEY, v vector(3)) PARTITION BY RANGE (id)"
+    )
+    for n in range(15):
+        database18.execute(
+            f"CREATE TABLE items_{n:02} PARTITION OF items FOR VALUES FROM ({n}) TO ({n + 1})"
+        )
+    assert len(command.json()["tables"][0]["partitions"]) == 15
+    text = command.run().stdout
+    assert "public.items_11 (1) and 3 more" in " ".join(text.split())
+    assert "about 0 rows" in text
+
+
 def test_flags_work_too(database18: Database, qdrant: QdrantTarget) -> None:
     database18.execute(SCHEMA)
     arguments = ["--pg.url", database18.url, "--pg.table", "items", "--qdrant.url", qdrant.url]
@@ -287,10 +301,7 @@ def test_no_secret_is_shown(tmp_path: Path, database18: Database, qdrant: Qdrant
         assert "s3cret-key" not in done.stdout + done.stderr
 
 
-def test_a_limit_smaller_than_the_copy_needs_is_said(tmp_path: Path, database18: Database) -> None:
-    from cdc_sync.postgres.estimates import WalFacts
-    from cdc_sync.sync.explain import _wal_advice
-
+def test_a_limit_smaller_than_the_copy_needs_is_said() -> None:
     def advice(limit: int | None) -> str:
         facts = WalFacts("logical", limit, 1, 1, 1e6, 60.0)
         return " ".join(wal_advice(facts, 60_000_000, 3_600_000_000, None))

@@ -10,6 +10,7 @@ import pytest
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SourceError
+from cdc_sync.mapping.table import Table
 from cdc_sync.postgres.catalog import find_table, server_info
 from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.publication import create_publication, read_publication
@@ -39,6 +40,11 @@ def create_docs(database: Database) -> None:
         database.execute(
             "INSERT INTO docs VALUES (%s, %s, %s, %s)", (i, i % 2 == 0, f"note {i}", vector(i))
         )
+
+
+def find(database: Database, name: str) -> Table:
+    with connect(source_settings(database.url)) as connection:
+        return find_table(connection, name)
 
 
 def settings_of(database: Database, table: Mapping[str, object], **pipeline: object) -> Settings:
@@ -240,6 +246,31 @@ def test_a_partition_with_less_identity_than_its_table(database18: Database) -> 
     database18.execute("UPDATE p SET live = false")
 
 
+@pytest.mark.requirement("R40", "R25")
+def test_a_child_with_less_identity_than_its_table(database18: Database) -> None:
+    """A partition made by hand is published with the filter of its parent."""
+    database18.execute(
+        "CREATE TABLE par (id int PRIMARY KEY, live bool);"
+        "CREATE TABLE child (PRIMARY KEY (id)) INHERITS (par);"
+        "ALTER TABLE par REPLICA IDENTITY FULL; INSERT INTO child VALUES (1, true)"
+    )
+    table = find(database18, "par")
+    if not table.children:
+        pytest.skip("children are not followed")
+    error = refused(database18, table="par", where="live")
+    assert error.kind is ErrorKind.TABLE_UNUSABLE
+    assert error.remedy == 'ALTER TABLE "public"."child" REPLICA IDENTITY FULL;'
+    database18.execute(error.remedy)
+    create(database18, planned(database18, table="par", where="live"))
+    assert planned(database18, table="par", where="live").tables[0].row_filter == "live"
+    # A child is published without the filter.
+    database18.execute("ALTER PUBLICATION pub SET TABLE ONLY par WHERE (live), child")
+    error = refused(database18, table="par", where="live")
+    assert error.kind is ErrorKind.PUBLICATION_UNUSABLE
+    database18.execute(error.remedy)
+    planned(database18, table="par", where="live")
+
+
 def test_postgres_14_has_no_row_filters(protocol_database: Database) -> None:
     protocol_database.execute("CREATE TABLE docs (id int PRIMARY KEY, note text)")
     if protocol_database.major >= 15:
@@ -321,6 +352,23 @@ def test_a_publication_of_all_tables_cannot_filter(database18: Database) -> None
     database18.execute("CREATE PUBLICATION pub FOR ALL TABLES")
     error = refused(database18, where="live")
     assert "ALL TABLES" in error.remedy
+
+
+def test_remedies_keep_the_filter(database18: Database) -> None:
+    """Of a publication without the table, and of one that lacks columns."""
+    create_docs(database18)
+    database18.execute(
+        "CREATE TABLE other (id int PRIMARY KEY); CREATE PUBLICATION pub FOR TABLE other"
+    )
+    error = refused(database18, where="live -- only those")
+    add, _, _ = error.remedy.partition(" (for a partition")
+    database18.execute(add)
+    assert planned(database18, where="live").tables[0].row_filter == "live"
+    # Nobody configured this one; it is the publication's owner's.
+    database18.execute("ALTER PUBLICATION pub SET TABLE docs (id, note) WHERE (id > 3)")
+    error = refused(database18, columns=["id", "note"])
+    database18.execute(error.remedy)
+    assert planned(database18, columns=["id", "note"]).tables[0].row_filter == "(id > 3)"
 
 
 @pytest.mark.requirement("R38")

@@ -32,6 +32,7 @@ from cdc_sync.postgres.snapshot import (
     import_snapshot,
 )
 from cdc_sync.rows import RawValue, Row, TextValue
+from cdc_sync.sync.planning import with_published_children
 from tests.support.fix_postgres import Database
 from tests.support.source_tables import raw_plan, source_settings
 
@@ -288,8 +289,9 @@ def test_reads_what_the_publication_sends(database: Database) -> None:
     )
     with connect(settings(database)) as conn:
         publication = read_publication(conn, "pub")
-    table = table_of(database, "t")
     assert publication is not None
+    table, warnings = with_published_children(table_of(database, "t"), publication)
+    assert "child" in warnings[0]
     published = publication.tables[table.oid]
     plan = raw_plan(table, published.columns)
     rows = read_all(database, plan, table, row_filter=published.row_filter)

@@ -17,7 +17,7 @@ import pytest
 
 from cdc_sync.demo.embedded import PostgresServer, find_binaries
 from cdc_sync.postgres import refetch
-from cdc_sync.sync import pipeline as engine
+from cdc_sync.sync import reading as engine
 from tests.support.fix_postgres import Database, DatabaseFactory
 from tests.support.pipeline_task import Running, pipeline_settings, running, wal_position
 from tests.support.qdrant_control import QdrantTarget

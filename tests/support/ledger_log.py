@@ -1,5 +1,5 @@
-"""Reads a daemon's log, of all its lives, for what it says about the ledger of a copy: no chunk that
-was on record is copied again, and nothing on record is forgotten."""
+"""Reads a daemon's log, of all its lives, for what it says about the ledger of a copy: no chunk
+that was on record is copied again, and nothing on record is forgotten."""
 
 from __future__ import annotations
 

@@ -82,7 +82,9 @@ class Options(TypedDict, total=False):
     """The table's settings as in the configuration, and what is needed to read.
 
     ``where`` is SQL for a publication's row filter; ``shard`` is the mark that every point has to
-    carry (its rows are told by ``where``); ``api_key`` is Qdrant's.
+    carry (its rows are told by ``where``); ``only`` leaves out tables that inherit
+    from it; ``ids`` other than native: as Qdrant's migration tool
+    makes them of whole numbers and texts; ``api_key`` is Qdrant's.
     """
 
     key: Sequence[str] | None
@@ -99,6 +101,8 @@ class Options(TypedDict, total=False):
     bit_vectors: Sequence[str]
     where: str | None
     shard: str | None
+    only: bool
+    ids: str
     api_key: str | None
 
 
@@ -345,7 +349,8 @@ class _Table:
         if found is None:
             raise OracleError(f"no table {table}")
         self._oid, kind, schema, name = found
-        only = sql.SQL("ONLY ") if kind == "r" else sql.SQL("")
+        # A table that others inherit from is read with them, unless it is said otherwise.
+        only = sql.SQL("ONLY ") if kind == "r" and options.get("only") else sql.SQL("")
         self._from = only + sql.Identifier(str(schema), str(name))
         types = self._types()
         self._key = list(options.get("key") or self._primary_key())
@@ -446,6 +451,11 @@ class _Table:
             if text is None:
                 raise OracleError("a NULL in a key column")
             texts.append(text)
+        if self._options.get("ids", "native") != "native":
+            try:
+                return str(uuid.UUID(texts[0]))
+            except ValueError:
+                return str(uuid.uuid5(uuid.NAMESPACE_URL, texts[0]))
         if namespace is None and len(texts) == 1:
             if self._key_names[0] == "uuid":
                 return texts[0]

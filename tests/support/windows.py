@@ -42,20 +42,18 @@ def create_paged(
     database: Database, rows: int, table: str = "docs", *, dim: int = DIM, partition: str = ""
 ) -> None:
     """Create a table whose rows lie 8 a page in the order of ``id``, from 1, and stay where they
-    are until they are updated: an update moves its row to the end, or to where there is space."""
+    are until they are updated: an update moves its row to the end, or to where there is space.
+
+    With ``partition`` (``PARTITION BY ...``) it has no partitions yet."""
     database.execute(
         f"CREATE TABLE {table} (id bigint PRIMARY KEY, note text, n bigint,"
         f" pad text DEFAULT repeat('x', 900), emb vector({dim})) {partition};"
     )
-    leaves = [
-        leaf
-        for (leaf,) in database.execute(
-            "SELECT t.relid::regclass::text FROM pg_partition_tree(%s) t WHERE isleaf", (table,)
+    if not partition:
+        database.execute(
+            f"ALTER TABLE {table} SET (autovacuum_enabled = false);"
+            f"ALTER TABLE {table} ALTER pad SET STORAGE PLAIN"
         )
-    ] or [table]
-    for leaf in leaves:
-        database.execute(f"ALTER TABLE {leaf} SET (autovacuum_enabled = false)")
-        database.execute(f"ALTER TABLE {leaf} ALTER pad SET STORAGE PLAIN")
     if rows:
         database.execute(
             f"INSERT INTO {table} (id, note, n, emb)"
@@ -84,9 +82,9 @@ class Windows:
         self.closed = 0
         #: Windows that may be opened, in sum.
         self.limit = 1
-        #: Called when the tables are locked for a window and its snapshot is taken: right before.
-        #: Nothing that it commits has been applied by then.
-        self.before_snapshot: Callable[[], None] | None = None
+        #: Called, each once, right before the tables are locked for a window and its snapshot is
+        #: taken. Nothing that they commit has been applied by then.
+        self.before_snapshot: list[Callable[[], None]] = []
         self._looks = 0
         monkeypatch.setattr(Resync, "run", self._gated(Resync.run))
         monkeypatch.setattr(Backfill, "window", self._counted(Backfill.window))
@@ -118,8 +116,8 @@ class Windows:
         def announced(
             source: SourceSettings, tables: Sequence[Table], *, lock_timeout_seconds: float
         ) -> object:
-            if self.before_snapshot is not None:
-                self.before_snapshot()
+            while self.before_snapshot:
+                self.before_snapshot.pop()()
             return fresh(source, tables, lock_timeout_seconds=lock_timeout_seconds)
 
         return announced
@@ -132,9 +130,11 @@ class Windows:
         return looked
 
     async def open(self, life: Running, windows: int) -> None:
-        """Let so many more be opened, and wait until they are closed."""
+        """Let so many more be opened, and wait until they are closed, or nothing is left."""
         self.limit = self.closed + windows
-        await life.wait(lambda: self.closed >= self.limit, "the window")
+        await life.wait(
+            lambda: self.closed >= self.limit or life.state == "streaming", "the window"
+        )
 
     async def finish(self, life: Running) -> None:
         """Copy the rest in windows without an end, until everything is copied."""
@@ -151,7 +151,10 @@ class Windows:
         assert backfill is not None
         backfill._settings = life.pipeline.settings
         self.limit = self.closed + 1
-        body = {"pipeline": life.pipeline.settings.pipeline.name, "table": life.pipeline.tables[0].name}
+        body = {
+            "pipeline": life.pipeline.settings.pipeline.name,
+            "table": life.pipeline.tables[0].name,
+        }
         life.database.execute(
             "SELECT pg_logical_emit_message(true, 'cdc_sync', %s)", (json.dumps({"resync": body}),)
         )

@@ -26,6 +26,7 @@ from cdc_sync.errors import (
     SinkError,
     SourceError,
 )
+from cdc_sync.loading import FLAGS, TABLE_FLAGS
 from cdc_sync.settings_schema import SECTIONS
 from cdc_sync.sync.findings import Finding
 from tests.support.command_line import API_KEY, ONE_TABLE, SECRET, URL, output, python
@@ -126,12 +127,22 @@ def test_help_names_every_flag_of_the_guides(capsys: pytest.CaptureFixture[str])
     flags = [
         "--pg.url", "--pg.table", "--pg.key-column", "--pg.columns", "--qdrant.url",
         "--qdrant.api-key", "--qdrant.collection", "--qdrant.distance-metric",
-        "--migration.num-workers", "--migration.restart", "--http.port", "--http.host",
-        "--log.level", "--log.format", "--pipeline.name", "--config",
+        "--migration.num-workers", "--migration.batch-size", "--migration.batch-delay",
+        "--migration.create-collection", "--migration.restart", "--adopt",
+        "--http.port", "--http.host", "--log.level", "--log.format", "--pipeline.name", "--config",
     ]  # fmt: skip
     assert main(["run", "--help"]) == 0
     out, _ = output(capsys)
     assert [flag for flag in flags if flag not in out] == []
+
+
+@pytest.mark.parametrize("command", ["run", "migrate", "plan", "check"])
+def test_every_flag_of_a_setting_is_an_option(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    words = re.split(r"[\s,]+", output(capsys)[0])
+    assert {f"--{flag}" for flag in (*FLAGS, *TABLE_FLAGS)} <= set(words)
 
 
 def test_help_names_only_variables_that_exist(capsys: pytest.CaptureFixture[str]) -> None:

@@ -394,6 +394,32 @@ def test_a_wrong_type_names_key_file_and_line(write: Write, text: str, key: str,
     assert "1979" not in message
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("drop_nulls = 3", "tables[0].drop_nulls: expected true or false or an array of strings"),
+        ("skip_bytea = [1]", "tables[0].skip_bytea: expected true or false or an array of strings"),
+        (
+            "constants = { a = [1] }",
+            "tables[0].constants.a: expected a string, an integer, a number or true or false",
+        ),
+        ("collection_config = 1", "tables[0].collection_config: expected a table"),
+        ("key = [1]", "tables[0].key[0]: expected a string"),
+        ("rename = { a = 1 }", "tables[0].rename.a: expected a string"),
+        (
+            "metrics = { e = 'cos' }",
+            'tables[0].metrics.e: expected one of "cosine", "euclid", "dot", "manhattan"',
+        ),
+    ],
+)
+def test_a_field_of_several_types_is_one_problem(write: Write, entry: str, said: str) -> None:
+    path = write(f"{MINIMAL}{entry}\n")
+    (line,) = refused(path).message.splitlines()
+    assert line.startswith(f"{said} (file ")
+    number = len(path.read_text().splitlines())
+    assert line.endswith(f"line {number}).")
+
+
 def test_all_problems_are_told_at_once(write: Write) -> None:
     text = "[http]\nport = 'x'\nenabled = 3\n[[tables]]\ncollection = 'c'\n"
     keys = {line.split()[0].rstrip(":") for line in refused(write(text)).message.splitlines()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,7 +59,7 @@ def test_chunks_cover_every_block_once_and_the_last_is_open() -> None:
     ranges = [(c.start_block, c.end_block) for c in chunks if c.leaf.oid == 1]
     assert ranges[0][0] == 0
     assert ranges[-1][1] is None
-    assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
     assert len(ranges) == 20
     assert [(c.start_block, c.end_block) for c in chunks if c.leaf.oid == 2] == [(0, None)]
 
@@ -90,7 +91,7 @@ def test_what_is_done_is_never_left_and_the_rest_always_is(
     )
     assert ranges[0][0] == 0
     assert ranges[-1][1] is None
-    assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
     assert ledger.copied == (not ledger.left(table))
     assert ledger.record.rows == 10 * len(done)
 
@@ -166,5 +167,7 @@ def test_the_record_comes_back_as_it_was() -> None:
     ledger = new(table, sweep=True)
     ledger.finish(ledger.left(table)[3], 5, 6)
     ledger.finish(ledger.left(table)[-1], 5, 6)
-    record = dataclasses.replace(ledger.record, repair=True, buckets=3, swept=1, orphans=9)
+    record = dataclasses.replace(
+        ledger.record, repair=True, again=True, buckets=3, swept=1, orphans=9
+    )
     assert table_ledger(ledger_record(record), "test") == record

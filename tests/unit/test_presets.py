@@ -288,6 +288,16 @@ def test_a_vector_without_dimension_is_looked_up() -> None:
     assert not lacks_dimension("langchain", bare, PlanOptions(dimensions={"embedding": 3}))
     assert not lacks_dimension("langchain", table(LANGCHAIN), PlanOptions())
     assert not lacks_dimension("vecs", table(LANGCHAIN), PlanOptions())
+    # Indexes on a cast tell it, unless they differ: each may be for one LangChain collection.
+    indexes = [
+        Index(name, "hnsw", (IndexColumn(None, "vector_cosine_ops", f"(embedding)::vector({n})"),))
+        for name, n in (("three", 3), ("three again", 3), ("four", 4))
+    ]
+    told = dataclasses.replace(bare, indexes=(*bare.indexes, *indexes[:2]))
+    assert not lacks_dimension("langchain", told, PlanOptions())
+    assert lacks_dimension(
+        "langchain", dataclasses.replace(told, indexes=tuple(indexes)), PlanOptions()
+    )
 
 
 # -- ids
@@ -483,7 +493,8 @@ class Feed:
         """Ids of upserts, partials and deletes, and of what must be read again."""
         (batch,) = self.gatherer.take().tables.values()
         changes, fetch = batch.split()
-        upserts, partials = ({i for i, _ in c} for c in (changes.upserts, changes.partials))
+        upserts: set[object] = {point_id for point_id, _ in changes.upserts}
+        partials: set[object] = {point_id for point_id, _ in changes.partials}
         return upserts, partials, set(changes.deletes), set(fetch)
 
 
@@ -512,7 +523,7 @@ def test_rows_of_other_collections_are_passed_over(form: bytes) -> None:
     feed.send(m.Update(16384, None, False, langchain_row(7, OTHERS)))
     feed.send(m.Update(16384, None, False, langchain_row(7, form, UNCHANGED)))
     # Another key and another collection at once.
-    old = [key(8).encode(), None, None, None, None]
+    old: Row = [key(8).encode(), None, None, None, None]
     feed.send(m.Update(16384, old, True, langchain_row(9, OTHERS)))
     feed.send(m.Insert(16384, langchain_row(10, OTHERS)))
     feed.send(m.Update(16384, None, False, langchain_row(10, form)))

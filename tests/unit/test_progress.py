@@ -9,6 +9,7 @@ import logging
 import re
 
 import pytest
+from rich.console import Console
 
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
@@ -18,9 +19,11 @@ from cdc_sync.sync.progress import (
     CopyProgress,
     ProgressScreen,
     ProgressWatch,
+    TableProgress,
     duration_text,
     lag_text,
     on_terminal,
+    progress_table,
     rows_text,
     size_text,
 )
@@ -271,6 +274,27 @@ def test_the_screen_has_a_line_a_table_and_logs_above_it(
     for part in ("250/~1,000 rows (estimated)", "1.0 MB", "250 rows/s", "ETA 0:03", "copying"):
         assert part in line
     assert "4.1 kB, 1.5 s behind" in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 129, 130, 200])
+def test_a_narrow_terminal_shows_less_and_cuts_nothing_off(width: int) -> None:
+    tables = [
+        TableProgress(
+            "public.documents", "copying", 1_250_000, 8_000_000, False, 10**10, 4123.0, 1637.0
+        ),
+        TableProgress("app.items", "pending", 0, 9000, True, 0, None, None),
+        TableProgress("app.unknown", "copying", 5, None, False, 0, None, None),
+    ]
+    stream = io.StringIO()
+    console = Console(file=stream, width=width)
+    console.print(progress_table(tables, (12_000_000, 3.4), width))
+    text = stream.getvalue()
+    assert "…" not in text
+    assert len(text.splitlines()) == 4
+    for part in ("1,250,000/~8,000,000", "estimated", "4,123 rows/s", "ETA 27:17", "pending"):
+        assert part in text
+    assert ("10.0 GB" in text) == (width >= 130)
+    assert "stream 12.0 MB, 3.4 s behind" in text
 
 
 @pytest.mark.parametrize("term", ["", "dumb", "unknown"])

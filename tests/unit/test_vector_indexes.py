@@ -10,7 +10,7 @@ import pytest
 
 from cdc_sync.errors import ConfigError, ErrorKind, SourceError
 from cdc_sync.mapping.plan import Datatype, Metric, TablePlan, VectorPlan
-from cdc_sync.mapping.planner import PlanOptions, build_plan
+from cdc_sync.mapping.planner import PlanOptions, build_plan, replan
 from cdc_sync.mapping.table import Column, Index, IndexColumn, PgType, Table
 from cdc_sync.mapping.vector_indexes import index_notes, vector_indexes
 from cdc_sync.mapping.vector_settings import find_dimension, find_metric
@@ -132,6 +132,9 @@ def test_the_suggestion_is_taken_by_configuration_only() -> None:
     renamed = {"vectors": {"dense": {"datatype": "uint8"}}}
     vector = vector_of(table, collection_config=renamed, rename={"embedding": "dense"})
     assert vector.datatype is Datatype.UINT8
+    renamed_options = PlanOptions(rename={"embedding": "dense"}, collection_config=renamed)
+    warnings = build_plan(table, renamed_options).warnings
+    assert any("from 0 to 255" in warning for warning in warnings)
 
 
 def test_no_float16_is_suggested_for_halfvec_columns() -> None:
@@ -250,6 +253,21 @@ def test_indexes_of_different_dimensions_are_an_error_that_names_both() -> None:
         assert text in caught.value.message
     assert "dimensions" in caught.value.remedy
     assert vector_of(table, dimensions={"embedding": 5}).size == 5
+
+
+def test_settings_of_a_vector_that_is_gone_go_with_it() -> None:
+    vectors = {"embedding": {"on_disk": True}, "other": {"on_disk": True}}
+    config: dict[str, object] = {"shard_number": 2, "vectors": vectors}
+    plan = plan_of(docs(), collection_config=config)
+    kept = [(column.name, column.type) for column in plan.columns]
+    options = PlanOptions(collection_config=config)
+    assert replan(plan, kept, options).collection_config == config
+    gone = replan(plan, kept[:1], options).collection_config
+    assert gone == {"shard_number": 2, "vectors": {"other": {"on_disk": True}}}
+    # Those of the unnamed vector are not under a name.
+    config = {"shard_number": 2, "vectors": {"on_disk": True}}
+    plan = plan_of(docs(), collection_config=config, unnamed_vector="embedding")
+    assert replan(plan, kept[:1], PlanOptions()).collection_config == {"shard_number": 2}
 
 
 def test_a_dimension_that_contradicts_the_type_is_an_error() -> None:
