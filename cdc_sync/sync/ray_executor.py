@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import pickle
+import socket
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 import ray
@@ -36,6 +37,7 @@ log = get_logger(__name__)
 _NEWS_SECONDS: Final = 2.0
 #: How long Ray may take to find room for an actor and to start it.
 _PLACEMENT_SECONDS: Final = 30.0
+_KNOCK_SECONDS: Final = 10.0
 _MAX_WORKERS: Final = 256
 
 _News: TypeAlias = list[tuple[CdcSyncError, float]]
@@ -123,6 +125,7 @@ class RayCluster:
             if local:
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             try:
+                _knock(self._address)
                 ray.init(
                     address=self._address,
                     num_cpus=self._num_workers or None if local else None,
@@ -131,7 +134,7 @@ class RayCluster:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                 )
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise ConfigError(
                     f"there is no Ray cluster to join at {self._address!r} "
                     f"({type(error).__name__}).",
@@ -159,6 +162,13 @@ class RayCluster:
             ray.kill(actor)
             raise
         return _RayWorker(actor, self._on_retry)
+
+
+def _knock(address: str) -> None:
+    """Raise ``OSError`` if nobody listens at ``host:port``: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS).close()
 
 
 class _RayWorker:

@@ -139,7 +139,12 @@ def campaign(parts: Callable[..., Parts], *, rows: int, kills: int, seed: int) -
     made = parts(
         rows,
         dim=128,
-        migration={"window_seconds": 1.0, "chunk_rows": chunk_rows, "batch_delay": 100},
+        migration={
+            "window_seconds": 1.0,
+            "chunk_rows": chunk_rows,
+            # So that small tables are not copied before everything is killed.
+            "batch_delay": 0 if rows > 200_000 else 400,
+        },
     )
     victims = [KILLS[n % len(KILLS)] for n in range(kills)]
     choose.shuffle(victims)
@@ -151,7 +156,7 @@ def campaign(parts: Callable[..., Parts], *, rows: int, kills: int, seed: int) -
     with writing(*writers):
         made.synced.daemon.start(wait=False)
         for victim in victims:
-            made.wait_chunks(made.chunks() + choose.randint(1, 100 // kills))
+            made.wait_chunks(made.chunks() + choose.randint(1, max(4, 40 // kills)))
             time.sleep(choose.uniform(0, 0.5))
             in_mid_copy += not made.copied()
             made.kill(victim)

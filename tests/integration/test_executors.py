@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Literal
 
 import psutil
 import pytest
@@ -22,8 +21,6 @@ from tests.support.chunk_source import Chunks, CopyCase, plan_case
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import pipeline_settings
 from tests.support.qdrant_control import Faults, QdrantTarget
-
-Kind = Literal["processes", "here"]
 
 
 @pytest.fixture
@@ -238,26 +235,26 @@ async def test_a_worker_that_does_not_let_go_is_killed(
         faults.release()
 
 
-async def test_rests_after_each_batch(case: CopyCase, executor: ChunkExecutor) -> None:
+async def test_rests_after_each_batch(case: CopyCase, sink: Sink) -> None:
     with case.snapshot() as snapshot:
         task = case.tasks(snapshot, 1, batch_rows=500, batch_delay_seconds=0.2)
         source = Chunks.of(task)
-        await executor.copy(source, source.done)
+        await InProcess(sink).copy(source, source.done)
     assert source.results[0].rows == 2000
     assert source.results[0].seconds > 0.8
 
 
 async def test_repair_writes_only_what_differs(
-    case: CopyCase, qdrant: QdrantTarget, executor: ChunkExecutor, sink: Sink
+    case: CopyCase, qdrant: QdrantTarget, sink: Sink
 ) -> None:
     with case.snapshot() as snapshot:
         source = Chunks.of(case.tasks(snapshot, 4))
-        await executor.copy(source, source.done)
+        await InProcess(sink).copy(source, source.done)
     case.database.execute("UPDATE docs SET note = 'other' WHERE id < 10")
     case.database.execute("INSERT INTO docs SELECT i, 'new' FROM generate_series(5000, 5004) i")
     with case.snapshot() as snapshot:
         source = Chunks.of(case.tasks(snapshot, 4, repair=True))
-        await executor.copy(source, source.done)
+        await InProcess(sink).copy(source, source.done)
     counts = [
         sum(getattr(r, name) for r in source.results) for name in ("same", "different", "missing")
     ]

@@ -382,13 +382,10 @@ def _points(source: Source) -> int:
     return client.count(source.collection, exact=True).count
 
 
-def test_a_terminal_shows_a_bar_and_the_summary(
-    database18: Database, qdrant_private: QdrantProcess
-) -> None:
-    source = Source(database18, qdrant_private, "docs")
+def test_a_terminal_shows_a_bar_and_the_summary(source: Source) -> None:
     fill(source.database, 20_000)
-    qdrant_private.script.slow("upsert", 0.3, times=100_000)
-    text, code = _on_terminal(source.arguments("--migration.num-workers", "1", "-b", "1000"))
+    slowly = ("--migration.num-workers", "1", "-b", "1000", "--migration.batch-delay", "250")
+    text, code = _on_terminal(source.arguments(*slowly))
     assert code == 0, text
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert re.search(r"public\.docs +\S+ +[\d,]+/20,000 rows", plain), plain

@@ -1,42 +1,47 @@
-"""The copy in windows, held where a test wants it: rows that move between blocks that are copied
-and blocks that are not, tables that change under the copy, and snapshots that do not see what was
-applied."""
+"""The copy in windows: rows that move between blocks that are copied and blocks that are not,
+snapshots that do not see what was applied, and WAL that is not kept for longer than a window."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 import pytest
 from qdrant_client import models as q
 
-from cdc_sync.config import Settings, TableSettings
 from cdc_sync.demo.embedded import PostgresServer, find_binaries
-from cdc_sync.errors import CdcSyncError, SinkError, SourceError
 from cdc_sync.sync.applier import Applier
 from cdc_sync.sync.resync import RecentTransactions
 from tests.integration.test_visibility import hanging
+from tests.support.fix_pipeline import SyncTable
 from tests.support.fix_postgres import Database, DatabaseFactory
-from tests.support.ledger_log import check_ledger, count, events_of
-from tests.support.pipeline_task import Running, pipeline_settings, running
+from tests.support.ledger_log import Event, check_ledger, count, events_of, logged_events
+from tests.support.migration_load import MigrationWriter, create_partitioned, writing
+from tests.support.pipeline_task import Running
 from tests.support.qdrant_control import QdrantTarget
 from tests.support.windows import (
     CHUNK_PAGES,
     DIM,
+    DONE,
     EUCLID,
-    ONE_CHUNK,
+    LEFT,
+    ROWS,
     Windows,
-    block_of,
     create_paged,
+    docs_settings,
+    first_window,
+    is_copied,
+    make_space,
+    move,
     vector,
 )
-
-ROWS: Final = 1_000
-#: A row of the first chunk, and one of a chunk far from it.
-DONE, LEFT = 20, 700
 
 
 @pytest.fixture
@@ -44,48 +49,137 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> Windows:
     return Windows(monkeypatch)
 
 
-def docs_settings(database: Database, qdrant: QdrantTarget, **table: object) -> Settings:
-    """The table ``docs``, one chunk a window."""
-    return pipeline_settings(
-        database, qdrant, {"name": "docs", **EUCLID, **table}, migration=ONE_CHUNK
+# -- everything at once
+
+
+@pytest.mark.requirement("R70")
+@pytest.mark.parametrize("target", ["server", "edge"])
+def test_many_windows_under_writers(
+    database18: Database, sync_table: SyncTable, target: str
+) -> None:
+    """Rows move to other blocks and partitions, by updates without their vectors, changed keys, and
+    space that is made for them; a partition is emptied, of which the stream says nothing."""
+    create_partitioned(database18, 3_000, dim=DIM, partitions=3, pad=900)
+    synced = sync_table(
+        database18,
+        "items",
+        target=target,
+        start=False,
+        migration={"window_seconds": 0.1, "chunk_rows": 100, "batch_delay": 50},
+        **EUCLID,
     )
+    writers = [
+        MigrationWriter(database18, dim=DIM, key_space=4_500, seed=seed) for seed in range(3)
+    ]
+    daemon = synced.daemon
+    with writing(*writers):
+        daemon.start(wait=False)
+        daemon.wait(lambda: count(daemon.events(), "window_closed") >= 2, "windows")
+        database18.execute("SET lock_timeout = '10s'; TRUNCATE items_1")
+        daemon.wait_state("streaming")
+    events = logged_events(daemon.log_path)
+    synced.assert_equal()
+    assert count(events, "window_closed") >= 6
+    assert check_ledger(events).chunks["public.items"] >= 16
 
 
-@contextlib.asynccontextmanager
-async def first_window(
-    database: Database, qdrant: QdrantTarget, settings: Settings | None = None
-) -> AsyncIterator[Running]:
-    """A pipeline that has copied the first chunk of ``docs``, streams, and opens no window."""
-    settings = settings or docs_settings(database, qdrant)
-    async with running(settings, database, qdrant, wait=False) as life:
-        await life.wait(
-            lambda: life.pipeline._watching is not None and life.state == "snapshotting",
-            "the stream",
+# -- WAL
+
+
+@dataclass(frozen=True)
+class Retained:
+    """WAL at one moment, in bytes: its end, and what the slot keeps of it. ``moment`` is in
+    seconds."""
+
+    moment: float
+    end: int
+    by_restart: int
+    by_confirmed: int
+
+
+class WalWatch:
+    """Writes steadily, and looks at what the slot retains, in a thread."""
+
+    def __init__(self, database: Database, slot: str) -> None:
+        self.samples: list[Retained] = []
+        self._database = database
+        self._slot = slot
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        statement = (
+            "SELECT pg_current_wal_insert_lsn() - '0/0', pg_current_wal_insert_lsn() - restart_lsn,"
+            " pg_current_wal_insert_lsn() - confirmed_flush_lsn FROM pg_replication_slots"
+            " WHERE slot_name = %s"
         )
-        await life.caught_up()
-        yield life
+        with self._database.connect() as connection:
+            for number in itertools.count():
+                if self._stopping.wait(0.005):
+                    return
+                # Even, whatever a checkpoint adds to what rows write.
+                connection.execute(
+                    "SELECT pg_logical_emit_message(false, 'tests', repeat('x', 4000))"
+                )
+                connection.execute("UPDATE docs SET n = %s WHERE id = 1", (number,))
+                if number % 10 == 0:
+                    # Else the slot's beginning moves every 15 seconds only.
+                    connection.execute("SELECT pg_log_standby_snapshot()")
+                row = connection.execute(statement, (self._slot,)).fetchone()
+                if row is not None and None not in row:
+                    self.samples.append(Retained(time.monotonic(), *map(int, row)))  # type: ignore[call-overload]
+
+    def finish(self) -> list[Retained]:
+        self._stopping.set()
+        self._thread.join(10)
+        return self.samples
+
+
+@pytest.mark.requirement("R70", "R80")
+def test_the_wal_retained_is_under_twice_what_a_window_writes(
+    database18: Database, sync_table: SyncTable
+) -> None:
+    create_paged(database18, 2_000)
+    synced = sync_table(
+        database18,
+        "docs",
+        start=False,
+        migration={"window_seconds": 1.5, "chunk_rows": 100, "batch_delay": 700},
+        **EUCLID,
+    )
+    synced.daemon.start(wait=False)
+    watch = WalWatch(database18, synced.daemon.slot)
+    try:
+        synced.daemon.wait_state("streaming")
+    finally:
+        samples = watch.finish()
+    synced.assert_equal()
+    windows = window_seconds(synced.daemon.events())
+    assert len(windows) >= 4
+    first, last = samples[0], samples[-1]
+    rate = (last.end - first.end) / (last.moment - first.moment)
+    most = max(sample.by_confirmed for sample in samples)
+    assert most < 2 * rate * max(windows), f"{most} bytes at {rate:.0f}/s, {windows}"
+    # Postgres moves the slot's beginning to where a confirmation before found it: a window later.
+    two = max(a + b for a, b in itertools.pairwise(windows))
+    most = max(sample.by_restart for sample in samples)
+    assert most < 1.5 * rate * two, f"{most} bytes at {rate:.0f}/s, {windows}"
+    # One window for all of it would show.
+    assert sum(windows) > 2 * max(windows)
+
+
+def window_seconds(events: Sequence[Event]) -> list[float]:
+    """How long the stream stood still in each window; in the first, until it began."""
+    began, streamed = (
+        datetime.fromisoformat(next(str(e["time"]) for e in events if e["event"] == name))
+        for name in ("copy_started", "streaming_started")
+    )
+    closed = [float(str(e["seconds"])) for e in events if e["event"] == "window_closed"]
+    return [(streamed - began).total_seconds(), *closed]
 
 
 # -- R69
-
-
-def make_space(database: Database) -> None:
-    """Free some of the first blocks, so that what is updated moves there."""
-    database.execute("DELETE FROM docs WHERE id <= 8")
-    # Else so few dead rows are left in their blocks.
-    database.execute("VACUUM (INDEX_CLEANUP ON) docs")
-
-
-def move(database: Database, id_: int) -> tuple[int, int]:
-    """Update a row without its vector; returns the block where it was, and where it is."""
-    before = block_of(database, id_)
-    database.execute("UPDATE docs SET note = 'moved' WHERE id = %s", (id_,))
-    return before, block_of(database, id_)
-
-
-def is_copied(life: Running, id_: int) -> bool:
-    found = life.qdrant.client().retrieve(str(life.pipeline.settings.tables[0].collection), [id_])
-    return bool(found)
 
 
 async def move_between_windows(life: Running, windows: Windows) -> None:
@@ -198,140 +292,6 @@ def spoil(life: Running, *ids: int) -> None:
     )
 
 
-# -- tables that change under the copy
-
-CHANGES: Final = {
-    "VACUUM FULL": "VACUUM FULL docs",
-    "CLUSTER": "CLUSTER docs USING docs_pkey",
-    "TRUNCATE": "TRUNCATE docs; INSERT INTO docs (id, note) SELECT i, 'new' FROM"
-    " generate_series(500, 520) i",
-    "DELETE and VACUUM": "DELETE FROM docs WHERE id % 3 > 0;VACUUM (INDEX_CLEANUP ON) docs",
-    "ALTER TYPE": "ALTER TABLE docs ALTER n TYPE text",
-    "ALTER TYPE of the vector": f"ALTER TABLE docs ALTER emb TYPE vector({DIM}) USING emb + emb",
-    "ADD COLUMN": "ALTER TABLE docs ADD extra text DEFAULT 'given'",
-    "DROP COLUMN": "ALTER TABLE docs DROP n",
-    "DROP and ADD COLUMN": "ALTER TABLE docs DROP n, ADD n bigint DEFAULT 7",
-    "RENAME COLUMN": "ALTER TABLE docs RENAME n TO number",
-}
-PART_CHANGES: Final = {
-    "attached": "CREATE TABLE part_4 (LIKE part_1 INCLUDING ALL);"
-    f"INSERT INTO part_4 (id, note, emb) SELECT i, 'attached', {vector('i')} FROM generate_series(4000, 4100) i;"
-    "ALTER TABLE docs ATTACH PARTITION part_4 FOR VALUES FROM (4000) TO (5000)",
-    "created": "CREATE TABLE part_4 PARTITION OF docs FOR VALUES FROM (4000) TO (5000);"
-    "INSERT INTO docs (id, note) VALUES (4001, 'created')",
-    "detached, done": "ALTER TABLE docs DETACH PARTITION part_1",
-    "detached, left": "ALTER TABLE docs DETACH PARTITION part_2",
-    "dropped, done": "DROP TABLE part_1",
-    "dropped, left": "DROP TABLE part_2",
-    "truncated, done": "TRUNCATE part_1",
-    "truncated, left": "TRUNCATE part_2",
-    "all truncated": "TRUNCATE docs",
-}
-WHEN: Final = (
-    "between windows",
-    pytest.param("at a window's beginning", marks=pytest.mark.slow),
-    pytest.param("while it is down", marks=pytest.mark.slow),
-)
-
-
-def do(database: Database, statements: str) -> None:
-    """Each by itself: VACUUM and CLUSTER want that."""
-    for statement in statements.split(";"):
-        database.execute(statement)
-
-
-def write_some(database: Database, first: int = LEFT) -> None:
-    """Changes of rows of which some are copied and some are not, without their vectors."""
-    database.execute(
-        f"UPDATE docs SET note = 'later' WHERE id IN ({DONE}, {first});"
-        f"UPDATE docs SET id = {first + 1000} WHERE id = {first + 1};"
-        f"DELETE FROM docs WHERE id IN ({DONE + 1}, {first + 2});"
-        f"INSERT INTO docs (id, note) VALUES ({first + 1001}, 'inserted')"
-    )
-
-
-async def change_under_the_copy(
-    database: Database, qdrant: QdrantTarget, windows: Windows, change: str, when: str
-) -> None:
-    """After the first window, and with changes in the stream before and after it."""
-    settings = docs_settings(database, qdrant)
-
-    async def go_on(life: Running) -> None:
-        write_some(database, LEFT + 10)
-        await windows.open(life, 1)
-        await windows.finish(life)
-        await life.assert_equal()
-
-    async with first_window(database, qdrant, settings) as life:
-        write_some(database)
-        await life.caught_up()
-        if when == "between windows":
-            do(database, change)
-        elif when == "at a window's beginning":
-            windows.before_snapshot.append(lambda: do(database, change))
-            await windows.open(life, 1)
-        else:
-            await life.stop()
-        if when != "while it is down":
-            await go_on(life)
-            return
-    do(database, change)
-    async with first_window(database, qdrant, settings) as life:
-        await go_on(life)
-
-
-@pytest.mark.requirement("R54", "R82")
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("change", CHANGES)
-async def test_a_table_that_changes_in_mid_copy(
-    database18: Database, qdrant: QdrantTarget, windows: Windows, change: str, when: str
-) -> None:
-    create_paged(database18, ROWS)
-    await change_under_the_copy(database18, qdrant, windows, CHANGES[change], when)
-
-
-def create_parts(database: Database) -> None:
-    create_paged(database, 0, partition="PARTITION BY RANGE (id)")
-    for number, (first, end) in enumerate([(0, 400), (400, 1500), (1500, 4000)], 1):
-        database.execute(
-            f"CREATE TABLE part_{number} PARTITION OF docs FOR VALUES FROM ({first}) TO ({end});"
-            f"ALTER TABLE part_{number} SET (autovacuum_enabled = false);"
-            f"ALTER TABLE part_{number} ALTER pad SET STORAGE PLAIN"
-        )
-    database.execute(
-        f"INSERT INTO docs (id, note, n, emb) SELECT i, 'note ' || i, i, {vector('i')}"
-        f" FROM generate_series(1, {ROWS}) i; ANALYZE docs"
-    )
-
-
-@pytest.mark.requirement("R34", "R54")
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("change", PART_CHANGES)
-async def test_a_partition_that_comes_or_goes_in_mid_copy(
-    database18: Database, qdrant: QdrantTarget, windows: Windows, change: str, when: str
-) -> None:
-    create_parts(database18)
-    await change_under_the_copy(database18, qdrant, windows, PART_CHANGES[change], when)
-
-
-async def test_a_table_that_is_dropped_in_mid_copy(
-    database18: Database, qdrant: QdrantTarget, windows: Windows
-) -> None:
-    create_paged(database18, ROWS)
-    settings = docs_settings(database18, qdrant)
-    async with first_window(database18, qdrant, settings) as life:
-        database18.execute("DROP TABLE docs")
-        windows.limit = 1_000
-        with pytest.raises(
-            SourceError, match=r"public\.docs (was dropped|cannot be read)"
-        ) as caught:
-            await asyncio.wait_for(asyncio.shield(life.task), 15)
-    assert "configuration" in caught.value.remedy
-    with pytest.raises(CdcSyncError, match="docs"):
-        async with running(settings, database18, qdrant):
-            pass
-
-
 # -- R71: a commit is streamed before it is visible
 
 HANGING: Final = {
@@ -430,233 +390,3 @@ async def test_the_next_life_does_not_know_what_was_applied_and_waits(
             stack.close()
             await windows.finish(life)
             await life.assert_equal()
-
-
-# -- tables that join
-
-
-@pytest.mark.requirement("R70", "R71")
-@pytest.mark.parametrize("owner", ["ours", "the user's"])
-async def test_a_table_joins_a_running_pipeline(
-    database18: Database,
-    qdrant: QdrantTarget,
-    windows: Windows,
-    caplog: pytest.LogCaptureFixture,
-    owner: str,
-) -> None:
-    """A transaction writes to it before it is published and ends when it is: what it wrote is not
-    in the stream, so no snapshot without it will do."""
-    await join(database18, qdrant, windows, caplog, owner)
-
-
-async def test_the_test_sees_a_table_that_is_copied_too_early(
-    database18: Database,
-    qdrant: QdrantTarget,
-    windows: Windows,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(RecentTransactions, "all_visible", lambda *_: True)
-    with pytest.raises(AssertionError):
-        await join(database18, qdrant, windows, caplog, "ours")
-
-
-async def join(
-    database: Database,
-    qdrant: QdrantTarget,
-    windows: Windows,
-    caplog: pytest.LogCaptureFixture,
-    owner: str,
-) -> None:
-    caplog.set_level(logging.DEBUG, "cdc_sync")
-    create_paged(database, 50)
-    create_paged(database, 300, "more")
-    settings = docs_settings(database, qdrant)
-    if owner != "ours":
-        database.execute(f'CREATE PUBLICATION "{settings.source.publication}" FOR TABLE docs')
-    async with first_window(database, qdrant, settings) as life:
-        await windows.finish(life)
-        await life.assert_equal()
-        await life.stop()
-    more = TableSettings(
-        name="more", collection=qdrant.new_collection_name(), metrics={"emb": "euclid"}
-    )
-    settings = settings.model_copy(update={"tables": [*settings.tables, more]})
-    with database.connect(autocommit=False) as writer:
-        writer.execute("INSERT INTO more (id, note) VALUES (5000, 'before it was published')")
-        writer.execute("UPDATE more SET note = 'before' WHERE id IN (1, 290)")
-        writer.execute("DELETE FROM more WHERE id = 291")
-        if owner != "ours":
-            database.execute(f'ALTER PUBLICATION "{settings.source.publication}" ADD TABLE more')
-        async with running(settings, database, qdrant, wait=False) as life:
-            await life.wait(
-                lambda: count(events_of(caplog.records), "tables_added") == 1, "the table"
-            )
-            windows.limit = 1_000
-            # The other table goes on.
-            write_some(database, 30)
-            await life.wait(
-                lambda: (
-                    windows.closed > 3 or count(events_of(caplog.records), "window_postponed") > 2
-                ),
-                "a window",
-            )
-            assert not is_copied_to(life, str(more.collection), 300)
-            writer.commit()
-            database.execute("UPDATE more SET note = 'published' WHERE id IN (2, 289)")
-            await windows.finish(life)
-            await life.assert_equal()
-
-
-def is_copied_to(life: Running, collection: str, id_: int) -> bool:
-    return bool(life.qdrant.client().retrieve(collection, [id_]))
-
-
-# -- points without a row
-
-
-def put(life: Running, *ids: int) -> None:
-    """Add points by hand."""
-    collection = str(life.pipeline.settings.tables[0].collection)
-    life.qdrant.client().upsert(
-        collection,
-        [q.PointStruct(id=id_, vector={"emb": [0.5] * DIM}, payload={"note": "?"}) for id_ in ids],
-        wait=True,
-    )
-
-
-@pytest.mark.requirement("R72", "R82")
-@pytest.mark.parametrize("cause", ["ADD COLUMN", "a request"])
-async def test_a_resync_sweeps_points_without_a_row(
-    database18: Database, qdrant: QdrantTarget, windows: Windows, cause: str
-) -> None:
-    """Rows that come and go while it is under way are not mistaken for such points."""
-    create_paged(database18, ROWS)
-    async with first_window(database18, qdrant) as life:
-        await windows.finish(life)
-        put(life, 7_001, 7_002, 99_999)
-        if cause == "ADD COLUMN":
-            windows.limit = windows.closed
-            database18.execute("ALTER TABLE docs ADD extra text DEFAULT 'given'")
-        else:
-            await windows.begin_resync(life)
-        write_some(database18)
-        windows.before_snapshot.append(
-            lambda: database18.execute(
-                "INSERT INTO docs (id) VALUES (7_001); DELETE FROM docs WHERE id = 30"
-            )
-        )
-        await life.caught_up()
-        await windows.finish(life)
-        await life.assert_equal()
-        assert life.metric("orphans_total", table="public.docs") >= 2
-
-
-@pytest.mark.requirement("R57", "R72")
-async def test_rows_deleted_while_the_table_was_not_published_are_swept(
-    database18: Database, qdrant: QdrantTarget, windows: Windows
-) -> None:
-    create_paged(database18, ROWS)
-    settings = docs_settings(database18, qdrant)
-    publication = settings.source.publication
-    async with first_window(database18, qdrant, settings) as life:
-        await windows.finish(life)
-        database18.execute(f'ALTER PUBLICATION "{publication}" DROP TABLE docs')
-        with pytest.raises(SourceError, match="publication"):
-            await asyncio.wait_for(asyncio.shield(life.task), 15)
-    database18.execute(
-        "DELETE FROM docs WHERE id < 50; UPDATE docs SET note = 'unseen' WHERE id = 60"
-    )
-    database18.execute(f"UPDATE docs SET emb = {vector('0')} WHERE id = 61")
-    database18.execute(f'ALTER PUBLICATION "{publication}" ADD TABLE docs')
-    async with running(settings, database18, qdrant) as life:
-        await windows.finish(life)
-        await life.assert_equal()
-
-
-# -- bad input
-
-
-async def test_a_plan_that_changes_between_two_lives(
-    database18: Database, qdrant: QdrantTarget, windows: Windows
-) -> None:
-    """In mid copy as after it: half of the points would be of the one plan."""
-    create_paged(database18, ROWS)
-    settings = docs_settings(database18, qdrant)
-    async with first_window(database18, qdrant, settings) as life:
-        await life.stop()
-    (table,) = settings.tables
-    for change in ({"exclude": ["pad"]}, {"rename": {"note": "text"}}, {"where": "id > 5"}):
-        changed = settings.model_copy(update={"tables": [table.model_copy(update=change)]})
-        with pytest.raises(CdcSyncError, match=r"public\.docs|publication") as caught:
-            async with running(changed, database18, qdrant):
-                pass
-        assert caught.value.remedy, change
-    async with first_window(database18, qdrant, settings) as life:
-        await windows.finish(life)
-        await life.assert_equal()
-
-
-async def test_a_key_column_with_nulls(database18: Database, qdrant: QdrantTarget) -> None:
-    database18.execute(
-        "CREATE TABLE docs (k bigint UNIQUE, emb vector(3));"
-        "ALTER TABLE docs REPLICA IDENTITY FULL;"
-        "INSERT INTO docs VALUES (1, '[1,2,3]'), (NULL, '[1,2,3]')"
-    )
-    settings = pipeline_settings(database18, qdrant, {"name": "docs", "key": ["k"]})
-    with pytest.raises(CdcSyncError, match=r"(?s)docs.*\bk\b|\bk\b.*docs") as caught:
-        async with running(settings, database18, qdrant):
-            pass
-    assert "NOT NULL" in str(caught.value) + caught.value.remedy
-    assert not qdrant.client().collection_exists(str(settings.tables[0].collection))
-    assert database18.execute("SELECT count(*) FROM pg_publication") == [(0,)]
-
-
-@pytest.mark.requirement("R9", "R72")
-async def test_a_slot_lost_in_mid_copy(
-    database18: Database,
-    qdrant: QdrantTarget,
-    windows: Windows,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """The copy begins anew, and rows deleted meanwhile leave nothing behind."""
-    caplog.set_level(logging.DEBUG, "cdc_sync")
-    create_paged(database18, ROWS)
-    settings = docs_settings(database18, qdrant)
-    async with first_window(database18, qdrant, settings) as life:
-        write_some(database18)
-        await life.caught_up()
-        await life.stop()
-    database18.execute("SELECT pg_drop_replication_slot(%s)", (settings.source.slot,))
-    database18.execute("DELETE FROM docs WHERE id < 10 OR id = 3700")
-    windows.closed = 0
-    async with first_window(database18, qdrant, settings) as life:
-        await windows.finish(life)
-        await life.assert_equal()
-    events = events_of(caplog.records)
-    assert count(events, "copy_begins_anew") == 1
-    assert check_ledger(events).faults == []
-
-
-async def test_a_collection_that_holds_foreign_points(
-    database18: Database, qdrant: QdrantTarget
-) -> None:
-    create_paged(database18, 10)
-    settings = docs_settings(database18, qdrant)
-    collection = str(settings.tables[0].collection)
-    client = qdrant.client()
-    client.create_collection(
-        collection, {"emb": q.VectorParams(size=DIM, distance=q.Distance.EUCLID)}
-    )
-    client.upsert(
-        collection, [q.PointStruct(id=77, vector={"emb": [1.0] * DIM}, payload={})], wait=True
-    )
-    with pytest.raises(SinkError, match=f"{collection}.*already holds 1 point") as caught:
-        async with running(settings, database18, qdrant):
-            pass
-    assert "--adopt" in caught.value.remedy
-    assert client.count(collection).count == 1
-    assert database18.execute(
-        "SELECT (SELECT count(*) FROM pg_publication), (SELECT count(*) FROM pg_replication_slots"
-        " WHERE database = current_database())"
-    ) == [(0, 0)]

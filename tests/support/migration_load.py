@@ -74,7 +74,7 @@ class MigrationWriter:
 
     Ids are taken from 1 to ``key_space``. It inserts, updates with and without the vector, changes
     keys, which moves rows to other partitions, deletes, and now and then makes space for rows to
-    move into; with ``truncate`` it also empties the table as a whole, rarely.
+    move into.
     """
 
     def __init__(
@@ -86,7 +86,6 @@ class MigrationWriter:
         seed: int,
         table: str = "items",
         pause_seconds: float = 0.005,
-        truncate: bool = False,
     ) -> None:
         self.done: Counter[str] = Counter()
         self._database = database
@@ -120,8 +119,6 @@ class MigrationWriter:
             "delete many": (2, "DELETE FROM {t} WHERE id BETWEEN {k} AND {k} + 20"),
             "vacuum": (1, "VACUUM (INDEX_CLEANUP ON) {t}"),
         }
-        if truncate:
-            self._statements["truncate"] = (1, "TRUNCATE {t}")
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:

@@ -5,13 +5,14 @@ For pipelines in the test's own process (:mod:`tests.support.pipeline_task`).
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 import pytest
 
-from cdc_sync.config import SourceSettings
+from cdc_sync.config import Settings, SourceSettings
 from cdc_sync.mapping.table import Table
 from cdc_sync.postgres.snapshot import SnapshotHolder
 from cdc_sync.postgres.watch import SourcePosition
@@ -20,7 +21,8 @@ from cdc_sync.sync.backfill import Backfill
 from cdc_sync.sync.resync import Resync
 from cdc_sync.sync.routing import PlannedTable
 from tests.support.fix_postgres import Database
-from tests.support.pipeline_task import Running
+from tests.support.pipeline_task import Running, pipeline_settings, running
+from tests.support.qdrant_control import QdrantTarget
 
 #: Wide enough that the vector is TOASTed, so updates come without it.
 DIM: Final = 640
@@ -31,6 +33,9 @@ CHUNK_PAGES: Final = 16
 ONE_CHUNK: Final = {"window_seconds": 0.001, "chunk_rows": 100}
 #: The metric tells vectors of other lengths apart, too.
 EUCLID: Final = {"metrics": {"emb": "euclid"}}
+ROWS: Final = 1_000
+#: A row of the first chunk of so many, and one of a chunk far from it.
+DONE, LEFT = 20, 700
 
 
 def vector(first: str, dim: int = DIM) -> str:
@@ -177,3 +182,57 @@ class Windows:
             return since is not None and self._looks >= since + 2
 
         await life.wait(settled, "the end of the copy")
+
+
+# -- the table docs
+
+
+def docs_settings(database: Database, qdrant: QdrantTarget, **table: object) -> Settings:
+    """The table ``docs``, one chunk a window."""
+    return pipeline_settings(
+        database, qdrant, {"name": "docs", **EUCLID, **table}, migration=ONE_CHUNK
+    )
+
+
+@contextlib.asynccontextmanager
+async def first_window(
+    database: Database, qdrant: QdrantTarget, settings: Settings | None = None
+) -> AsyncIterator[Running]:
+    """A pipeline that has copied the first chunk of ``docs``, streams, and opens no window."""
+    settings = settings or docs_settings(database, qdrant)
+    async with running(settings, database, qdrant, wait=False) as life:
+        await life.wait(
+            lambda: life.pipeline._watching is not None and life.state == "snapshotting",
+            "the stream",
+        )
+        await life.caught_up()
+        yield life
+
+
+def make_space(database: Database) -> None:
+    """Free some of the first blocks, so that what is updated moves there."""
+    database.execute("DELETE FROM docs WHERE id <= 8")
+    # Else so few dead rows are left in their blocks.
+    database.execute("VACUUM (INDEX_CLEANUP ON) docs")
+
+
+def move(database: Database, id_: int) -> tuple[int, int]:
+    """Update a row without its vector; returns the block where it was, and where it is."""
+    before = block_of(database, id_)
+    database.execute("UPDATE docs SET note = 'moved' WHERE id = %s", (id_,))
+    return before, block_of(database, id_)
+
+
+def is_copied(life: Running, id_: int) -> bool:
+    found = life.qdrant.client().retrieve(str(life.pipeline.settings.tables[0].collection), [id_])
+    return bool(found)
+
+
+def write_some(database: Database, first: int = LEFT) -> None:
+    """Changes of rows of which some are copied and some are not, without their vectors."""
+    database.execute(
+        f"UPDATE docs SET note = 'later' WHERE id IN ({DONE}, {first});"
+        f"UPDATE docs SET id = {first + 1000} WHERE id = {first + 1};"
+        f"DELETE FROM docs WHERE id IN ({DONE + 1}, {first + 2});"
+        f"INSERT INTO docs (id, note) VALUES ({first + 1001}, 'inserted')"
+    )
