@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench campaign clean
+.PHONY: demo test lint bench campaign libraries clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cdc-sync demo $(ARGS)
@@ -23,6 +23,10 @@ bench: $(VENV)/.dev
 campaign: $(VENV)/.dev
 	$(BIN)/python -m pytest -m campaign $(ARGS)
 
+# Those libraries warn about each other.
+libraries: $(VENV)/.libraries
+	$(BIN)/python -m pytest -W default tests/integration/test_presets.py tests/integration/test_ray_executor.py $(ARGS)
+
 # --group needs pip 25.1, which is newer than what Python 3.11 to 3.13 bring along.
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +39,10 @@ $(VENV)/.demo: $(VENV)/.pip pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[demo]' --group dev
+	touch $@
+
+$(VENV)/.libraries: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --group libraries
 	touch $@
 
 clean:

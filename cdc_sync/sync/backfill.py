@@ -251,7 +251,9 @@ class Backfill:
         total, done = ledger.chunks_total, ledger.chunks_done
         table.snapshot_chunks["pending"].set(total - done)
         table.snapshot_chunks["done"].set(done)
-        self._board.table(planned.name).update(state="copying", rows_copied=ledger.record.rows)
+        self._board.table(planned.name).update(
+            state="copying", rows_copied=ledger.record.rows, bytes_copied=ledger.record.bytes
+        )
 
     def _count(self, planned: PlannedTable, ledger: Ledger, result: ChunkResult) -> None:
         table = self._metrics.add_table(planned.name)
@@ -264,7 +266,9 @@ class Backfill:
         for kind, retries in result.retries.items():
             self._metrics.sink_retries[kind].inc(retries)
             log.warning("copy_retried", table=planned.name, kind=kind.value, times=retries)
-        self._board.table(planned.name).update(rows_copied=ledger.record.rows)
+        board = self._board.table(planned.name)
+        board.update(rows_copied=ledger.record.rows, bytes_copied=ledger.record.bytes)
+        board.add(retries=sum(result.retries.values()))
 
     # -- points without a row
 

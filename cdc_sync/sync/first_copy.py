@@ -195,6 +195,9 @@ class FirstCopy:
         ours = {table.collection for table in state.tables} if state is not None else set()
         for planned in tables:
             found = await self.sink.inspect(planned.plan)
+            if not found.exists and not self.settings.migration.create_collection:
+                # Refused by the sink, before anything else is made.
+                await self.sink.ensure_collection(planned.plan, create=False)
             if self.settings.migration.adopt:
                 continue
             if found.points and planned.plan.collection not in ours:

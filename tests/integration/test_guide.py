@@ -114,7 +114,7 @@ def test_concept_operator_class_to_distance(migration: Migration) -> None:
         )
         shift, sign = {"cos": (1.0, -1.0), "l2": (0.0, 1.0), "ip": (0.0, -1.0)}[name]
         assert [point.score for point in found] == pytest.approx(
-            [shift + sign * distance for _, distance in expected], abs=1e-5
+            [shift + sign * float(str(distance)) for _, distance in expected], abs=1e-5
         )
         assert {point.id for point in found} == {id_ for id_, _ in expected}
 

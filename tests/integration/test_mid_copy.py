@@ -134,7 +134,13 @@ def create_parts(database: Database) -> None:
 
 @pytest.mark.requirement("R34", "R54")
 @pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("change", PART_CHANGES)
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(change, marks=pytest.mark.slow if change.endswith(", left") else ())
+        for change in PART_CHANGES
+    ],
+)
 async def test_a_partition_that_comes_or_goes_in_mid_copy(
     database18: Database, qdrant: QdrantTarget, windows: Windows, change: str, when: str
 ) -> None:
@@ -270,8 +276,8 @@ async def test_a_resync_sweeps_points_without_a_row(
             await windows.begin_resync(life)
         write_some(database18)
         windows.before_snapshot.append(
-            lambda: database18.execute(
-                "INSERT INTO docs (id) VALUES (7_001); DELETE FROM docs WHERE id = 30"
+            lambda: do(
+                database18, "INSERT INTO docs (id) VALUES (7001);DELETE FROM docs WHERE id = 30"
             )
         )
         await life.caught_up()

@@ -331,7 +331,7 @@ def test_without_create_collection_a_missing_one_is_an_error(source: Source) -> 
     ended = source.migrate("--migration.create-collection=false")
     assert ended.code == ExitCode.CONFIG, ended.err
     assert source.collection in ended.err
-    assert source.slots() == []
+    assert (source.slots(), source.publications()) == ([], [])
 
 
 def test_what_was_migrated_and_left_alone_is_adopted(source: Source) -> None:

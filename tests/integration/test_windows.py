@@ -128,7 +128,8 @@ class WalWatch:
                     connection.execute("SELECT pg_log_standby_snapshot()")
                 row = connection.execute(statement, (self._slot,)).fetchone()
                 if row is not None and None not in row:
-                    self.samples.append(Retained(time.monotonic(), *map(int, row)))  # type: ignore[call-overload]
+                    end, restart, confirmed = (int(str(value)) for value in row)
+                    self.samples.append(Retained(time.monotonic(), end, restart, confirmed))
 
     def finish(self) -> list[Retained]:
         self._stopping.set()
@@ -299,6 +300,9 @@ HANGING: Final = {
     "a delete": f"DELETE FROM docs WHERE id = {LEFT}",
     "a changed key": f"UPDATE docs SET id = 9000, emb = {vector('0')} WHERE id = {LEFT}",
 }
+STATEMENTS: Final = [
+    pytest.param(name, marks=pytest.mark.slow if name != "an update" else ()) for name in HANGING
+]
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +340,7 @@ async def copy_what_is_not_visible(
 
 
 @pytest.mark.requirement("R71")
-@pytest.mark.parametrize("statement", HANGING)
+@pytest.mark.parametrize("statement", STATEMENTS)
 async def test_a_window_waits_until_what_was_applied_is_visible(
     unseen: Database,
     qdrant: QdrantTarget,
@@ -354,7 +358,7 @@ async def test_a_window_waits_until_what_was_applied_is_visible(
 
 
 @pytest.mark.requirement("R71")
-@pytest.mark.parametrize("statement", HANGING)
+@pytest.mark.parametrize("statement", STATEMENTS)
 async def test_a_window_that_does_not_wait_loses_it(
     unseen: Database,
     qdrant: QdrantTarget,
