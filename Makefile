@@ -25,7 +25,7 @@ campaign: $(VENV)/.dev
 
 # Those libraries warn about each other.
 libraries: $(VENV)/.libraries
-	$(BIN)/python -m pytest -W default tests/integration/test_presets.py tests/integration/test_ray_executor.py $(ARGS)
+	$(BIN)/python -m pytest -W default tests/integration/test_presets_*.py tests/integration/test_ray_executor.py $(ARGS)
 
 # --group needs pip 25.1, which is newer than what Python 3.11 to 3.13 bring along.
 $(VENV)/.pip:

@@ -149,12 +149,12 @@ class TableSettings(_Section):
         False,
         description="Leave bytea columns out instead of writing base64: all, or these columns.",
     )
-    ids: Literal[
-        "native", "qdrant-migration", "qdrant-migration-uuid", "qdrant-migration-hex"
-    ] = Field(
-        "native",
-        description="How keys become point ids; qdrant-migration: as Qdrant's migration tool "
-        "computes them (-uuid, -hex: of text keys that all are UUIDs, or 32 hexadecimal digits).",
+    ids: Literal["native", "qdrant-migration", "qdrant-migration-uuid", "qdrant-migration-hex"] = (
+        Field(
+            "native",
+            description="How keys become point ids; qdrant-migration: as Qdrant's migration tool "
+            "computes them (-uuid, -hex: of text keys that all are UUIDs, or 32 hexadecimal digits).",
+        )
     )
     preset: Literal["langchain", "llamaindex", "vecs"] | None = Field(
         None,

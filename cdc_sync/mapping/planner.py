@@ -394,9 +394,7 @@ def _check_sparse(
         )
 
 
-def _dimension(
-    table: Table, column: Column, facts: VectorIndexes, options: PlanOptions
-) -> int:
+def _dimension(table: Table, column: Column, facts: VectorIndexes, options: PlanOptions) -> int:
     size = find_dimension(table, column, facts, options).size
     if not 1 <= size <= MAX_DIMENSION:
         raise unusable(
@@ -521,9 +519,7 @@ def _replan_column(
     return ColumnPlan(name, type_, field_name, None, part)
 
 
-def _check_new_fields(
-    plan: TablePlan, columns: Sequence[ColumnPlan], options: PlanOptions
-) -> None:
+def _check_new_fields(plan: TablePlan, columns: Sequence[ColumnPlan], options: PlanOptions) -> None:
     """Refuse a new column that would write the payload field of something else."""
     taken = reserved_fields(options) | {
         name: "a constant of the configuration" for name, _ in plan.constants

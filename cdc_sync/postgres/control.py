@@ -33,9 +33,7 @@ def matching_keys(
     listed = ", ".join(f"{quote_ident(column.name)}::pg_catalog.text" for column in key)
     # The predicate may end in a comment.
     source = table.only + qualified(table.schema, table.name)
-    query = (
-        f"SELECT {listed} FROM {source} WHERE (\n{predicate}\n)"
-    )
+    query = f"SELECT {listed} FROM {source} WHERE (\n{predicate}\n)"
     try:
         with conn.transaction():
             conn.execute("SET TRANSACTION READ ONLY")

@@ -7,4 +7,5 @@ pytest_plugins = [
     "tests.support.fix_qdrant",
     "tests.support.fix_pipeline",
     "tests.support.fix_cli",
+    "tests.support.fix_libraries",
 ]

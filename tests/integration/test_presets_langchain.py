@@ -1,14 +1,13 @@
-"""Presets, with the libraries themselves on both sides: what a library finds through Qdrant is what
-it finds through pgvector, whatever it writes in between."""
+"""Preset langchain, with the library itself on both sides: what it finds through Qdrant is what it
+finds through pgvector, whatever it writes in between."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from qdrant_client import models
@@ -16,58 +15,19 @@ from qdrant_client import models
 from cdc_sync.errors import ConfigError, SourceError
 from cdc_sync.postgres.connect import connect
 from cdc_sync.sync.planning import plan_pipeline
+from tests.support.fix_libraries import (
+    DIM,
+    WORDS,
+    Hit,
+    alchemy_url,
+    caught_up,
+    embed,
+    payloads,
+    same,
+)
 from tests.support.fix_postgres import Database
-from tests.support.pipeline_task import Running, pipeline_settings, running
+from tests.support.pipeline_task import pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
-
-DIM = 8
-WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa")
-
-
-def embed(text: str) -> list[float]:
-    """A vector that depends on the text and on nothing else."""
-    digest = hashlib.sha256(text.encode()).digest()
-    return [byte / 255 - 0.5 for byte in digest[:DIM]]
-
-
-class Hit(NamedTuple):
-    """What a library found, without what differs between its stores by design."""
-
-    text: str
-    metadata: Mapping[str, object]
-    score: float
-
-
-def same(one: Sequence[Hit], other: Sequence[Hit]) -> None:
-    assert [(hit.text, hit.metadata) for hit in one] == [(hit.text, hit.metadata) for hit in other]
-    assert [hit.score for hit in one] == pytest.approx([hit.score for hit in other], abs=1e-5)
-
-
-def alchemy_url(database: Database, driver: str = "psycopg") -> str:
-    return database.url.replace("postgresql://", f"postgresql+{driver}://", 1)
-
-
-@pytest.fixture
-def create_engine() -> Iterator[Callable[[str], Any]]:
-    """Makes engines for the libraries, and closes their connections after the test."""
-    sqlalchemy = pytest.importorskip("sqlalchemy")
-    engines: list[Any] = []
-
-    def create(url: str) -> Any:
-        engines.append(sqlalchemy.create_engine(url))
-        return engines[-1]
-
-    yield create
-    for engine in engines:
-        engine.dispose()
-
-
-def payloads(qdrant: QdrantTarget, collection: str) -> dict[object, dict[str, Any]]:
-    points, _ = qdrant.client().scroll(collection, limit=1000)
-    return {point.id: dict(point.payload or {}) for point in points}
-
-
-# -- LangChain
 
 
 class LangChain:
@@ -146,11 +106,6 @@ def langchain(
 
 def langchain_table(**more: object) -> dict[str, object]:
     return {"name": "langchain_pg_embedding", "preset": "langchain", **more}
-
-
-async def caught_up(life: Running) -> None:
-    await life.caught_up()
-    assert life.qdrant.violations() == []
 
 
 async def test_langchain_collection_through_every_kind_of_change(
@@ -401,265 +356,3 @@ def test_langchain_mistakes(
     assert "needs a column cmetadata (json or jsonb)" in error.message
     assert "found collection_id, document, embedding, id, meta" in error.message
     assert "langchain-postgres 0.0.19" in str(error.remedy)
-
-
-# -- LlamaIndex
-
-
-class LlamaIndex:
-    """PGVectorStore on the one side, QdrantVectorStore on the other."""
-
-    def __init__(self, database: Database, engine: Any, qdrant: QdrantTarget) -> None:
-        self._database = database
-        self._engine = engine
-        asynchronous = pytest.importorskip("sqlalchemy.ext.asyncio")
-        self._async_engine = asynchronous.create_async_engine(alchemy_url(database))
-        self._qdrant = qdrant
-        self.schema = pytest.importorskip("llama_index.core.schema")
-        self.types = pytest.importorskip("llama_index.core.vector_stores.types")
-        self._postgres = pytest.importorskip("llama_index.vector_stores.postgres")
-        self._other = pytest.importorskip("llama_index.vector_stores.qdrant")
-
-    def source(self, **options: object) -> Any:
-        url = alchemy_url(self._database)
-        return self._postgres.PGVectorStore(
-            connection_string=url,
-            async_connection_string=url,
-            engine=self._engine,
-            # Never used, but the one is not taken without the other.
-            async_engine=self._async_engine,
-            table_name="notes",
-            embed_dim=DIM,
-            **options,
-        )
-
-    def target(self, collection: str) -> Any:
-        return self._other.QdrantVectorStore(
-            collection_name=collection, client=self._qdrant.new_client()
-        )
-
-    def nodes(self) -> list[Any]:
-        """Nodes of every kind, of three documents."""
-        made = []
-        for n, word in enumerate(WORDS):
-            source = self.schema.RelatedNodeInfo(node_id=f"doc{n % 3}")
-            common: dict[str, object] = {
-                "embedding": embed(word),
-                "metadata": {"n": n, "word": word, "tags": [word, "ü\u2028"], "text": "mine"},
-                "relationships": {self.schema.NodeRelationship.SOURCE: source},
-                "excluded_llm_metadata_keys": ["n"],
-            }
-            text = f'{word} "quoted" \\ ü \u2028 \x7f'
-            if n == 7:
-                made.append(
-                    self.schema.ImageNode(text=text, image_url="http://example.org/x", **common)
-                )
-            elif n == 8:
-                made.append(self.schema.IndexNode(text=text, index_id="other", **common))
-            elif n == 9:
-                resource = self.schema.MediaResource(text=text)
-                made.append(self.schema.Node(text_resource=resource, **common))
-            else:
-                made.append(self.schema.TextNode(text=text, start_char_idx=n, **common))
-        return made
-
-    def found(self, store: Any, word: str, **options: object) -> list[tuple[object, float]]:
-        query = self.types.VectorStoreQuery(
-            query_embedding=embed(word), similarity_top_k=5, **options
-        )
-        result = store.query(query)
-        dumps = [node.model_dump(exclude={"embedding"}) for node in result.nodes]
-        return list(zip(dumps, result.similarities, strict=True))
-
-    def compare(self, source: Any, target: Any, abs_error: float = 1e-5) -> None:
-        def filters(operator: str, key: str, value: object) -> Any:
-            one = self.types.MetadataFilter(key=key, value=value, operator=operator)
-            return self.types.MetadataFilters(filters=[one])
-
-        queries: list[tuple[str, dict[str, object]]] = [(word, {}) for word in WORDS]
-        queries += [
-            ("alpha", {"filters": filters("==", "word", "zeta")}),
-            ("alpha", {"filters": filters(">=", "n", 6)}),
-            ("alpha", {"filters": filters("in", "word", ["eta", "iota", "beta"])}),
-            ("alpha", {"filters": filters("==", "ref_doc_id", "doc1")}),
-        ]
-        for word, options in queries:
-            one = self.found(source, word, **options)
-            other = self.found(target, word, **options)
-            assert [node for node, _ in one] == [node for node, _ in other]
-            scores = [score for _, score in other]
-            assert [score for _, score in one] == pytest.approx(scores, abs=abs_error)
-            assert one
-
-
-@pytest.fixture
-def llamaindex(
-    database18: Database, create_engine: Callable[[str], Any], qdrant: QdrantTarget
-) -> LlamaIndex:
-    # Its own statements need the client-side parameters of psycopg2.
-    engine = create_engine(alchemy_url(database18, "psycopg2"))
-    return LlamaIndex(database18, engine, qdrant)
-
-
-LLAMAINDEX_STORES: list[dict[str, object]] = [
-    {},
-    {"use_jsonb": True, "hybrid_search": True},
-    {
-        "use_halfvec": True,
-        "hnsw_kwargs": {"hnsw_m": 8, "hnsw_ef_construction": 32, "hnsw_ef_search": 40},
-    },
-]
-
-
-@pytest.mark.parametrize("options", LLAMAINDEX_STORES, ids=["json", "hybrid", "halfvec"])
-async def test_llamaindex_through_every_kind_of_change(
-    database18: Database,
-    qdrant: QdrantTarget,
-    llamaindex: LlamaIndex,
-    options: Mapping[str, object],
-) -> None:
-    source = llamaindex.source(**options)
-    nodes = llamaindex.nodes()
-    source.add(nodes[:8])
-    collection = qdrant.new_collection_name()
-    settings = pipeline_settings(
-        database18, qdrant, {"name": "data_notes", "preset": "llamaindex", "collection": collection}
-    )
-    async with running(settings, database18, qdrant) as life:
-        target = llamaindex.target(collection)
-        error = 1e-3 if options.get("use_halfvec") else 1e-5
-        source.add(nodes[8:])
-        await caught_up(life)
-        llamaindex.compare(source, target, error)
-        # Point for point what the library writes to Qdrant itself.
-        own = qdrant.new_collection_name()
-        llamaindex.target(own).add(nodes)
-        by_word = {payload["word"]: payload for payload in payloads(qdrant, own).values()}
-        ours = {payload["word"]: payload for payload in payloads(qdrant, collection).values()}
-        assert ours == by_word
-        schema = qdrant.client().get_collection(collection).payload_schema
-        assert schema["doc_id"].data_type == models.PayloadSchemaType.KEYWORD
-
-        source.delete("doc0")
-        source.delete_nodes(node_ids=[nodes[1].node_id])
-        again = nodes[2].model_copy()
-        again.set_content("replaced")
-        source.delete_nodes(node_ids=[again.node_id])
-        source.add([again])
-        await caught_up(life)
-        llamaindex.compare(source, target, error)
-        assert len(payloads(qdrant, collection)) == 5
-        qdrant.client().delete_collection(own)
-
-
-async def test_llamaindex_nodes_by_id(
-    database18: Database, qdrant: QdrantTarget, llamaindex: LlamaIndex
-) -> None:
-    """With the node id as replica identity it is the point id, as in the library's own points."""
-    source = llamaindex.source()
-    nodes = llamaindex.nodes()
-    source.add(nodes)
-    database18.execute(
-        "ALTER TABLE data_notes ALTER node_id SET NOT NULL;"
-        "CREATE UNIQUE INDEX data_notes_node_id ON data_notes (node_id);"
-        "ALTER TABLE data_notes REPLICA IDENTITY USING INDEX data_notes_node_id"
-    )
-    collection = qdrant.new_collection_name()
-    settings = pipeline_settings(
-        database18, qdrant, {"name": "data_notes", "preset": "llamaindex", "collection": collection}
-    )
-    async with running(settings, database18, qdrant) as life:
-        target = llamaindex.target(collection)
-        assert set(payloads(qdrant, collection)) == {node.node_id for node in nodes}
-        source.delete_nodes(node_ids=[nodes[1].node_id])
-        await caught_up(life)
-        llamaindex.compare(source, target)
-        wanted = [nodes[n].node_id for n in (0, 1, 4, 9)]
-        found = {node.node_id: node for node in target.get_nodes(node_ids=wanted)}
-        assert set(found) == {wanted[0], *wanted[2:]}
-        assert found[wanted[2]].get_content() == nodes[4].get_content()
-        query = llamaindex.types.VectorStoreQuery(query_embedding=embed("zeta"), similarity_top_k=3)
-        assert target.query(query).ids == source.query(query).ids
-
-
-async def test_llamaindex_update_without_the_large_columns(
-    database18: Database, qdrant: QdrantTarget, llamaindex: LlamaIndex
-) -> None:
-    """Text and metadata are one field in Qdrant: what a message lacks of them is read again."""
-    source = llamaindex.source(use_jsonb=True)
-    nodes = llamaindex.nodes()
-    noise = random.Random(2)
-    for node in nodes:
-        node.set_content(noise.randbytes(9_000).hex())
-        node.metadata["noise"] = noise.randbytes(9_000).hex()
-    source.add(nodes)
-    collection = qdrant.new_collection_name()
-    settings = pipeline_settings(
-        database18, qdrant, {"name": "data_notes", "preset": "llamaindex", "collection": collection}
-    )
-    async with running(settings, database18, qdrant) as life:
-        target = llamaindex.target(collection)
-        vector = json.dumps(embed("moved"))
-        database18.execute("UPDATE data_notes SET embedding = %s WHERE id = 1", (vector,))
-        database18.execute("UPDATE data_notes SET text = 'short' WHERE id = 2")
-        database18.execute("UPDATE data_notes SET metadata_ = metadata_ - 'noise' WHERE id = 3")
-        database18.execute("UPDATE data_notes SET embedding = NULL WHERE id = 4")
-        await caught_up(life)
-        llamaindex.compare(source, target)
-        assert "noise" not in payloads(qdrant, collection)[3]
-        labels = {"table": "public.data_notes", "resolution": "refetched"}
-        assert life.metric("unchanged_toast_total", **labels) >= 3
-
-
-# -- vecs
-
-
-async def test_vecs(database18: Database, qdrant: QdrantTarget) -> None:
-    vecs = pytest.importorskip("vecs")
-    client = vecs.create_client(database18.url)
-    source = client.get_or_create_collection("docs", dimension=DIM)
-    noise = random.Random(3)
-    records = [
-        (f"key {n}", embed(word), {"word": word, "n": n, "long": noise.randbytes(4_000).hex()})
-        for n, word in enumerate(WORDS)
-    ]
-    source.upsert([*records, (str(uuid.UUID(int=1 << 100)), embed("bare"), {})])
-    source.create_index(measure=vecs.IndexMeasure.l2_distance)
-    collection = qdrant.new_collection_name()
-    table = {"name": "vecs.docs", "preset": "vecs", "collection": collection}
-
-    def compare(word: str, filters: dict[str, object] | None, own: models.Filter | None) -> None:
-        found = source.query(
-            embed(word), limit=5, filters=filters, measure="l2_distance", include_metadata=True
-        )
-        points = qdrant.client().query_points(collection, embed(word), query_filter=own, limit=5)
-        ours = []
-        for point in points.points:
-            payload = dict(point.payload or {})
-            ours.append((payload.pop("_id"), payload))
-        assert ours == [(key, metadata) for key, metadata in found]
-        assert ours
-
-    async with running(pipeline_settings(database18, qdrant, table), database18, qdrant) as life:
-        for change in range(2):
-            for word in WORDS:
-                compare(word, None, None)
-            condition = models.FieldCondition(key="n", range=models.Range(gte=4))
-            compare("alpha", {"n": {"$gte": 4}}, models.Filter(must=[condition]))
-            if change:
-                break
-            source.delete(["key 1", "key 2"])
-            source.upsert([("key 3", embed("moved"), {"word": "moved", "n": 77})])
-            # The metadata is large, and not in the message.
-            database18.execute(
-                "UPDATE vecs.docs SET vec = %s WHERE id = 'key 5'", (json.dumps(embed("there")),)
-            )
-            await caught_up(life)
-        assert len(payloads(qdrant, collection)) == 9
-        assert payloads(qdrant, collection)[str(uuid.UUID(int=1 << 100))] == {
-            "_id": str(uuid.UUID(int=1 << 100))
-        }
-        params = qdrant.client().get_collection(collection).config.params.vectors
-        assert isinstance(params, models.VectorParams)
-        assert params.distance is models.Distance.EUCLID
-    client.disconnect()
