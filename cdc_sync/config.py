@@ -153,7 +153,7 @@ class TableSettings(_Section):
         Field(
             "native",
             description="How keys become point ids; qdrant-migration: as Qdrant's migration tool "
-            "computes them (-uuid, -hex: of text keys that all are UUIDs, or 32 hexadecimal digits).",
+            "computes them (-uuid, -hex: of text keys that are UUIDs, or 32 hexadecimal digits).",
         )
     )
     preset: Literal["langchain", "llamaindex", "vecs"] | None = Field(
@@ -248,7 +248,7 @@ class MigrationSettings(_Section):
     )
     extra_points: Literal["remove", "report"] = Field(
         "remove",
-        description="What becomes of points that have no row, found by an adoption.",
+        description="What becomes of points without a row, found after an adoption or a resync.",
     )
     executor: Literal["processes", "ray"] = Field(
         "processes", description="What runs the workers: local processes, or a Ray cluster."

@@ -48,6 +48,8 @@ _SECRET_FILE_LIMIT_BYTES: Final = 64 * 1024
 
 #: Variables with the prefix that are no settings.
 OTHER_VARIABLES: Final = frozenset({CONFIG_VARIABLE})
+#: Variables of this repository's own tests, which the programs they start inherit.
+_TESTS_PREFIX: Final = "CDC_SYNC_TEST_"
 
 #: Flag (without the dashes) -> setting.
 FLAGS: Final[Mapping[str, str]] = {
@@ -297,6 +299,8 @@ def _check_variables(environ: Mapping[str, str]) -> None:
 
 def _is_known_variable(name: str, value: str) -> bool:
     if name in _KEY_BY_VARIABLE or name in OTHER_VARIABLES or name == TABLES_VARIABLE:
+        return True
+    if name.startswith(_TESTS_PREFIX):
         return True
     if _secret_key(name) is not None or _SERVICE_LINK.fullmatch(name):
         return True

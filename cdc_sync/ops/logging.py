@@ -9,7 +9,8 @@ Records of other libraries take the same way, with their message as the event.
 
 - :func:`log_context` adds fields to whatever is logged inside it, across awaits.
 - The same event about the same table more than :data:`REPEATS_A_MINUTE` times a minute is counted
-  instead of written; a ``log_repeats_suppressed`` event says how many.
+  instead of written; a ``log_repeats_suppressed`` event says how many. Whoever asks for debug
+  events gets all of those.
 - Secrets are masked (see ``redaction.py``), values of fields included. Rows never belong into a
   field.
 
@@ -309,6 +310,8 @@ class RepeatLimiter:
 
     def admit(self, record: logging.LogRecord, now: float) -> bool:
         """Whether to write the record. ``now`` is monotonic, in seconds."""
+        if record.levelno <= logging.DEBUG:
+            return True
         own = getattr(record, "event_fields", None)
         table = {**_context.get(), **(own if isinstance(own, Mapping) else {})}.get("table", "")
         key = (str(record.msg), str(table), record.levelno)

@@ -282,3 +282,11 @@ def pooler_suspected(doing: str) -> SourceError:
         f"the server does not understand replication commands ({doing})",
         _POOLER_REMEDY,
     )
+
+
+def set_lock_timeout(conn: PgConnection, seconds: float) -> None:
+    """Let statements wait for locks, advisory ones too, for so long at the most."""
+    try:
+        conn.execute(f"SET lock_timeout = {max(1, round(seconds * 1000))}")
+    except psycopg.Error as exc:
+        raise translate(exc, "setting lock_timeout") from exc

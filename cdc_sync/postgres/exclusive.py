@@ -1,7 +1,9 @@
 """One copy at a time: an advisory lock that a process holds while it prepares a slot and copies.
 
 The slot itself is the lock of a streaming pipeline, but nobody is connected to it during the first
-copy; a second process would take that for a copy that was abandoned.
+copy; a second process would take that for a copy that was abandoned. Nor does the slot say
+whether workers of whoever had it last still write: while a window of the copy is open, its
+snapshot's connection holds another lock, for which the next holder of the slot waits.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import psycopg
 
 from cdc_sync.config import SourceSettings
 from cdc_sync.errors import ErrorKind, SourceError
-from cdc_sync.postgres.connect import PgConnection, connect, translate
+from cdc_sync.postgres.connect import PgConnection, connect, set_lock_timeout, translate
 
 _LOCK = "SELECT pg_try_advisory_lock(hashtextextended('cdc_sync copy ' || %s, 0))"
 
@@ -37,3 +39,25 @@ def lock_pipeline(source: SourceSettings) -> PgConnection:
             "It goes on by itself when the other one ends.",
         )
     return connection
+
+
+_WINDOW = "SELECT pg_advisory_lock(hashtextextended('cdc_sync window ' || %s, 0))"
+#: How long a new holder of the slot waits for the workers of the last one.
+_WINDOW_SECONDS = 30.0
+
+
+def lock_window(connection: PgConnection, source: SourceSettings) -> None:
+    """Hold the lock of the slot's windows until the connection is closed. Raises
+    :class:`SourceError` SOURCE_UNAVAILABLE when it is not free in the connection's lock_timeout."""
+    try:
+        connection.execute(_WINDOW, (source.slot,))
+    except psycopg.Error as error:
+        raise translate(error, "waiting for the end of another process's window") from error
+
+
+def wait_for_window(source: SourceSettings) -> None:
+    """Wait until no window is open under this slot. With the slot in hand none can be opened by
+    another process. Errors as :func:`lock_window`."""
+    with connect(source, application_name="cdc_sync lock") as connection:
+        set_lock_timeout(connection, _WINDOW_SECONDS)
+        lock_window(connection, source)

@@ -17,6 +17,7 @@ from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.table import Leaf, Table, redefined
 from cdc_sync.postgres.connect import PgConnection, connect, result_error, translate
 from cdc_sync.postgres.copy_binary import copy_rows
+from cdc_sync.postgres.exclusive import lock_window
 from cdc_sync.postgres.identifiers import qualified, quote_ident, quote_literal
 from cdc_sync.postgres.pg_types import sends_binary
 from cdc_sync.postgres.watch import definitions
@@ -79,7 +80,8 @@ def run_command(conn: PgConnection, command: str, doing: str) -> pq.abc.PGresult
     except psycopg.Error as exc:
         raise translate(exc, doing) from exc
     if result.status not in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK):
-        raise translate(result_error(conn, result), doing)
+        failure = result_error(conn, result)
+        raise translate(failure, doing) from failure
     return result
 
 
@@ -120,7 +122,9 @@ def import_snapshot(conn: PgConnection, snapshot_id: str) -> None:
 class SnapshotHolder:
     """A transaction that keeps a snapshot importable and the tables as they are, until closed.
 
-    Workers import :attr:`snapshot_id` and may come and go meanwhile (R55). The tables are locked in
+    It also holds the lock of windows (:mod:`cdc_sync.postgres.exclusive`): whoever takes the slot
+    meanwhile waits until this one's workers have ended. Workers import :attr:`snapshot_id` and may
+    come and go meanwhile (R55). The tables are locked in
     ACCESS SHARE mode, so nobody truncates or rewrites them under the copy; they are compared with
     what was planned (R54).
     """
@@ -168,6 +172,7 @@ class SnapshotHolder:
         try:
             milliseconds = max(1, round(lock_timeout_seconds * 1000))
             run_command(conn, f"SET lock_timeout = {milliseconds}", "setting lock_timeout")
+            lock_window(conn, source)
             if snapshot_id is None:
                 # LOCK takes no snapshot, so the snapshot of the next statement is newer than the
                 # lock.

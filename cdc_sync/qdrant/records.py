@@ -35,6 +35,7 @@ def pipeline_record(state: PipelineState) -> Record:
         "timeline": state.timeline,
         "slot_lsn": str(state.slot_lsn),
         "owns_publication": state.owns_publication,
+        "adopting": state.adopting,
         "tables": [
             {
                 "table": table.table,
@@ -79,6 +80,7 @@ def pipeline_state(record: Mapping[str, object], where: str) -> PipelineState:
         tables=tuple(_table_state(table, where) for table in tables),
         # Absent in records of 0.1.
         owns_publication=record.get("owns_publication") is True,
+        adopting=record.get("adopting") is True,
     )
 
 

@@ -163,7 +163,8 @@ class PipelineState:
 
     ``system_identifier`` and ``timeline`` as told by IDENTIFY_SYSTEM when the slot was created;
     ``slot_lsn`` is the slot's consistent point, 0 until the slot has been created.
-    ``owns_publication``: we have made it, so we may alter it.
+    ``owns_publication``: we have made it, so we may alter it. ``adopting``: collections that held
+    points were taken over.
     """
 
     pipeline: str
@@ -174,6 +175,7 @@ class PipelineState:
     slot_lsn: int
     tables: tuple[TableState, ...] = ()
     owns_publication: bool = False
+    adopting: bool = False
 
 
 #: A range of blocks: from the first up to but not including the second (None: to the end).

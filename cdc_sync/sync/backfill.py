@@ -131,6 +131,10 @@ class Backfill:
         ledger.want_again()
         await self._save([ledger])
 
+    def is_complete(self, table: str) -> bool:
+        """Whether nothing of the copy under way is left."""
+        return self._ledgers[table].complete
+
     def is_wanted_again(self, table: str) -> bool:
         """Whether the copy under way is to be followed by another."""
         return self._ledgers[table].record.again
@@ -296,7 +300,7 @@ class Backfill:
                 orphans = await self._retry(
                     lambda p=part, n=parts: sweep(connection, writer, plan, queries, p, n)  # type: ignore[misc]
                 )
-                await self._remove(planned, orphans, report_only=self._only_reports(ledger))
+                await self._remove(planned, orphans)
                 ledger.finish_sweep(len(orphans))
                 await self._save([ledger])
                 if time.monotonic() >= deadline:
@@ -304,14 +308,10 @@ class Backfill:
         finally:
             connection.close()
 
-    def _only_reports(self, ledger: Ledger) -> bool:
-        return ledger.record.repair and self._settings.migration.extra_points == "report"
-
-    async def _remove(
-        self, planned: PlannedTable, orphans: Sequence[PointId], *, report_only: bool
-    ) -> None:
+    async def _remove(self, planned: PlannedTable, orphans: Sequence[PointId]) -> None:
         if not orphans:
             return
+        report_only = self._settings.migration.extra_points == "report"
         log.warning(
             "points_without_row", table=planned.name, points=len(orphans), removed=not report_only
         )

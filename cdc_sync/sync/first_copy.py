@@ -63,6 +63,7 @@ class FirstCopy:
         self._dead_letters = dead_letters
         self._records = TableRecords(sink.state, settings.pipeline.name)
         self._until = until
+        self._adopting = settings.migration.adopt
 
     async def is_needed(
         self, plan: PipelinePlan, state: PipelineState | None, restart: bool
@@ -140,14 +141,19 @@ class FirstCopy:
 
     # -- the first window
 
-    async def run(self, plan: PipelinePlan, state: PipelineState | None) -> int:
+    async def run(
+        self, plan: PipelinePlan, state: PipelineState | None, *, restart: bool = False
+    ) -> int:
         """Create publication, collections and slot, and copy the first window; returns the position
         at which the stream goes on.
 
-        ``state`` is what an earlier run left. Raises what trying again does not mend, with nothing
+        ``state`` is what an earlier run left; an adoption that it began goes on as one, unless it
+        is to ``restart``. Raises what trying again does not mend, with nothing
         created if that was found beforehand; and :class:`CopyAbandonedError` when all has to be
         done again, under a new plan and a new lock.
         """
+        if state is not None and state.adopting and not restart:
+            self._adopting = True
         await self._until(lambda: self._check_collections(plan.tables, state))
         owned = await self._until(lambda: asyncio.to_thread(self._prepare_source, plan, state))
         record = self._record(plan, slot_lsn=0, owned=owned)
@@ -198,7 +204,7 @@ class FirstCopy:
             if not found.exists and not self.settings.migration.create_collection:
                 # Refused by the sink, before anything else is made.
                 await self.sink.ensure_collection(planned.plan, create=False)
-            if self.settings.migration.adopt:
+            if self._adopting:
                 continue
             if found.points and planned.plan.collection not in ours:
                 raise SinkError(
@@ -248,7 +254,7 @@ class FirstCopy:
         )
         for note in notes:
             log.warning("collection_differs", table=planned.name, note=note)
-        if state is not None and not migration.adopt:
+        if state is not None and not self._adopting:
             await self.sink.writer(planned.plan).clear()
             if migration.defer_hnsw:
                 # One that existed has its index already.
@@ -280,6 +286,10 @@ class FirstCopy:
             replication.close()
         try:
             log.info("copy_started", slot=created.name, lsn=str(Lsn(lsn)))
+            await self.resync.compare()
+            for planned in plan.tables:
+                await self.backfill.begin(planned, sweep=self._adopting, repair=self._adopting)
+            # From here on the copy is resumed, by those ledgers.
             await self._until(
                 lambda: self.sink.state.save(self._record(plan, slot_lsn=lsn, owned=owned))
             )
@@ -289,10 +299,6 @@ class FirstCopy:
         return lsn
 
     async def _first_window(self, plan: PipelinePlan, holder: SnapshotHolder) -> None:
-        adopt = self.settings.migration.adopt
-        await self.resync.compare()
-        for planned in plan.tables:
-            await self.backfill.begin(planned, sweep=adopt, repair=adopt)
         try:
             completed = await self.backfill.window(plan.tables, holder.snapshot_id)
         except SourceError as error:
@@ -301,6 +307,8 @@ class FirstCopy:
             # The slot keeps what is to come; the rest is copied in further windows.
             log.warning("window_lost", kind=error.kind.value, error=error.message)
             return
+        # One that found points there needs a last look, once the stream has passed this window.
+        completed = [p for p in completed if not self.backfill.may_be_older(p.name)]
         for planned in completed:
             await self._until(lambda p=planned: self.resync.complete(p))  # type: ignore[misc]
         log.info(
@@ -343,6 +351,7 @@ class FirstCopy:
             slot_lsn=slot_lsn,
             tables=tuple(table_state(planned, copied=False) for planned in plan.tables),
             owns_publication=owned,
+            adopting=self._adopting,
         )
 
 

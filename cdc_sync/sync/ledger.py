@@ -21,6 +21,7 @@ from cdc_sync.sync.routing import PlannedTable
 _MIN_CHUNK_PAGES = 16
 _MAX_CHUNK_PAGES = 4_096
 _DEFAULT_CHUNK_PAGES = 128
+_DIGEST = 32
 
 #: Points a part of a sweep has, about: their ids are held in memory together.
 SWEEP_IDS = 1_000_000
@@ -51,24 +52,24 @@ class Ledger:
     def meet(self, planned: PlannedTable) -> None:
         """Compare with the table as it is now.
 
-        A plan or definition other than the one before starts from nothing, and so does a leaf with
-        other storage (rewritten or truncated: its blocks hold other rows). A leaf that is gone
-        leaves points behind, and so does one that was truncated, of which the stream says nothing
-        (R34); so they are swept.
+        A plan or columns other than before start from nothing, and so does a leaf with other
+        storage (rewritten or truncated: its blocks hold other rows). A leaf that is gone leaves
+        points behind, and so does one that was truncated, of which the stream says nothing (R34);
+        so they are swept. A leaf that is new is to be copied.
         """
         now = fingerprint(planned)
-        if now != self.record.fingerprint:
+        if _columns(now) != _columns(self.record.fingerprint):
             # Points of an older plan may be there.
-            self._change(
-                fingerprint=now, leaves=(), sweep=True, buckets=0, swept=0, rows=0, bytes=0
-            )
+            self._change(leaves=(), sweep=True, buckets=0, swept=0, rows=0, bytes=0)
+        if now != self.record.fingerprint:
+            self._change(fingerprint=now)
         known = {leaf.oid: leaf for leaf in self.record.leaves}
         leaves = []
         for leaf in planned.table.leaves:
             before = known.pop(leaf.oid, None)
             if before is None or before.relfilenode != leaf.relfilenode:
-                if before is not None and planned.table.partitioned:
-                    # If it was truncated, nothing of that was sent (R34).
+                if before is not None:
+                    # Its points may be of rows that are gone, or were computed anew.
                     self._change(sweep=True)
                 before = self._cut(leaf)
             leaves.append(before)
@@ -156,6 +157,13 @@ class Ledger:
     def _change(self, **changes: object) -> None:
         self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
         self.dirty = True
+
+
+def _columns(fingerprint_: str) -> tuple[str, str, str]:
+    """What of a fingerprint is not about partitions and storage, which the leaves say better. A
+    definition begins with a digest of the columns."""
+    configuration, plan, definition = fingerprint_.split(":", 2)
+    return configuration, plan, definition.partition(".")[0][:_DIGEST]
 
 
 def _left(leaf: LeafLedger) -> Iterator[BlockRange]:

@@ -27,7 +27,7 @@ from cdc_sync.ops.metrics import Metrics, State
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.postgres.connect import connect
-from cdc_sync.postgres.exclusive import lock_pipeline
+from cdc_sync.postgres.exclusive import lock_pipeline, wait_for_window
 from cdc_sync.postgres.preflight import preflight_source
 from cdc_sync.postgres.slot import read_slot
 from cdc_sync.qdrant.open import open_sink
@@ -47,6 +47,7 @@ from cdc_sync.sync.resync import RecentTransactions, Resync
 from cdc_sync.sync.retry import is_sink_trouble, is_transient, retrying
 from cdc_sync.sync.routing import PlannedTable
 from cdc_sync.sync.stream import LetGoError, Positions, StreamSession
+from cdc_sync.sync.table_records import TableRecords
 from cdc_sync.sync.taking_slot import confirmed_position, server_position, start_stream
 
 log = get_logger(__name__)
@@ -217,7 +218,7 @@ class Pipeline:
         copy = self._assemble(plan)
         if await copy.is_needed(plan, state, restart):
             self._state("snapshotting")
-            lsn = await copy.run(plan, state)
+            lsn = await copy.run(plan, state, restart=restart)
             self.positions.applied = self.positions.confirmed = lsn
             return
         assert state is not None
@@ -277,7 +278,13 @@ class Pipeline:
     async def _make_plan(self) -> PipelinePlan:
         state = await self.sink.state.load(self.settings.pipeline.name)
         owned = state is not None and state.owns_publication
-        return await self._in_thread(self._read_plan, owned)
+        try:
+            return await self._in_thread(self._read_plan, owned)
+        except SourceError as error:
+            if error.kind is ErrorKind.PUBLICATION_UNUSABLE and state is not None:
+                # Changes made until it is mended are not sent.
+                await TableRecords(self.sink.state, state.pipeline).all_stale()
+            raise
 
     def _read_plan(self, owned: bool) -> PipelinePlan:
         with connect(self.settings.source) as connection:
@@ -364,11 +371,12 @@ class Pipeline:
         """Watch the source. What it finds may mean that changes were not sent, so that is put on
         record before the pipeline ends: the tables are read again at the next start."""
         assert self._resync is not None
+        resync = self._resync
         try:
             await monitor.run()
         except SourceError:
             for planned in self.tables:
-                await self._resync.outdated(planned)
+                await self._until(lambda p=planned: resync.outdated(p))  # type: ignore[misc]
             raise
 
     async def _session(self, applier: Applier, control: ControlChannel) -> None:
@@ -382,7 +390,10 @@ class Pipeline:
             start_stream, self.settings.source, self._plan, self.tables, self.positions.applied
         )
         try:
-            # Whoever had the slot before may have parked rows and applied transactions.
+            self._resync.walsender = connection.backend_pid
+            # Workers of whoever had the slot before may still write.
+            await self._in_thread(wait_for_window, self.settings.source)
+            # It may have parked rows and applied transactions.
             self.positions.go_back(await self._in_thread(confirmed_position, self.settings.source))
             await self._dead_letters.open()
             await self._in_thread(self._resync.open)

@@ -278,6 +278,11 @@ def stale_fingerprint(planned: PlannedTable) -> str:
     return f"{_configuration(planned)}:stale:"
 
 
+def as_stale(recorded: str) -> str:
+    """A fingerprint on record, as that of a collection that must be filled again."""
+    return f"{recorded.partition(':')[0]}:stale:"
+
+
 def is_stale(recorded: str, planned: PlannedTable) -> bool:
     """Whether a collection with this fingerprint is not as the table now is."""
     plan, _, definition = recorded.partition(":")[2].partition(":")

@@ -126,6 +126,10 @@ class Relations:
         self._synced[planned.plan.oid] = planned.plan
         self._definitions[planned.plan.oid] = planned.table.definition
         # Whatever Relation message comes next is bound to the new plan.
+        for leaf in [oid for oid, root in self._roots.items() if root == planned.plan.oid]:
+            # It may have left the table.
+            self._bindings.pop(leaf, None)
+            del self._roots[leaf]
         for leaf in (planned.plan.oid, *(child.oid for child in planned.table.children)):
             self._bindings.pop(leaf, None)
             self._roots[leaf] = planned.plan.oid

@@ -20,23 +20,26 @@ says so, before they are written.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from cdc_sync.config import Settings
-from cdc_sync.errors import ErrorKind, SourceError
+from cdc_sync.errors import ConfigError, ErrorKind, SourceError
 from cdc_sync.mapping.planner import replan
 from cdc_sync.mapping.table import Table
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.postgres.catalog import read_table
-from cdc_sync.postgres.connect import PgConnection, connect
+from cdc_sync.postgres.connect import PgConnection, connect, set_lock_timeout
 from cdc_sync.postgres.publication import Publication, read_publication
 from cdc_sync.postgres.refetch import widen_xid
+from cdc_sync.postgres.slot import read_slot
 from cdc_sync.postgres.snapshot import SnapshotHolder, TableRewrittenError
-from cdc_sync.postgres.watch import SourcePosition, transaction_horizon
+from cdc_sync.postgres.watch import SourcePosition, definitions, transaction_horizon
 from cdc_sync.qdrant.sink import Sink
 from cdc_sync.sync.backfill import Backfill, Retry
 from cdc_sync.sync.gather import Batch
@@ -52,6 +55,7 @@ log = get_logger(__name__)
 _RETRY_SECONDS = 1.0
 #: How long a lock on the table may be waited for, with the stream at rest.
 _LOCK_SECONDS = 2.0
+_LOCK_NOT_AVAILABLE = "55P03"
 
 
 class RecentTransactions:
@@ -98,8 +102,26 @@ class RecentTransactions:
         self._applied = {x for x in self._applied if widen_xid(x, xmax) >= xmin}
 
 
-class NotYetVisibleError(Exception):
-    """A snapshot that cannot be used: what was applied may not be visible in it."""
+class WindowPostponedError(Exception):
+    """No window can be opened now; the stream goes on meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Barrier:
+    """Where the stream has to be before a table is read, and the table's definition before that."""
+
+    lsn: int
+    definition: str
+
+
+@contextlib.contextmanager
+def _unless_locked() -> Iterator[None]:
+    try:
+        yield
+    except SourceError as error:
+        if getattr(error.__cause__, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+            raise
+        raise WindowPostponedError("a table is locked") from error
 
 
 class Resync:
@@ -125,9 +147,11 @@ class Resync:
         self._records = TableRecords(sink.state, settings.pipeline.name)
         self._recorded: set[int] = set()
         self._uncopied: set[str] = set()
-        self._barriers: dict[int, int] = {}
+        self._barriers: dict[int, _Barrier] = {}
         self._next_try = 0.0
         self.recent: RecentTransactions | None = None
+        #: Process of Postgres that streams to us, while one does.
+        self.walsender: int | None = None
 
     @property
     def copying(self) -> bool:
@@ -159,6 +183,18 @@ class Resync:
         state = await self._records.load()
         if state is None:
             return
+        configured = {planned.name for planned in self._relations.tables}
+        recorded = {table.table for table in state.tables}
+        if configured != recorded:
+            # Their changes would be confirmed without having been applied.
+            raise ConfigError(
+                "another process has given the pipeline other tables: "
+                + ", ".join(sorted(configured ^ recorded)),
+                "Start every process of the pipeline with one configuration.",
+            )
+        # Another process may have had the slot, and put other things on record.
+        self._recorded.clear()
+        self._barriers.clear()
         self._relations.compare(state)
         self._uncopied = {table.table for table in state.tables if not table.copied}
         for planned in self._relations.tables:
@@ -167,6 +203,10 @@ class Resync:
         wanted = self._relations.stale | self._relations.unswept
         names = {p.name for p in self._relations.tables if p.plan.oid in wanted}
         ledgers = await self._sink.state.ledgers(self._settings.pipeline.name)
+        for ledger in ledgers:
+            if ledger.table not in names:
+                # Its copy was completed, and put on record so.
+                await self._sink.state.drop_ledger(ledger.pipeline, ledger.table)
         self._backfill.take_up(ledger for ledger in ledgers if ledger.table in names)
 
     async def note(self, batch: Batch) -> None:
@@ -217,16 +257,14 @@ class Resync:
         ready = []
         for oid in sorted(self._relations.stale | self._relations.unswept):
             if oid not in self._barriers:
-                self._barriers[oid] = await asyncio.to_thread(
-                    server_position, self._settings.source
-                )
-            if applied >= self._barriers[oid]:
+                self._barriers[oid] = await asyncio.to_thread(self._barrier, oid)
+            if applied >= self._barriers[oid].lsn:
                 ready.append(oid)
         if not ready:
             return
         try:
             await self._retry(lambda: self._window(ready))
-        except (TableRewrittenError, NotYetVisibleError) as error:
+        except (TableRewrittenError, WindowPostponedError) as error:
             # The stream goes on meanwhile.
             self._next_try = time.monotonic() + _RETRY_SECONDS
             log.info("window_postponed", reason=str(error))
@@ -234,16 +272,25 @@ class Resync:
         for oid in ready:
             self._barriers.pop(oid, None)
 
+    def _barrier(self, oid: int) -> _Barrier:
+        """Where the stream has to be before the table is read. The definition first: what it was
+        changed by before is then below the position."""
+        with connect(self._settings.source, application_name="cdc_sync watch") as connection:
+            definition = definitions(connection, [oid]).get(oid, "")
+        return _Barrier(server_position(self._settings.source), definition)
+
     async def _window(self, oids: Sequence[int]) -> None:
         tables = await asyncio.to_thread(self._plan, oids)
         for planned in tables:
-            await self._sink.inspect(planned.plan)
-            await self._sink.ensure_collection(
-                planned.plan, create=self._settings.migration.create_collection
-            )
-            if not self._backfill.has_begun(planned.name):
-                await self._begin(planned)
+            await self._make_ready(planned)
         holder = await self._snapshot(tables)
+        # Rows of blocks that were left may have moved before the last snapshot into chunks that
+        # were done; where points were there before, what says so has to come by the stream first.
+        settled = {
+            p.name
+            for p in tables
+            if self._backfill.is_complete(p.name) or not self._backfill.may_be_older(p.name)
+        }
         try:
             started = time.monotonic()
             for planned in tables:
@@ -253,13 +300,30 @@ class Resync:
         finally:
             await asyncio.to_thread(holder.close)
         for planned in completed:
-            await self.complete(planned)
+            if planned.name in settled:
+                await self.complete(planned)
         log.info(
             "window_closed",
             tables=len(tables),
             completed=len(completed),
             seconds=round(time.monotonic() - started, 3),
         )
+
+    async def _make_ready(self, planned: PlannedTable) -> None:
+        oid = planned.plan.oid
+        if planned.table.definition != self._barriers[oid].definition:
+            # Rows of before may still be to come, and a truncated partition's would stay.
+            del self._barriers[oid]
+            raise WindowPostponedError(f"{planned.name} was altered meanwhile")
+        found = await self._sink.inspect(planned.plan)
+        await self._sink.ensure_collection(
+            planned.plan, create=self._settings.migration.create_collection
+        )
+        if not self._backfill.has_begun(planned.name):
+            await self._begin(planned)
+        if not found.exists:
+            # Whatever was copied is gone with it.
+            await self._backfill.restart(planned)
 
     async def _begin(self, planned: PlannedTable) -> None:
         first = planned.name in self._uncopied
@@ -307,7 +371,12 @@ class Resync:
 
     def _plan(self, oids: Sequence[int]) -> list[PlannedTable]:
         by_oid = {planned.plan.oid: planned for planned in self._relations.tables}
-        with connect(self._settings.source, application_name="cdc_sync watch") as connection:
+        with (
+            _unless_locked(),
+            connect(self._settings.source, application_name="cdc_sync watch") as connection,
+        ):
+            # Reading a table's size waits for whoever has locked it.
+            set_lock_timeout(connection, _LOCK_SECONDS)
             publication = read_publication(connection, self._settings.source.publication)
             return [
                 self._plan_again(by_oid[oid], _read(connection, by_oid[oid]), publication)
@@ -336,19 +405,30 @@ class Resync:
 
     async def _snapshot(self, tables: Sequence[PlannedTable]) -> SnapshotHolder:
         assert self.recent is not None
-        holder = await asyncio.to_thread(
-            SnapshotHolder.fresh,
-            self._settings.source,
-            [planned.table for planned in tables],
-            lock_timeout_seconds=_LOCK_SECONDS,
-        )
+        with _unless_locked():
+            holder = await asyncio.to_thread(
+                SnapshotHolder.fresh,
+                self._settings.source,
+                [planned.table for planned in tables],
+                lock_timeout_seconds=_LOCK_SECONDS,
+            )
+        if not await asyncio.to_thread(self._has_slot):
+            await asyncio.to_thread(holder.close)
+            raise WindowPostponedError("another process has taken the slot")
         seen = holder.snapshot
         if self.recent.all_visible(seen.xmin, seen.xmax, frozenset(seen.xip)):
             return holder
         await asyncio.to_thread(holder.close)
-        raise NotYetVisibleError(
+        raise WindowPostponedError(
             "transactions that may have been applied are still open on the server"
         )
+
+    def _has_slot(self) -> bool:
+        """Whether the slot is still ours, with the lock of windows in hand: whoever takes it from
+        now on waits for that."""
+        with connect(self._settings.source, application_name="cdc_sync watch") as connection:
+            slot = read_slot(connection, self._settings.source.slot)
+        return slot is not None and slot.active_pid == self.walsender
 
     async def _record_stale(self, planned: PlannedTable) -> None:
         if planned.plan.oid not in self._recorded:

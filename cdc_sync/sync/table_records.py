@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Iterable
 
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.qdrant.sink import PipelineState, StateStore, TableState
-from cdc_sync.sync.planning import fingerprint, stale_fingerprint
+from cdc_sync.sync.planning import as_stale, fingerprint, stale_fingerprint
 from cdc_sync.sync.routing import PlannedTable
 
 
@@ -16,6 +17,7 @@ class TableRecords:
 
     def __init__(self, store: StateStore, pipeline: str) -> None:
         self._store = store
+        self._changing = asyncio.Lock()
         self._pipeline = pipeline
 
     async def load(self) -> PipelineState | None:
@@ -31,6 +33,17 @@ class TableRecords:
         """The table must be copied again."""
         await self._change(planned, plan_fingerprint=stale_fingerprint(planned))
 
+    async def all_stale(self) -> None:
+        """All tables that were copied must be copied again."""
+        async with self._changing:
+            state = await self.load()
+            if state is not None:
+                tables = tuple(
+                    dataclasses.replace(t, plan_fingerprint=as_stale(t.plan_fingerprint))
+                    for t in state.tables
+                )
+                await self._store.save(dataclasses.replace(state, tables=tables))
+
     async def add(self, tables: Iterable[PlannedTable]) -> None:
         """Tables join the pipeline, not copied yet."""
         state = await self.load()
@@ -39,15 +52,16 @@ class TableRecords:
             await self._store.save(dataclasses.replace(state, tables=state.tables + added))
 
     async def _change(self, planned: PlannedTable, **changes: object) -> None:
-        state = await self.load()
-        if state is None:
-            return
-        tables = tuple(
-            dataclasses.replace(table, **changes) if table.table == planned.name else table  # type: ignore[arg-type]
-            for table in state.tables
-        )
-        if tables != state.tables:
-            await self._store.save(dataclasses.replace(state, tables=tables))
+        async with self._changing:
+            state = await self.load()
+            if state is None:
+                return
+            tables = tuple(
+                dataclasses.replace(table, **changes) if table.table == planned.name else table  # type: ignore[arg-type]
+                for table in state.tables
+            )
+            if tables != state.tables:
+                await self._store.save(dataclasses.replace(state, tables=tables))
 
 
 def table_state(planned: PlannedTable, *, copied: bool) -> TableState:

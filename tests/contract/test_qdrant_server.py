@@ -7,7 +7,6 @@ real one: the test server must not differ from it in anything asserted here.
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -48,7 +47,7 @@ def rich(qdrant: QdrantTarget) -> str:
 # Ids, payloads, vectors
 
 
-@pytest.mark.parametrize("key", [0, 1, 2**63, 2**64 - 1, UUIDS[0], str(uuid.uuid4())])
+@pytest.mark.parametrize("key", [0, 1, 2**63, 2**64 - 1, *UUIDS[:1]])
 def test_ids_come_back(client: QdrantClient, plain: str, key: int | str) -> None:
     client.upsert(plain, [point(key)])
     assert ids_of(client, plain) == [key]

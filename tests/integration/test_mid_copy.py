@@ -142,10 +142,19 @@ def create_parts(database: Database) -> None:
     ],
 )
 async def test_a_partition_that_comes_or_goes_in_mid_copy(
-    database18: Database, qdrant: QdrantTarget, windows: Windows, change: str, when: str
+    database18: Database,
+    qdrant: QdrantTarget,
+    windows: Windows,
+    caplog: pytest.LogCaptureFixture,
+    change: str,
+    when: str,
 ) -> None:
+    caplog.set_level(logging.DEBUG, "cdc_sync")
     create_parts(database18)
     await change_under_the_copy(database18, qdrant, windows, PART_CHANGES[change], when)
+    if change in ("attached", "created"):
+        # What is done of the others stays done.
+        assert check_ledger(events_of(caplog.records)).faults == []
 
 
 async def test_a_table_that_is_dropped_in_mid_copy(

@@ -65,7 +65,7 @@ def test_many_windows_under_writers(
         "items",
         target=target,
         start=False,
-        migration={"window_seconds": 0.1, "chunk_rows": 100, "batch_delay": 50},
+        migration={"window_seconds": 0.03, "chunk_rows": 100, "batch_delay": 50},
         **EUCLID,
     )
     writers = [
@@ -278,6 +278,27 @@ async def test_a_row_that_moves_during_a_resync_does_not_keep_an_older_vector(
         spoil(life, LEFT)
         make_space(database18)
         await windows.begin_resync(life)
+        before, after = move(database18, LEFT)
+        assert before >= CHUNK_PAGES > after
+        await life.caught_up()
+        await windows.finish(life)
+        await life.assert_equal()
+
+
+@pytest.mark.requirement("R54", "R69")
+async def test_nor_does_one_that_moves_after_all_vectors_were_computed_anew(
+    database18: Database, qdrant: QdrantTarget, windows: Windows
+) -> None:
+    """ALTER TABLE sends no rows. This one's point came by the stream before that."""
+    create_paged(database18, ROWS)
+    async with first_window(database18, qdrant) as life:
+        database18.execute(f"UPDATE docs SET emb = {vector('0')} WHERE id = {LEFT}")
+        await life.caught_up()
+        database18.execute(
+            f"ALTER TABLE docs ALTER emb TYPE vector({DIM}) USING emb + emb; ANALYZE docs"
+        )
+        await windows.open(life, 1)
+        make_space(database18)
         before, after = move(database18, LEFT)
         assert before >= CHUNK_PAGES > after
         await life.caught_up()
