@@ -33,6 +33,7 @@ from tests.support.windows import (
     EUCLID,
     LEFT,
     ROWS,
+    ROWS_A_PAGE,
     Windows,
     create_paged,
     docs_settings,
@@ -282,6 +283,28 @@ async def test_a_row_that_moves_during_a_resync_does_not_keep_an_older_vector(
         assert before >= CHUNK_PAGES > after
         await life.caught_up()
         await windows.finish(life)
+        await life.assert_equal()
+
+
+@pytest.mark.requirement("R69", "R82")
+async def test_nor_does_one_that_moves_right_before_the_last_snapshot(
+    database18: Database, qdrant: QdrantTarget, windows: Windows
+) -> None:
+    """Its change is still to come by the stream when the last chunk is done."""
+    last = ROWS - 10
+    create_paged(database18, ROWS)
+    async with first_window(database18, qdrant) as life:
+        await windows.finish(life)
+        spoil(life, last)
+        make_space(database18)
+        await windows.begin_resync(life)
+        chunks = -(-ROWS // ROWS_A_PAGE) // CHUNK_PAGES + 1
+        await windows.open(life, chunks - 2)
+        moved: list[tuple[int, int]] = []
+        windows.before_snapshot.append(lambda: moved.append(move(database18, last)))
+        await windows.finish(life)
+        ((before, after),) = moved
+        assert before >= CHUNK_PAGES > after
         await life.assert_equal()
 
 
