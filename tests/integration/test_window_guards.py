@@ -1,0 +1,135 @@
+"""What keeps a window from being opened, and whoever comes next from streaming too early."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from cdc_sync.config import SourceSettings
+from cdc_sync.postgres.connect import connect
+from cdc_sync.postgres.exclusive import lock_window
+from tests.support.fix_postgres import Database
+from tests.support.ledger_log import events_of
+from tests.support.pipeline_task import Running, pipeline_settings, running
+from tests.support.qdrant_control import QdrantTarget
+
+
+def create(database: Database, *tables: str) -> None:
+    for table in tables:
+        database.execute(
+            f"CREATE TABLE {table} (id bigint PRIMARY KEY, note text, emb vector(3));"
+            f"INSERT INTO {table} SELECT i, 'note', '[1,2,3]' FROM generate_series(1, 50) i"
+        )
+
+
+@pytest.fixture(autouse=True)
+def all_events(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cdc_sync")
+
+
+def seen(caplog: pytest.LogCaptureFixture, text: str) -> bool:
+    """Whether an event, or a value of one, has been logged."""
+    return any(text in str(event) for event in events_of(caplog.records))
+
+
+def ask_for(life: Running, table: str) -> None:
+    """Have a table read again."""
+    body = {"resync": {"pipeline": life.pipeline.settings.pipeline.name, "table": table}}
+    life.database.execute(
+        "SELECT pg_logical_emit_message(true, 'cdc_sync', %s)", (json.dumps(body),)
+    )
+
+
+async def test_a_locked_table_does_not_hold_up_the_others(
+    database18: Database, qdrant: QdrantTarget, caplog: pytest.LogCaptureFixture
+) -> None:
+    """VACUUM FULL, or an ALTER TABLE that somebody forgot to commit."""
+    create(database18, "docs", "notes")
+    settings = pipeline_settings(database18, qdrant, "docs", "notes")
+    async with running(settings, database18, qdrant) as life:
+        await life.caught_up()
+        with database18.connect() as other:
+            other.autocommit = False
+            other.execute("LOCK TABLE docs IN ACCESS EXCLUSIVE MODE")
+            ask_for(life, "public.docs")
+            await life.wait(lambda: seen(caplog, "window_postponed"), "the postponement")
+            for n in range(3):
+                database18.execute("UPDATE notes SET note = %s", (f"round {n}",))
+                await life.caught_up()
+            assert not seen(caplog, "resync_completed")
+            other.rollback()
+        await life.wait(lambda: seen(caplog, "resync_completed"), "the resync")
+        await life.assert_equal()
+
+
+async def test_the_next_holder_of_the_slot_waits_for_the_workers_of_the_last(
+    database18: Database, qdrant: QdrantTarget
+) -> None:
+    create(database18, "docs")
+    settings = pipeline_settings(database18, qdrant, "docs")
+    async with running(settings, database18, qdrant) as life:
+        await life.caught_up()
+    source: SourceSettings = settings.source
+    database18.execute("UPDATE docs SET note = 'newer'")
+    with connect(source, application_name="cdc_sync snapshot") as window:
+        lock_window(window, source)
+        async with running(settings, database18, qdrant, wait=False) as life:
+            waiting = (
+                "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory'"
+                " AND application_name = 'cdc_sync lock'"
+            )
+            await life.wait(lambda: bool(database18.execute(waiting)), "the wait")
+            assert life.state != "streaming"
+            window.close()
+            await life.assert_equal()
+
+
+async def test_no_window_is_opened_by_whoever_has_lost_the_slot(
+    database18: Database, qdrant: QdrantTarget, caplog: pytest.LogCaptureFixture
+) -> None:
+    create(database18, "docs")
+    async with running(pipeline_settings(database18, qdrant, "docs"), database18, qdrant) as life:
+        await life.caught_up()
+        resync = life.pipeline._resync
+        assert resync is not None
+        resync.walsender = -1
+        ask_for(life, "public.docs")
+        await life.wait(lambda: seen(caplog, "has taken the slot"), "the postponement")
+        assert not seen(caplog, "resync_completed")
+        resync.walsender = None
+        database18.execute("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots")
+        await life.wait(lambda: seen(caplog, "resync_completed"), "the resync")
+        await life.assert_equal()
+
+
+async def test_ddl_between_the_barrier_and_the_window_postpones_it(
+    database18: Database,
+    qdrant: QdrantTarget,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows from before it may still be to come, and would be written over what is read."""
+    create(database18, "docs")
+    async with running(pipeline_settings(database18, qdrant, "docs"), database18, qdrant) as life:
+        await life.caught_up()
+        resync = life.pipeline._resync
+        assert resync is not None
+        plan = resync._plan
+        altered: list[bool] = []
+
+        def altering(oids: list[int]) -> object:
+            if not altered:
+                altered.append(True)
+                database18.execute(
+                    "UPDATE docs SET note = 'before';"
+                    "ALTER TABLE docs ALTER note TYPE text USING note || ' and after'"
+                )
+            return plan(oids)
+
+        monkeypatch.setattr(resync, "_plan", altering)
+        ask_for(life, "public.docs")
+        await life.wait(lambda: seen(caplog, "resync_completed"), "the resync")
+        assert seen(caplog, "was altered meanwhile")
+        await life.assert_equal()
