@@ -113,7 +113,7 @@ def test_unreadable_binaries_are_copied_once(
     cache = tmp_path / "cache"
     monkeypatch.setattr(binaries_module, "_ROOT_CACHE", cache)
     for parent in tmp_path.parents:
-        if parent.name.startswith("pytest-"):
+        if parent.name.startswith(("pytest-", "popen-")):
             parent.chmod(0o755)
     private = tmp_path / "private"
     private.mkdir(mode=0o700)
