@@ -49,7 +49,9 @@ def write_on(database: Database, stop: threading.Event, seed: int) -> Callable[[
                         "UPDATE docs SET id = -id WHERE id = %s",
                     ]
                 )
-                with contextlib.suppress(psycopg.errors.UniqueViolation):
+                with contextlib.suppress(
+                    psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected
+                ):
                     connection.execute(statement.encode(), (id_,))
 
     return write
