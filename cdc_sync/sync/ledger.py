@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from cdc_sync.mapping.table import Leaf
 from cdc_sync.qdrant.sink import BlockRange, LeafLedger, TableLedger
 from cdc_sync.sync.copying import Chunk
+from cdc_sync.sync.orphans import buckets_for
 from cdc_sync.sync.planning import fingerprint
 from cdc_sync.sync.routing import PlannedTable
 
@@ -22,9 +23,6 @@ _MIN_CHUNK_PAGES = 16
 _MAX_CHUNK_PAGES = 4_096
 _DEFAULT_CHUNK_PAGES = 128
 _DIGEST = 32
-
-#: Points a part of a sweep has, about: their ids are held in memory together.
-SWEEP_IDS = 1_000_000
 
 
 class Ledger:
@@ -104,7 +102,7 @@ class Ledger:
 
     def divide(self, points: int) -> None:
         """Settle in how many parts the points are swept."""
-        self._change(buckets=max(1, -(-points // SWEEP_IDS)), swept=0)
+        self._change(buckets=buckets_for(points), swept=0)
 
     def finish_sweep(self, orphans: int) -> None:
         """The next part has been swept."""

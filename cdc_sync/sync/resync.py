@@ -39,7 +39,12 @@ from cdc_sync.postgres.publication import Publication, read_publication
 from cdc_sync.postgres.refetch import widen_xid
 from cdc_sync.postgres.slot import read_slot
 from cdc_sync.postgres.snapshot import SnapshotHolder, TableRewrittenError
-from cdc_sync.postgres.watch import SourcePosition, definitions, transaction_horizon
+from cdc_sync.postgres.watch import (
+    SourcePosition,
+    definitions,
+    source_position,
+    transaction_horizon,
+)
 from cdc_sync.qdrant.sink import Sink
 from cdc_sync.sync.backfill import Backfill, Retry
 from cdc_sync.sync.gather import Batch
@@ -47,7 +52,6 @@ from cdc_sync.sync.planning import plan_table
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.routing import PlannedTable
 from cdc_sync.sync.table_records import TableRecords
-from cdc_sync.sync.taking_slot import server_position
 
 log = get_logger(__name__)
 
@@ -277,7 +281,8 @@ class Resync:
         changed by before is then below the position."""
         with connect(self._settings.source, application_name="cdc_sync watch") as connection:
             definition = definitions(connection, [oid]).get(oid, "")
-        return _Barrier(server_position(self._settings.source), definition)
+            position = source_position(connection, self._settings.source.slot)
+        return _Barrier(int(position.current), definition)
 
     async def _window(self, oids: Sequence[int]) -> None:
         tables = await asyncio.to_thread(self._plan, oids)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.qdrant.sink import PipelineState, StateStore, TableState
 from cdc_sync.sync.planning import as_stale, fingerprint, stale_fingerprint
 from cdc_sync.sync.routing import PlannedTable
+
+_Tables: TypeAlias = tuple[TableState, ...]
 
 
 class TableRecords:
@@ -35,31 +38,33 @@ class TableRecords:
 
     async def all_stale(self) -> None:
         """All tables that were copied must be copied again."""
-        async with self._changing:
-            state = await self.load()
-            if state is not None:
-                tables = tuple(
-                    dataclasses.replace(t, plan_fingerprint=as_stale(t.plan_fingerprint))
-                    for t in state.tables
-                )
-                await self._store.save(dataclasses.replace(state, tables=tables))
+        await self._update(
+            lambda tables: tuple(
+                dataclasses.replace(t, plan_fingerprint=as_stale(t.plan_fingerprint))
+                for t in tables
+            )
+        )
 
-    async def add(self, tables: Iterable[PlannedTable]) -> None:
+    async def add(self, added: Iterable[PlannedTable]) -> None:
         """Tables join the pipeline, not copied yet."""
-        state = await self.load()
-        if state is not None:
-            added = tuple(table_state(planned, copied=False) for planned in tables)
-            await self._store.save(dataclasses.replace(state, tables=state.tables + added))
+        new = tuple(table_state(planned, copied=False) for planned in added)
+        await self._update(lambda tables: tables + new)
 
     async def _change(self, planned: PlannedTable, **changes: object) -> None:
+        await self._update(
+            lambda tables: tuple(
+                dataclasses.replace(t, **changes) if t.table == planned.name else t  # type: ignore[arg-type]
+                for t in tables
+            )
+        )
+
+    async def _update(self, change: Callable[[_Tables], _Tables]) -> None:
+        """Load, change and save, one at a time. Nothing is written where nothing changes."""
         async with self._changing:
             state = await self.load()
             if state is None:
                 return
-            tables = tuple(
-                dataclasses.replace(table, **changes) if table.table == planned.name else table  # type: ignore[arg-type]
-                for table in state.tables
-            )
+            tables = change(state.tables)
             if tables != state.tables:
                 await self._store.save(dataclasses.replace(state, tables=tables))
 
