@@ -51,6 +51,7 @@ class FirstCopy:
         self,
         settings: Settings,
         sink: Sink,
+        records: TableRecords,
         dead_letters: DeadLetterOffice,
         backfill: Backfill,
         resync: Resync,
@@ -61,7 +62,7 @@ class FirstCopy:
         self.backfill = backfill
         self.resync = resync
         self._dead_letters = dead_letters
-        self._records = TableRecords(sink.state, settings.pipeline.name)
+        self._records = records
         self._until = until
         self._adopting = settings.migration.adopt
 

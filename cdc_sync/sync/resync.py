@@ -138,6 +138,7 @@ class Resync:
         relations: Relations,
         metrics: Metrics,
         board: StatusBoard,
+        records: TableRecords,
         backfill: Backfill,
         retry: Retry,
     ) -> None:
@@ -148,7 +149,7 @@ class Resync:
         self._board = board
         self._backfill = backfill
         self._retry = retry
-        self._records = TableRecords(sink.state, settings.pipeline.name)
+        self._records = records
         self._recorded: set[int] = set()
         self._uncopied: set[str] = set()
         self._barriers: dict[int, _Barrier] = {}
@@ -161,6 +162,11 @@ class Resync:
     def copying(self) -> bool:
         """Whether tables of the pipeline have not been copied yet."""
         return bool(self._uncopied)
+
+    def applied_lately(self) -> RecentTransactions:
+        """The transactions applied lately, once :meth:`open` was called."""
+        assert self.recent is not None, "no session has begun yet"
+        return self.recent
 
     def open(self) -> None:
         """Read the horizon of this life. Blocking. Raises :class:`SourceError`.

@@ -32,6 +32,7 @@ from cdc_sync.ops.status import StatusBoard
 from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.postgres.replication import ReplicationConnection
 from cdc_sync.sync.gather import Batch, Gatherer
+from cdc_sync.sync.sink_watch import LetGoError
 
 log = get_logger(__name__)
 
@@ -80,10 +81,6 @@ def publish_lag(positions: Positions, metrics: Metrics, board: StatusBoard) -> N
     metrics.lag_bytes["receive"].set(max(0, p.server_end - p.received))
     metrics.lag_bytes["apply"].set(max(0, p.received - p.applied))
     metrics.lag_bytes["acknowledge"].set(max(0, p.applied - p.confirmed))
-
-
-class LetGoError(SourceError):
-    """Qdrant did not complete a batch for too long, and the slot's connection was given up (R7)."""
 
 
 class BatchAbandonedError(Exception):
@@ -349,12 +346,7 @@ class StreamSession:
             if self._stalled_seconds > self.let_go_seconds:
                 # A consumer that answers and does not advance holds up a fast shutdown of Postgres
                 # (R7).
-                raise LetGoError(
-                    ErrorKind.SOURCE_UNAVAILABLE,
-                    f"let go of the slot: Qdrant has not completed anything for "
-                    f"{self.let_go_seconds:g} s",
-                    "The connection is taken up again once Qdrant answers.",
-                )
+                raise LetGoError(self.let_go_seconds)
 
     def _listen(self) -> None:
         """Make sure that somebody is still there: ask for an answer after half of the time.

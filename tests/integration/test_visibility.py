@@ -197,7 +197,7 @@ async def test_it_can_be_stopped_while_it_waits(database: Database, qdrant: Qdra
         with hanging(database, "UPDATE docs SET id = 100 WHERE id = 2"):
             bound = wal_position(database)
             await life.wait(lambda: commits(life) == 1, "the commit in the stream")
-            await life.wait(life.pipeline._reader._lock.locked, "the read")
+            await life.wait(reading(life).locked, "the read")
             await stop_quickly(life, bound)
     async with running(settings, database, qdrant) as life:
         await life.assert_equal()
@@ -228,9 +228,16 @@ async def stop_quickly(life: Running, bound: int) -> None:
     started = time.monotonic()
     await life.stop()
     assert life.confirmed() < bound
-    while life.pipeline._reader._lock.locked():
+    while reading(life).locked():
         assert time.monotonic() - started < 4
         await asyncio.sleep(0.02)
+
+
+def reading(life: Running) -> threading.Lock:
+    """Held while rows are read again."""
+    streaming = life.pipeline._streaming
+    assert streaming is not None
+    return streaming.reader._lock
 
 
 def readers(database: Database, text: str = "") -> int:

@@ -143,8 +143,7 @@ class Windows:
 
     async def finish(self, life: Running) -> None:
         """Copy the rest in windows without an end, until everything is copied."""
-        backfill = life.pipeline._backfill
-        assert backfill is not None
+        backfill = life.pipeline._together.backfill
         migration = backfill._settings.migration.model_copy(update={"window_seconds": 60.0})
         backfill._settings = backfill._settings.model_copy(update={"migration": migration})
         self.limit = 1_000_000
@@ -152,8 +151,7 @@ class Windows:
 
     async def begin_resync(self, life: Running) -> None:
         """Ask for the first table to be read again, and copy one chunk of it."""
-        backfill = life.pipeline._backfill
-        assert backfill is not None
+        backfill = life.pipeline._together.backfill
         backfill._settings = life.pipeline.settings
         self.limit = self.closed + 1
         body = {
@@ -202,7 +200,7 @@ async def first_window(
     settings = settings or docs_settings(database, qdrant)
     async with running(settings, database, qdrant, wait=False) as life:
         await life.wait(
-            lambda: life.pipeline._watching is not None and life.state == "snapshotting",
+            lambda: life.pipeline._streaming is not None and life.state == "snapshotting",
             "the stream",
         )
         await life.caught_up()
