@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench campaign libraries clean
+.PHONY: demo test lint bench campaign fuzz libraries clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cdc-sync demo $(ARGS)
@@ -22,6 +22,10 @@ bench: $(VENV)/.dev
 
 campaign: $(VENV)/.dev
 	$(BIN)/python -m pytest -m campaign $(ARGS)
+
+# Inputs of all targets, and a seed to have the same ones again: make fuzz RUNS=1000000 SEED=7
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python -m tests.fuzz --runs $(or $(RUNS),1000000) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # Those libraries warn about each other.
 libraries: $(VENV)/.libraries
@@ -43,6 +47,10 @@ $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 
 $(VENV)/.libraries: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --group libraries
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --group fuzz
 	touch $@
 
 clean:

@@ -27,6 +27,33 @@ class SourceSettings(_Section):
         "leaves out.",
         examples=["postgresql://cdc_sync@localhost:5432/app"],
     )
+    password: SecretStr | None = Field(
+        None, description="Password, if the URL has none.", examples=["the-password"]
+    )
+    sslmode: Literal["disable", "prefer", "require", "verify-ca", "verify-full"] | None = Field(
+        None,
+        description="As libpq's; default: the URL's, else verify-full, but prefer to this machine "
+        "itself.",
+        examples=["verify-full"],
+    )
+    ca_file: str | None = Field(
+        None,
+        min_length=1,
+        description="PEM file with the certificate authority to trust instead of the system's.",
+        examples=["/etc/ssl/certs/postgres-ca.pem"],
+    )
+    client_cert_file: str | None = Field(
+        None,
+        min_length=1,
+        description="PEM file with the certificate that is shown to Postgres.",
+        examples=["/etc/cdc-sync/postgres-client.pem"],
+    )
+    client_key_file: str | None = Field(
+        None,
+        min_length=1,
+        description="PEM file with the key of client_cert_file.",
+        examples=["/etc/cdc-sync/postgres-client.key"],
+    )
     slot: str = Field(
         "cdc_sync",
         pattern=r"^[a-z0-9_]{1,63}$",
@@ -40,6 +67,21 @@ class SourceSettings(_Section):
     )
     connect_timeout_seconds: float = Field(
         10.0, gt=0, description="How long to wait for a connection."
+    )
+    on_slot_lost: Literal["recreate", "stop"] = Field(
+        "recreate",
+        description="When the slot is lost, or the cluster was restored to an earlier state: make "
+        "a new one and read every table again under the running stream, or stop.",
+    )
+    on_source_changed: Literal["recreate", "stop"] = Field(
+        "stop",
+        description="The same when the URL leads to another cluster than before, which may be a "
+        "mistake: points without a row there are removed.",
+    )
+    failover: bool = Field(
+        True,
+        description="Let standbys take over the slot (Postgres 17 and later); it is then "
+        "synchronised by standbys that have sync_replication_slots on.",
     )
     slot_creation_timeout_seconds: float = Field(
         60.0,
@@ -68,6 +110,18 @@ class QdrantSettings(_Section):
         None,
         description="PEM file with the certificate authority to trust instead of the system's.",
         examples=["/etc/ssl/certs/qdrant-ca.pem"],
+    )
+    client_cert_file: str | None = Field(
+        None,
+        min_length=1,
+        description="PEM file with the certificate that is shown to Qdrant.",
+        examples=["/etc/cdc-sync/qdrant-client.pem"],
+    )
+    client_key_file: str | None = Field(
+        None,
+        min_length=1,
+        description="PEM file with the key of client_cert_file.",
+        examples=["/etc/cdc-sync/qdrant-client.key"],
     )
 
 
@@ -156,6 +210,11 @@ class TableSettings(_Section):
             "computes them (-uuid, -hex: of text keys that are UUIDs, or 32 hexadecimal digits).",
         )
     )
+    on_dimension_change: Literal["stop", "rebuild"] = Field(
+        "stop",
+        description="When the dimension of a vector column changes: stop the table, or drop its "
+        "collection, make it anew and copy the table.",
+    )
     preset: Literal["langchain", "llamaindex", "vecs"] | None = Field(
         None,
         description="Map the table as that library's own Qdrant store reads it.",
@@ -193,7 +252,13 @@ class PipelineSettings(_Section):
         16 << 20, ge=1 << 16, description="Bytes gathered into one batch, at most."
     )
     dead_letter_limit: int = Field(
-        1000, ge=0, description="Stop once this many rows could not be written."
+        1000, ge=0, description="Stop once more rows than this could not be written."
+    )
+    dead_letter_retry_seconds: float = Field(
+        3600.0,
+        ge=0,
+        description="How often rows that could not be written are read and tried again; 0: only "
+        "at the start, and when the table or its collection changes.",
     )
     status_interval_seconds: float = Field(
         10.0, gt=0, description="How often the position is reported at the least."
@@ -205,6 +270,18 @@ class PipelineSettings(_Section):
     )
     shutdown_timeout_seconds: float = Field(
         25.0, gt=0, description="How long a graceful stop may take."
+    )
+    heartbeat_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="Write a logical message of our own every so often, and measure how long it "
+        "takes to come back; 0: never. It is not needed for the position to move.",
+    )
+    stuck_seconds: float = Field(
+        600.0,
+        ge=0,
+        description="Not alive (/livez) once the position has not moved for so long although the "
+        "server has more and both sides answer; 0: never.",
     )
     let_go_seconds: float = Field(
         30.0,
@@ -231,6 +308,13 @@ class MigrationSettings(_Section):
         gt=0,
         description="How long the copy may hold the stream before changes are applied again; "
         "bounds lag and retained WAL.",
+    )
+    max_retained_wal_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="WAL that the copy may make the slot keep: more ends a window early, and the "
+        "next waits until it is half of it; default: four fifths of max_slot_wal_keep_size.",
+        examples=[10_737_418_240],
     )
     chunk_rows: int = Field(
         5_000, ge=100, description="Rows a chunk, about: the unit of work, and of resuming."

@@ -6,6 +6,7 @@
     │   └── ProtocolError      a frame that is not what the protocol says
     ├── MappingError           a row or a column that cannot become a point
     ├── SinkError              Qdrant: connection, refusals, collections
+    │   └── DimensionMismatchError   a collection of other dimensions
     └── StateError             our own records beside the data
 
 Every error carries a :class:`ErrorKind`. :func:`policy` maps the kind to what is done about it;
@@ -51,6 +52,7 @@ class ErrorKind(enum.Enum):
     SOURCE_PERMISSION = "source_permission"
     SOURCE_SETTING = "source_setting"
     SOURCE_CHANGED = "source_changed"
+    SOURCE_REWOUND = "source_rewound"
     TABLE_UNUSABLE = "table_unusable"
     PUBLICATION_UNUSABLE = "publication_unusable"
     SLOT_ACTIVE = "slot_active"
@@ -100,6 +102,12 @@ _POLICIES: Final[dict[ErrorKind, Policy]] = {
         ExitCode.CONFIG,
         "This is not the database the pipeline was started on; point it back, or copy anew with "
         "--migration.restart.",
+    ),
+    ErrorKind.SOURCE_REWOUND: Policy(
+        Retry.MANUAL,
+        ExitCode.DATA,
+        "Changes were undone behind our back: let it copy anew by itself (source.on_slot_lost), or "
+        "copy anew with --migration.restart.",
     ),
     ErrorKind.TABLE_UNUSABLE: Policy(
         Retry.MANUAL, ExitCode.CONFIG, "Change the table, or its entry in the configuration."
@@ -253,6 +261,10 @@ class SinkError(CdcSyncError):
 
     def __reduce__(self) -> tuple[type[CdcSyncError], tuple[ErrorKind, str, str, float | None]]:  # type: ignore[override]
         return (type(self), (self.kind, self.message, self.remedy, self.retry_after_seconds))
+
+
+class DimensionMismatchError(SinkError):
+    """A collection whose vectors differ from what is wanted in their dimensions only."""
 
 
 class StateError(CdcSyncError):

@@ -53,6 +53,9 @@ app = typer.Typer(
 )
 
 config_app = typer.Typer(cls=Group, help="Write and show the configuration.", rich_markup_mode=None)
+dlq_app = typer.Typer(
+    cls=Group, help="Show rows that could not be written, try them again.", rich_markup_mode=None
+)
 
 
 @app.callback()

@@ -26,11 +26,28 @@ _SEVERITY_WIDTH = len("warning")
 def check(
     loaded: LoadedSettings,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    sql: Annotated[
+        bool,
+        typer.Option("--sql", help="Print the SQL of a role with the least rights, and end."),
+    ] = False,
+    sql_role: Annotated[
+        str | None,
+        typer.Option(
+            "--sql-role",
+            metavar="NAME",
+            help="The role for --sql. Default: the connected one, or cdc_sync for a superuser.",
+        ),
+    ] = None,
 ) -> int:
     """Say what stands in the way of a run.
 
     Looks at Postgres, Qdrant and the tables; changes nothing. Exit code 0 if there is no error.
     """
+    if sql or sql_role is not None:
+        from cdc_sync.sync.check import role_sql
+
+        typer.echo(role_sql(loaded.settings, sql_role), nl=False)
+        return ExitCode.OK
     from cdc_sync.sync.check import run_checks
     from cdc_sync.sync.findings import Finding
 

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 
 import typer
 
-from cdc_sync.cli.app import Invocation, app, config_app
+from cdc_sync.cli.app import Invocation, app, config_app, dlq_app
 from cdc_sync.cli.check import check
 from cdc_sync.cli.config_init import config_init
 from cdc_sync.cli.config_show import config_show
 from cdc_sync.cli.demo import demo
+from cdc_sync.cli.dlq import dlq_drop, dlq_list, dlq_retry, dlq_show
 from cdc_sync.cli.migrate import migrate
 from cdc_sync.cli.official import MigrateCommand
 from cdc_sync.cli.options import SwitchCommand
@@ -36,6 +37,11 @@ app.command(cls=SwitchCommand)(run)
 app.command(cls=MigrateCommand, context_settings={"help_option_names": ["--help", "-h"]})(migrate)
 app.command(cls=SwitchCommand)(plan)
 app.command(cls=SwitchCommand)(resync)
+dlq_app.command("list", cls=SwitchCommand)(dlq_list)
+dlq_app.command("show", cls=SwitchCommand)(dlq_show)
+dlq_app.command("retry", cls=SwitchCommand)(dlq_retry)
+dlq_app.command("drop", cls=SwitchCommand)(dlq_drop)
+app.add_typer(dlq_app, name="dlq")
 app.command(cls=SwitchCommand)(check)
 app.command()(demo)
 app.command()(version)

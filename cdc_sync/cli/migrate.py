@@ -43,8 +43,8 @@ def _note_tls(value: bool) -> None:
     if value:
         note(
             "--skip-tls-verification has no effect: certificates are always verified. Trust your "
-            "own authority with qdrant.ca_file (CDC_SYNC_QDRANT__CA_FILE) and sslrootcert in the "
-            "URL of Postgres."
+            "own authority with qdrant.ca_file (CDC_SYNC_QDRANT__CA_FILE) and source.ca_file "
+            "(CDC_SYNC_SOURCE__CA_FILE)."
         )
 
 

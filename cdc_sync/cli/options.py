@@ -226,14 +226,15 @@ def _load(context: typer.Context, options: Mapping[str, object]) -> LoadedSettin
     _hint_at_secrets(overrides)
     config = options["config"]
     loaded = load_settings(config if isinstance(config, Path) else None, overrides, os.environ)
-    add_secrets(secrets_of(loaded.settings))
+    add_secrets([*secrets_of(loaded.settings), os.environ.get("PGPASSWORD", "")])
     if loaded.settings.log.level == "debug":
         invocation_of(context).debug = True
     return loaded
 
 
 def _hint_at_secrets(overrides: Mapping[str, object]) -> None:
-    """Say on stderr when a secret is on the command line, where other users can see it."""
+    """Say on stderr when a secret is on the command line, which :mod:`cdc_sync.cli.process_list`
+    takes out of sight, but not before the program has started."""
     from cdc_sync.ops.redaction import has_password
 
     shown = []
@@ -244,6 +245,7 @@ def _hint_at_secrets(overrides: Mapping[str, object]) -> None:
         shown.append(("the password in --pg.url", "CDC_SYNC_SOURCE__URL"))
     for what, variable in shown:
         typer.echo(
-            f"hint: {what} shows in process lists; {variable} or {variable}_FILE does not.",
+            f"hint: {what} shows in process lists until it is hidden there, and in the shell's "
+            f"history; {variable} or {variable}_FILE does not.",
             err=True,
         )

@@ -21,6 +21,9 @@ Decoder: TypeAlias = Callable[[bytes], JsonValue]
 INT64_MIN: Final = -(1 << 63)
 INT64_MAX: Final = (1 << 63) - 1
 
+#: Digits that one value may take without having them sent, far more than is of use in a payload.
+MAX_ZEROS: Final = 1 << 21
+
 #: What decoders raise on bytes that are not a value of their type; the compiled decoder turns them
 #: into MappingError.
 MALFORMED: Final = (struct.error, ValueError, LookupError, ArithmeticError, RecursionError)
@@ -35,12 +38,38 @@ class NonFiniteCount:
         self.value = 0
 
 
+class DigitBudget:
+    """How many digits the numbers of one value may still take.
+
+    Ten bytes of numeric may say 1e131071, and so an array of a megabyte gigabytes of digits. Digits
+    that are sent (four in two bytes) always fit, and :data:`MAX_ZEROS` besides.
+    """
+
+    __slots__ = ("_left",)
+
+    def __init__(self) -> None:
+        self._left = 0
+
+    def begin(self, size: int) -> None:
+        """Begin with a value of so many bytes."""
+        self._left = 2 * size + MAX_ZEROS
+
+    def take(self, digits: int) -> None:
+        """Count a number that was written. Raises ValueError for one that is too much."""
+        self._left -= digits
+        if self._left < 0:
+            raise malformed()
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeOptions:
-    """What decoders are compiled with; ``non_finite`` counts for all decoders that share it."""
+    """What decoders are compiled with; ``non_finite`` counts for all decoders that share it.
+    ``digits`` is for the decoders below one array, range or composite.
+    """
 
     numeric_as_string: bool = False
     non_finite: NonFiniteCount = field(default_factory=NonFiniteCount)
+    digits: DigitBudget | None = None
 
 
 #: Makes the decoder of one type.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Final
 
@@ -19,6 +19,7 @@ from cdc_sync.mapping.decoding import (
     Codec,
     DecodeOptions,
     Decoder,
+    DigitBudget,
     JsonValue,
     Make,
     NonFiniteCount,
@@ -37,6 +38,8 @@ _INT64: Final = struct.Struct(">q")
 #: numeric_recv accepts no larger display scale (NUMERIC_DSCALE_MASK).
 _MAX_DISPLAY_SCALE: Final = 0x3FFF
 _NUMERIC_SPECIAL: Final = {0xC000: "NaN", 0xD000: "Infinity", 0xF000: "-Infinity"}
+#: Numbers of more digits are counted where many of them may stand in one value.
+_LONG_DIGITS: Final = 256
 #: A decimal of at most this many significant digits survives the way through a double.
 _SAFE_DIGITS: Final = 15
 
@@ -81,16 +84,13 @@ def _integer(form: str) -> Codec:
 
 
 _OID: Final = _integer(">I")
+_oid_text: Final = _OID.text(PgType(26, "pg_catalog", "oid"), DecodeOptions())
 
 
 def _reg_text(data: bytes) -> JsonValue:
     # The text output of reg* types is a name where there is one; only their binary form tells the
     # number.
-    if data == b"-":
-        return 0
-    if _INTEGER_TEXT.fullmatch(data) is None:
-        raise malformed()
-    return int(data)
+    return 0 if data == b"-" else _oid_text(data)
 
 
 def finite(value: float, count: NonFiniteCount) -> float | None:
@@ -203,10 +203,23 @@ def numeric_json(text: str, count: NonFiniteCount) -> JsonValue:
 
 
 def _numeric_binary(_type: PgType, options: DecodeOptions) -> Decoder:
+    expand: Callable[[bytes], str] = numeric_text
+    if options.digits is not None:
+        expand = _counted_numeric_text(options.digits)
     if options.numeric_as_string:
-        return numeric_text
+        return expand
     count = options.non_finite
-    return lambda data: numeric_json(numeric_text(data), count)
+    return lambda data: numeric_json(expand(data), count)
+
+
+def _counted_numeric_text(budget: DigitBudget) -> Callable[[bytes], str]:
+    def text(data: bytes) -> str:
+        digits = numeric_text(data)
+        if len(digits) > _LONG_DIGITS:
+            budget.take(len(digits))
+        return digits
+
+    return text
 
 
 def numeric_from_text(data: bytes) -> str:
@@ -254,6 +267,8 @@ def _money_text(type_: PgType, _options: DecodeOptions) -> Decoder:
     return text
 
 
+NUMERIC: Final = Codec(_numeric_binary, _numeric_text)
+
 #: ``pg_catalog`` types by name.
 CODECS: Final[Mapping[str, Codec]] = {
     "bool": Codec(plain(_bool_binary), plain(_bool_text)),
@@ -266,7 +281,7 @@ CODECS: Final[Mapping[str, Codec]] = {
     "xid8": _integer(">Q"),
     "float4": Codec(_float(_FLOAT4), _float4_text),
     "float8": Codec(_float(_FLOAT8), _float8_text),
-    "numeric": Codec(_numeric_binary, _numeric_text),
+    "numeric": NUMERIC,
     "money": Codec(_money_binary, _money_text),
 } | {
     name: Codec(_OID.binary, plain(_reg_text))

@@ -443,6 +443,10 @@ def _check_vector_options(
                 )
 
 
+class DimensionChangedError(MappingError):
+    """The column of a vector has another dimension than the vector in the collection."""
+
+
 def replan(
     plan: TablePlan, columns: Sequence[tuple[str, PgType]], options: PlanOptions
 ) -> TablePlan:
@@ -555,9 +559,9 @@ def _check_same_vector(where: str, before: ColumnPlan, vector: VectorPlan, type_
         )
     size = declared_dimension(type_)
     if vector.size is not None and size is not None and size != vector.size:
-        raise MappingError(
+        raise DimensionChangedError(
             f"{where} now has {size} dimensions, the vector in the collection has {vector.size}",
-            remedy,
+            f"{remedy} Or let the collection be made anew: on_dimension_change = \"rebuild\".",
         )
 
 

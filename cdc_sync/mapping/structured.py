@@ -141,6 +141,21 @@ def array_text(element: Decoder, delimiter: bytes = b",") -> Decoder:
     return _ArrayText(element, delimiter)
 
 
+def short_vector_binary(element: Decoder) -> Decoder:
+    """Return the decoder of int2vector and oidvector: arrays, but an empty one has one dimension
+    and not none.
+    """
+    array = array_binary(element)
+
+    def binary(data: bytes) -> JsonValue:
+        dimensions, _has_nulls, _oid = _ARRAY_HEADER.unpack_from(data)
+        if dimensions == 1 and len(data) == 20 and not _INT32.unpack_from(data, 12)[0]:
+            return []
+        return array(data)
+
+    return binary
+
+
 def short_vector_text(element: Decoder) -> Decoder:
     """Return the decoder of the text output of int2vector and oidvector: elements with spaces
     between.

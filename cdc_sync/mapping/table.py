@@ -171,13 +171,29 @@ def redefined(before: str, after: str) -> bool:
     """Whether a table's columns changed between two definitions, or ALTER TABLE computed its rows
     anew.
 
-    A definition is ``columns.storage.versions``: the columns and partitions, the files that hold
-    the rows, and the transactions that last touched the columns' catalog entries. What rewrites
-    rows and keeps the columns (``ALTER COLUMN n TYPE int USING n * 2``) changes the last two at
-    once; VACUUM FULL and TRUNCATE change only the files, SET DEFAULT and GRANT only the versions.
+    A definition is ``columns.storage.versions.labels``: the columns and partitions, the files that
+    hold the rows, the transactions that last touched the columns' catalog entries, and digests of
+    the labels of enums by their OIDs. What rewrites rows and keeps the columns (``ALTER COLUMN n
+    TYPE int USING n * 2``) changes storage and versions at once; VACUUM FULL and TRUNCATE change
+    only the files, SET DEFAULT and GRANT only the versions. A label that is added is in no row yet;
+    one that is renamed is in rows that were written before.
     """
-    columns, _, rest = before.partition(".")
-    columns_now, _, rest_now = after.partition(".")
-    storage, _, versions = rest.partition(".")
-    storage_now, _, versions_now = rest_now.partition(".")
-    return columns != columns_now or (storage != storage_now and versions != versions_now)
+    columns, storage, versions, labels = _parts(before)
+    columns_now, storage_now, versions_now, labels_now = _parts(after)
+    return (
+        columns != columns_now
+        or (storage != storage_now and versions != versions_now)
+        or _relabelled(labels, labels_now)
+    )
+
+
+def _parts(definition: str) -> list[str]:
+    parts = definition.split(".")
+    return [*parts, *[""] * (4 - len(parts))]
+
+
+def _relabelled(before: str, after: str) -> bool:
+    """Whether a label that was there is another now: ``oid=digest``, separated by commas."""
+    now = dict(label.split("=") for label in after.split(",") if label)
+    known = dict(label.split("=") for label in before.split(",") if label)
+    return any(now.get(oid, digest) != digest for oid, digest in known.items())

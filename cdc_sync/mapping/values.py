@@ -8,7 +8,8 @@ values. Types are told apart by name, schema and extension, never by OID.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Final
 
@@ -27,6 +28,7 @@ from cdc_sync.mapping.decoding import (
     Codec,
     DecodeOptions,
     Decoder,
+    DigitBudget,
     JsonValue,
     NonFiniteCount,
     describe,
@@ -138,6 +140,8 @@ def _nested_messages(type_: PgType) -> int:
 
 def _compile(type_: PgType, options: DecodeOptions, form: _Format) -> Decoder:
     base = type_.base
+    if form is _Format.BINARY and options.digits is None and _has_numeric(_parts(base)):
+        return _compile_bounded(base, options)
     if base.kind is TypeKind.ENUM:
         return strings.text
     if base.kind is TypeKind.COMPOSITE:
@@ -156,6 +160,23 @@ def _compile(type_: PgType, options: DecodeOptions, form: _Format) -> Decoder:
     return (codec.binary if form is _Format.BINARY else codec.text)(base, options)
 
 
+def _has_numeric(parts: Iterable[PgType]) -> bool:
+    bases = [part.base for part in parts]
+    return any(_scalar(base) is numbers.NUMERIC or _has_numeric(_parts(base)) for base in bases)
+
+
+def _compile_bounded(type_: PgType, options: DecodeOptions) -> Decoder:
+    """Compile a type of many numbers so that a value of few bytes cannot fill the memory."""
+    budget = DigitBudget()
+    decode = _compile(type_, dataclasses.replace(options, digits=budget), _Format.BINARY)
+
+    def bounded(data: bytes) -> JsonValue:
+        budget.begin(len(data))
+        return decode(data)
+
+    return bounded
+
+
 def _compile_container(type_: PgType, options: DecodeOptions, form: _Format) -> Decoder:
     if type_.element is None:
         raise MappingError(f"the element type of {describe(type_)} is not known")
@@ -167,10 +188,12 @@ def _compile_container(type_: PgType, options: DecodeOptions, form: _Format) -> 
         if binary:
             return structured.multirange_binary(element)
         return structured.multirange_text(element)
+    if type_.schema == "pg_catalog" and type_.name in ("int2vector", "oidvector"):
+        if binary:
+            return structured.short_vector_binary(element)
+        return structured.short_vector_text(element)
     if binary:
         return structured.array_binary(element)
-    if type_.schema == "pg_catalog" and type_.name in ("int2vector", "oidvector"):
-        return structured.short_vector_text(element)
     # Every type but box separates array elements by commas (pg_type.typdelim).
     base = type_.element.base
     delimiter = b";" if (base.schema, base.name) == ("pg_catalog", "box") else b","

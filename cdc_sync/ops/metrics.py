@@ -35,7 +35,7 @@ PREFIX: Final = "cdc_sync_"
 State = Literal[
     "starting", "standby", "snapshotting", "catching_up", "streaming", "draining", "failed"
 ]
-TablePhase = Literal["pending", "copying", "catching_up", "streaming", "failed"]
+TablePhase = Literal["pending", "copying", "catching_up", "streaming", "stopped", "failed"]
 Operation = Literal["insert", "update", "delete", "truncate"]
 MessageKind = Literal[
     "begin", "commit", "insert", "update", "delete", "truncate", "relation", "type", "origin",
@@ -56,6 +56,7 @@ WalStatus = Literal["reserved", "extended", "unreserved", "lost"]
 CheckpointOutcome = Literal["ok", "error"]
 ControlOutcome = Literal["table", "rows", "invalid", "unknown_table", "limited", "unreadable"]
 RereadResult = Literal["written", "deleted"]
+LetterRetry = Literal["written", "deleted", "refused", "unreadable"]
 
 #: What the metrics count errors of, by the start of the kind's name.
 _COMPONENTS: Final[Mapping[str, str]] = {
@@ -169,6 +170,12 @@ class TableMetrics:
             for kind in (ErrorKind.MAPPING, ErrorKind.SINK_REFUSED)
         }
         self.dead_letters_pending = metrics.dead_letters_pending.labels(table)
+        self.dead_letter_retries: Mapping[LetterRetry, Counter] = {
+            result: metrics.dead_letter_retries.labels(table, result)
+            for result in get_args(LetterRetry)
+        }
+        self.stopped = metrics.table_stopped.labels(table)
+        self.changes_dropped = metrics.changes_dropped.labels(table)
         self.snapshot_rows = metrics.snapshot_rows.labels(table)
         self.snapshot_bytes = metrics.snapshot_bytes.labels(table)
         self.snapshot_rows_estimated = metrics.snapshot_rows_estimated.labels(table)
@@ -254,7 +261,8 @@ class Metrics:
         self.source_reconnects = {
             kind: reconnects.labels(kind.value)
             for kind in ErrorKind
-            if _component(kind) == "source" and policy(kind).retry is Retry.TIMED
+            # Some that do not pass by themselves are healed by a new slot.
+            if _component(kind) == "source" and policy(kind).retry is not Retry.NEVER
         }
 
     def _create_slot(self) -> None:
@@ -296,6 +304,11 @@ class Metrics:
         )
         self.received_bytes = make.counter("received_bytes", "Bytes of replication received.")
         self.transactions = make.counter("transactions", "Transactions applied.")
+        self.heartbeat_latency_seconds = make.histogram(
+            "heartbeat_latency_seconds",
+            "From the writing of a heartbeat to its completion.",
+            _LATENCY_BUCKETS,
+        )
         self.transaction_changes = make.histogram(
             "transaction_changes", "Row changes a transaction.", _COUNT_BUCKETS
         )
@@ -320,6 +333,12 @@ class Metrics:
         self.changes = make.counter("changes", "Row changes applied.", ("table", "op"))
         self.changes_ignored = make.counter(
             "changes_ignored", "Row changes of tables that are not configured."
+        )
+        self.table_stopped = make.gauge(
+            "table_stopped", "1 while the table cannot be followed.", ("table",)
+        )
+        self.changes_dropped = make.counter(
+            "changes_dropped", "Row changes of stopped tables, read and dropped.", ("table",)
         )
         self.changes_coalesced = make.counter(
             "changes_coalesced", "Row changes superseded inside a batch.", ("table",)
@@ -351,6 +370,9 @@ class Metrics:
         )
         self.dead_letters_pending = make.gauge(
             "dead_letters_pending", "Dead letters waiting.", ("table",)
+        )
+        self.dead_letter_retries = make.counter(
+            "dead_letter_retries", "Dead letters whose rows were read again.", ("table", "result")
         )
 
     def _create_sink(self) -> None:
@@ -390,6 +412,12 @@ class Metrics:
         )
         self.snapshot_chunk_duration_seconds = make.histogram(
             "snapshot_chunk_duration_seconds", "Time a chunk takes.", _CHUNK_BUCKETS
+        )
+        self.snapshot_taken_timestamp_seconds = make.optional_gauge(
+            "snapshot_taken_timestamp_seconds", "When the snapshot that is held was taken."
+        )
+        self.snapshot_xmin_age_transactions = make.optional_gauge(
+            "snapshot_xmin_age_transactions", "Transactions since the snapshot that is held."
         )
 
     def _create_runtime(self) -> None:

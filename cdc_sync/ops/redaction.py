@@ -6,10 +6,11 @@ and the traces of exceptions too.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from typing import Final
-from urllib.parse import unquote
+from urllib.parse import quote, quote_plus, unquote
 
 from cdc_sync.config import Settings
 
@@ -38,12 +39,26 @@ _known_pattern: re.Pattern[str] | None = None
 
 
 def add_secrets(values: Iterable[str]) -> None:
-    """Mask these values wherever they occur from now on, in this process."""
+    """Mask these values wherever they occur from now on, in this process: also percent-encoded, and
+    escaped as in JSON or Python."""
     global _known_pattern
-    _known.update(value for value in values if len(value) >= _SHORTEST_KNOWN_SECRET)
+    for value in values:
+        if len(value) >= _SHORTEST_KNOWN_SECRET:
+            _known.update(_forms(value))
     if _known:
         longest_first = sorted(_known, key=len, reverse=True)
         _known_pattern = re.compile("|".join(re.escape(value) for value in longest_first))
+
+
+def _forms(value: str) -> set[str]:
+    """A value as it may be written: as it is, escaped, percent-encoded."""
+    forms = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+    forms |= {repr(value)[1:-1], ascii(value)[1:-1]}
+    # The driver of Qdrant's tool and libpq leave other characters as they are.
+    for safe in ("", "/", "~", "!$&'()*+,;=:@/"):
+        encoded = quote(value.encode("utf-8", "surrogateescape"), safe=safe)
+        forms |= {encoded, re.sub("%[0-9A-F]{2}", lambda match: match[0].lower(), encoded)}
+    return forms | {quote_plus(value.encode("utf-8", "surrogateescape"))}
 
 
 def forget_secrets() -> None:
@@ -88,8 +103,10 @@ def has_password(url: str) -> bool:
 
 
 def secrets_of(settings: Settings) -> list[str]:
-    """Passwords in connection strings, as written and decoded, and the API key."""
+    """Passwords, those in connection strings as written and decoded, and the API key."""
     secrets = []
+    if settings.source.password is not None:
+        secrets.append(settings.source.password.get_secret_value())
     for url in (settings.source.url.get_secret_value(), settings.qdrant.url):
         secrets.extend(_passwords_in(url))
     if settings.qdrant.api_key is not None:

@@ -20,7 +20,8 @@ known yet is null.
       "tables": [{"name": "public.items", "collection": "items", "state": "streaming",
                   "rows_copied": 400, "rows_estimated": 400, "rows_exact": true,
                   "bytes_copied": 1638400, "copy_seconds": 0.4, "retries": 0,
-                  "changes_applied": 12, "dead_letters": 0, "error": null, "remedy": null}],
+                  "changes_applied": 12, "dead_letters": 0, "waiting": null,
+                  "error": null, "remedy": null}],
       "tasks": [{"name": "stream", "heartbeat_age_seconds": 0.4}],
       "versions": {"cdc_sync": "0.1.0", "python": "3.11.7",
                    "postgres": "16.3", "qdrant": "1.20.0"},
@@ -28,8 +29,10 @@ known yet is null.
     }
 
 The state is starting, standby, snapshotting, catching_up, streaming, draining or failed; a table's
-is pending, copying, catching_up, streaming or failed. ``rows_exact`` says that ``rows_estimated``
-was counted; ``copy_seconds`` runs while the table is copied.
+is pending, copying, catching_up, streaming, stopped or failed; the others go on while one is
+stopped, and its ``error`` and ``remedy`` say why. ``rows_exact`` says that ``rows_estimated``
+was counted; ``copy_seconds`` runs while the table is copied; ``waiting`` says why nothing of it is
+copied just now.
 """
 
 from __future__ import annotations
@@ -66,6 +69,7 @@ class TableChanges(TypedDict, total=False):
     retries: int
     changes_applied: int
     dead_letters: int
+    waiting: str | None
     error: str | None
     remedy: str | None
 
@@ -111,6 +115,7 @@ class _Fields:
     retries: int = 0
     changes_applied: int = 0
     dead_letters: int = 0
+    waiting: str | None = None
     error: str | None = None
     remedy: str | None = None
 
@@ -213,6 +218,7 @@ class _Facts:
     state_since: float = field(default_factory=time.time)
     message: str | None = None
     supervisor_error: str | None = None
+    stuck: str | None = None
     source: _End = field(default_factory=_End)
     sink: _End = field(default_factory=_End)
     positions: Positions = field(default_factory=lambda: Positions())
@@ -326,7 +332,18 @@ class StatusBoard:
         with self._lock:
             self._facts.supervisor_error = redact(message)
 
+    def stuck(self, message: str | None) -> None:
+        """Say that nothing moves although it could (not alive), or that it does again."""
+        with self._lock:
+            self._facts.stuck = None if message is None else redact(message)
+
     # -- the readers' side
+
+    @property
+    def both_up(self) -> bool:
+        """Whether Postgres and Qdrant answered when they were last asked."""
+        with self._lock:
+            return self._facts.source.up is True and self._facts.sink.up is True
 
     def liveness(self) -> list[Check]:
         """The checks of ``/livez``; alive when all are ok. None depends on Postgres or Qdrant."""
@@ -384,6 +401,7 @@ class StatusBoard:
     def _liveness(self) -> list[Check]:
         error = self._facts.supervisor_error
         checks = [Check("supervisor", error is None, error)]
+        checks.append(Check("progress", self._facts.stuck is None, self._facts.stuck))
         now = self._monotonic()
         for task, beat in self._heartbeats.items():
             stuck = now - beat > HEARTBEAT_LIMIT_SECONDS
@@ -399,7 +417,14 @@ class StatusBoard:
             Check("state", facts.state in _WORKING, facts.message or facts.state),
             _end_check("source", facts.source),
             _end_check("sink", facts.sink),
+            self._tables_check(),
         ]
+
+    def _tables_check(self) -> Check:
+        stopped = [name for name, table in self._tables.items() if table.state == "stopped"]
+        if not stopped:
+            return Check("tables", True)
+        return Check("tables", False, f"stopped, see /status: {', '.join(sorted(stopped))}")
 
     def _count_tables(self) -> None:
         if self._metrics is None:

@@ -19,6 +19,7 @@ from psycopg.rows import TupleRow
 
 from cdc_sync.config import SourceSettings
 from cdc_sync.errors import ConfigError, ErrorKind, SourceError
+from cdc_sync.postgres.sslmode import refused_tls, secure, unverified
 
 PgConnection: TypeAlias = psycopg.Connection[TupleRow]
 
@@ -47,6 +48,8 @@ _POOLER_REMEDY: Final = (
     "Connect to Postgres itself: this looks like a connection pooler. PgBouncer carries replication"
     " from 1.23 on (with ignore_startup_parameters = options); Supavisor and older versions do not."
 )
+
+_AT_IN_PATH: Final = re.compile(r"postgres(?:ql)?://[^/?]*/[^?]*@", re.IGNORECASE)
 
 #: Texts of a refused connection, which has no SQLSTATE in libpq; first match wins. Servers may not
 #: speak English: what is not recognised counts as unavailable and is tried again.
@@ -135,11 +138,16 @@ def _parameters(source: SourceSettings, application_name: str) -> dict[str, Any]
             "Write postgresql://user:password@host:5432/database, and percent-encode special"
             " characters of the password.",
         ) from None
-    if "@" in str(parameters.get("host") or ""):
+    url = source.url.get_secret_value()
+    if "@" in str(parameters.get("host") or "") or _AT_IN_PATH.match(url):
+        # Part of a password, most likely, and then what libpq took for host, port and database are
+        # its other parts.
         raise ConfigError(
-            "source.url has an @ in its host name",
+            "source.url has an @ in its host name or database name",
             "Percent-encode special characters of user and password: @ is %40, / is %2F, : is %3A.",
         )
+    _set_password(source, parameters)
+    secure(source, parameters)
     options = [str(parameters.get("options") or os.environ.get("PGOPTIONS", ""))]
     options += [f"-c {name}={value}" for name, value in _PINNED.items()]
     parameters.update(
@@ -154,7 +162,27 @@ def _parameters(source: SourceSettings, application_name: str) -> dict[str, Any]
     for name, value in (("idle", 20), ("interval", 10), ("count", 4)):
         parameters.setdefault(f"keepalives_{name}", value)
     parameters.setdefault("tcp_user_timeout", 60_000)
+    hosts = parameters.get("host") or parameters.get("hostaddr") or os.environ.get("PGHOST")
+    if "," in str(hosts or "") and not os.environ.get("PGTARGETSESSIONATTRS"):
+        # Else a connection may lead to a standby while the others lead to the primary (R73).
+        parameters.setdefault("target_session_attrs", "primary")
     return parameters
+
+
+def _set_password(source: SourceSettings, parameters: dict[str, Any]) -> None:
+    if source.password is None:
+        return
+    if parameters.get("password"):
+        raise ConfigError(
+            "source.password is set, and source.url has a password too.", "Remove one of the two."
+        )
+    parameters["password"] = source.password.get_secret_value()
+
+
+def transport_warning(source: SourceSettings) -> str | None:
+    """Return one sentence if connections leave this machine unverified, as was asked for. Raises
+    :class:`ConfigError` for a malformed URL."""
+    return unverified(_parameters(source, "cdc_sync"))
 
 
 def _pin_session(connection: PgConnection) -> None:
@@ -199,6 +227,8 @@ def result_error(connection: PgConnection, result: pq.abc.PGresult) -> psycopg.E
 def _refused(error: psycopg.Error, parameters: dict[str, Any]) -> SourceError:
     text = " ".join(str(error).split())
     where = _address(parameters)
+    if (over_tls := refused_tls(text, where, parameters)) is not None:
+        return over_tls
     # The server's own words, where it has spoken; libpq's prefix before them only repeats the
     # address.
     _, fatal, spoken = text.rpartition("FATAL: ")

@@ -20,7 +20,10 @@ from cdc_sync.rows import Row, TextValue
 
 _SIGNATURE: Final = b"PGCOPY\n\xff\r\n\0"
 _HEADER_BYTES: Final = len(_SIGNATURE) + 8
-_MAX_FIELD_BYTES: Final = 1 << 30
+#: MaxAllocSize of Postgres, which puts a row together in one buffer.
+_MAX_ROW_BYTES: Final = 1 << 30
+#: No server sends an extension, so what claims a long one is something else.
+_MAX_EXTENSION_BYTES: Final = 1 << 16
 _TRAILER: Final = -1
 _POLL_MILLISECONDS: Final = 1000
 
@@ -38,27 +41,28 @@ class CopyParser:
     def __init__(self, text_columns: Sequence[bool]) -> None:
         self._columns = len(text_columns)
         self._text = [position for position, text in enumerate(text_columns) if text]
-        self._rest = b""
+        # What came of a row that is not complete, and how many bytes it must have at the least.
+        self._rest: list[bytes] = []
+        self._rest_bytes = 0
+        self._wanted = 0
         self._started = False
         self.finished = False
 
     def feed(self, data: bytes) -> list[Row]:
         """Return the rows that are complete. Raises :class:`ProtocolError` for malformed data."""
-        buffer = self._rest + data if self._rest else data
+        buffer = self._joined(data)
+        if buffer is None:
+            return []
         position = 0
         if not self._started:
-            if len(buffer) < _HEADER_BYTES:
-                self._rest = buffer
-                return []
             position = self._header(buffer)
             if position > len(buffer):
-                self._rest = buffer
+                self._keep(buffer, position)
                 return []
             self._started = True
         rows, position = self._rows(buffer, position)
-        self._rest = buffer[position:]
-        if self.finished and self._rest:
-            raise ProtocolError(f"COPY: {len(self._rest)} bytes after the trailer")
+        if self.finished and position < len(buffer):
+            raise ProtocolError(f"COPY: {len(buffer) - position} bytes after the trailer")
         if self._text:
             self._mark_text(rows)
         return rows
@@ -67,19 +71,42 @@ class CopyParser:
         """Say that nothing follows. Raises :class:`ProtocolError` if the trailer is missing."""
         if not self.finished:
             raise ProtocolError(
-                f"COPY: ended without a trailer, {len(self._rest)} bytes into a row"
+                f"COPY: ended without a trailer, {self._rest_bytes} bytes into a row"
             )
 
+    def _joined(self, data: bytes) -> bytes | None:
+        """Return what was kept with the data behind it; None while that cannot be enough, so that a
+        row in many pieces is put together once and not anew with each."""
+        if not self._rest:
+            return data
+        self._rest.append(data)
+        self._rest_bytes += len(data)
+        if self._rest_bytes < self._wanted:
+            return None
+        buffer = b"".join(self._rest)
+        self._rest = []
+        self._rest_bytes = self._wanted = 0
+        return buffer
+
+    def _keep(self, rest: bytes, wanted: int) -> None:
+        """Keep the bytes of an incomplete row, which is at least so long."""
+        if rest:
+            self._rest = [rest]
+            self._rest_bytes, self._wanted = len(rest), wanted
+
     def _header(self, buffer: bytes) -> int:
-        if not buffer.startswith(_SIGNATURE):
+        """Return where the header ends, which may be behind the buffer."""
+        if not buffer.startswith(_SIGNATURE[: len(buffer)]):
             raise ProtocolError(
                 "COPY: the data does not start with the signature of the binary format"
             )
+        if len(buffer) < _HEADER_BYTES:
+            return _HEADER_BYTES
         (flags,) = _size_at(buffer, len(_SIGNATURE))
         if flags != 0:
             raise ProtocolError(f"COPY: unknown flags 0x{flags & 0xFFFFFFFF:08x} in the header")
         (extension,) = _size_at(buffer, len(_SIGNATURE) + 4)
-        if extension < 0:
+        if not 0 <= extension <= _MAX_EXTENSION_BYTES:
             raise ProtocolError(f"COPY: header extension of {extension} bytes")
         return _HEADER_BYTES + extension
 
@@ -110,11 +137,11 @@ class CopyParser:
                     else:
                         raise ProtocolError(f"COPY: a field of {size} bytes")
                 if position > end:
-                    self._check_size(buffer, start)
+                    self._keep(buffer[start:], self._row_bytes(buffer, start))
                     return rows, start
                 rows.append(row)
         except struct.error:
-            self._check_size(buffer, start)
+            self._keep(buffer[start:], self._row_bytes(buffer, start))
             return rows, start
         return rows, position
 
@@ -125,14 +152,21 @@ class CopyParser:
             )
         self.finished = True
 
-    def _check_size(self, buffer: bytes, start: int) -> None:
-        """Refuse to wait for a field that no server can send."""
+    def _row_bytes(self, buffer: bytes, start: int) -> int:
+        """Return how long the incomplete row is at the least; refuse to wait for one that no server
+        can send."""
         position = start + 2
-        while position + 4 <= len(buffer):
+        if position > len(buffer):
+            return 2  # it may be the trailer
+        fields = self._columns
+        while fields and position + 4 <= len(buffer):
             (size,) = _size_at(buffer, position)
-            if size > _MAX_FIELD_BYTES:
-                raise ProtocolError(f"COPY: a field of {size} bytes")
             position += 4 + max(size, 0)
+            fields -= 1
+            if position - start > _MAX_ROW_BYTES:
+                raise ProtocolError(f"COPY: a row of {position - start} bytes and more")
+        # The fields that are not there yet have at least their sizes.
+        return position + 4 * fields - start
 
     def _mark_text(self, rows: list[Row]) -> None:
         for row in rows:

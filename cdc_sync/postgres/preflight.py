@@ -12,7 +12,7 @@ from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.mapping.table import Column, Table
 from cdc_sync.postgres.catalog import ServerInfo, server_info
 from cdc_sync.postgres.connect import PgConnection, translate
-from cdc_sync.postgres.identifiers import qualified, quote_ident
+from cdc_sync.postgres.identifiers import column_list, qualified, quote_ident
 from cdc_sync.postgres.pg_types import breaks_binary_stream
 from cdc_sync.postgres.publication import (
     Publication,
@@ -20,6 +20,7 @@ from cdc_sync.postgres.publication import (
     create_publication_sql,
     publication_remedy,
 )
+from cdc_sync.postgres.role_script import Read, grant, relations
 from cdc_sync.postgres.slot import free_slots, validate_slot_name
 
 OLDEST_VERSION: Final = 140000
@@ -34,11 +35,13 @@ def preflight_source(
     publication: Publication | None,
     wanted: Sequence[Wanted] | None = None,
     row_filters: Mapping[int, str] | None = None,
+    columns_read: Mapping[int, Sequence[str]] | None = None,
 ) -> None:
     """Check everything that can be checked without changing anything.
 
     ``wanted`` (default: all columns of the tables) and ``row_filters``, by the OID of the table,
-    are what a publication that is to be created will hold.
+    are what a publication that is to be created will hold; ``columns_read``, by the OID too, the
+    columns that the copy reads (default: all).
 
     Raises the first of :class:`SourceError`: SOURCE_SETTING (version, recovery, ``wal_level``,
     output plugins, free slots and senders), SOURCE_PERMISSION (REPLICATION, SELECT, USAGE, row
@@ -52,7 +55,7 @@ def preflight_source(
         check_room(conn)
     for table in tables:
         check_identity(table)
-        check_readable(conn, table)
+        check_readable(conn, table, (columns_read or {}).get(table.oid))
     if publication is None:
         entries = [(table, None) for table in tables] if wanted is None else wanted
         check_may_publish(conn, source, entries, row_filters)
@@ -166,38 +169,66 @@ def check_identity(table: Table) -> None:
 
 
 _READABLE: Final = """
-SELECT current_user::text, has_schema_privilege(%s, 'USAGE'),
-       has_table_privilege(%s::oid, 'SELECT'), row_security_active(%s::oid)
+SELECT has_schema_privilege(%s, 'USAGE'), has_table_privilege(%s::oid, 'SELECT'),
+       row_security_active(%s::oid),
+       ARRAY(SELECT name FROM unnest(%s::text[]) WITH ORDINALITY AS c (name, place)
+              WHERE NOT has_column_privilege(%s::oid, name, 'SELECT') ORDER BY place)
 """
 
 
-def check_readable(conn: PgConnection, table: Table) -> None:
-    """Check USAGE and SELECT on the table and its partitions; refuse hidden rows (R86)."""
-    relations = [(table.oid, table.schema, table.name)]
-    if table.partitioned:
-        relations += [(leaf.oid, leaf.schema, leaf.name) for leaf in table.leaves]
-    for oid, schema, name in relations:
-        role, usage, select, row_security = _row(conn, _READABLE, (schema, oid, oid))
-        grantee = quote_ident(str(role))
-        missing = []
+def check_readable(conn: PgConnection, table: Table, columns: Sequence[str] | None = None) -> None:
+    """Check USAGE and SELECT on the table and its partitions; refuse hidden rows (R86).
+
+    ``columns``: those that are read (default: all). SELECT on them and on ``ctid`` is enough.
+    """
+    role = quote_ident(str(_row(conn, "SELECT current_user::text")[0]))
+    taken = [c.name for c in table.columns] if columns is None else list(columns)
+    read = Read(table, tuple(taken))
+    grants: list[str] = []
+    unreadable: list[str] = []
+    hidden = []
+    for relation in relations(table):
+        oid, schema, name, blocks = relation
+        needed = ["ctid", *taken] if blocks else taken
+        usage, select, row_security, missing = _readable(conn, schema, oid, needed)
         if not usage:
-            missing.append(f"GRANT USAGE ON SCHEMA {quote_ident(schema)} TO {grantee};")
-        if not select:
-            missing.append(f"GRANT SELECT ON {qualified(schema, name)} TO {grantee};")
-        if missing:
-            raise SourceError(
-                ErrorKind.SOURCE_PERMISSION,
-                f"role {role} may not read {schema}.{name} (reading by blocks needs SELECT on the"
-                " whole table, not on columns only)",
-                "As its owner, run:\n" + "\n".join(missing),
+            grants.append(f"GRANT USAGE ON SCHEMA {quote_ident(schema)} TO {role};")
+        if not select and missing:
+            some = len(missing) < len(needed)
+            grants.append(grant(read, relation, role, missing if some and not read.whole else None))
+            unreadable.append(
+                f"{column_list(missing)} of {schema}.{name}" if some else f"{schema}.{name}"
             )
+        elif not usage:
+            unreadable.append(f"{schema}.{name}")
         if row_security:
-            raise SourceError(
-                ErrorKind.SOURCE_PERMISSION,
-                f"row level security applies to role {role} on {schema}.{name}: the copy would miss"
-                " rows that the stream sends",
-                f"As a superuser, run: ALTER ROLE {grantee} BYPASSRLS;",
-            )
+            hidden.append(f"{schema}.{name}")
+    user = conn.info.user
+    if grants:
+        raise SourceError(
+            ErrorKind.SOURCE_PERMISSION,
+            f"role {user} may not read {', '.join(unreadable)}",
+            "As its owner, run:\n" + "\n".join(dict.fromkeys(grants)),
+        )
+    if hidden:
+        raise SourceError(
+            ErrorKind.SOURCE_PERMISSION,
+            f"row level security applies to role {user} on {', '.join(hidden)}: the copy would"
+            " miss rows that the stream sends",
+            f"As a superuser, run: ALTER ROLE {role} BYPASSRLS;",
+        )
+
+
+def _readable(
+    conn: PgConnection, schema: str, oid: int, columns: Sequence[str]
+) -> tuple[bool, bool, bool, list[str]]:
+    try:
+        row = conn.execute(_READABLE, (schema, oid, oid, list(columns), oid)).fetchone()
+    except psycopg.Error as exc:
+        raise translate(exc, "checking what the role may read") from exc
+    assert row is not None
+    usage, select, row_security, missing = row
+    return usage, select, row_security, missing
 
 
 _MAY_PUBLISH: Final = """

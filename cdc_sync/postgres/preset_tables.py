@@ -41,6 +41,11 @@ def langchain_collection(conn: PgConnection, table: Table, name: str) -> bytes:
     )
 
 
+def collection_privileges(table: Table) -> tuple[str, ...]:
+    """Return what :func:`langchain_collection` needs, as it stands in GRANT."""
+    return (f"SELECT (name, uuid) ON {qualified(table.schema, _COLLECTIONS)}",)
+
+
 def only_condition(only: tuple[str, bytes]) -> str:
     """Return the SQL condition that a column has this uuid (in binary format)."""
     name, value = only

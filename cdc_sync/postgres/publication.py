@@ -97,6 +97,41 @@ def read_publication(conn: PgConnection, name: str) -> Publication | None:
     )
 
 
+# Rows of the catalog that say what a publication does with a table: the publication itself, the
+# table's own entry, those of partitions and ancestors, and of its schema. xmin changes with every
+# ALTER, also one that is undone.
+_IDENTITIES: Final = """
+WITH RECURSIVE tree (root, oid) AS (
+    SELECT wanted.oid, wanted.oid FROM unnest(%(oids)s::oid[]) AS wanted (oid)
+    UNION
+    SELECT tree.root, i.inhrelid FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid)
+SELECT tree.root,
+       concat_ws(',', min(concat_ws('/', p.oid, p.xmin)),
+                 string_agg(concat_ws('/', r.oid, r.xmin), ';' ORDER BY r.oid){schemas})
+  FROM pg_publication p CROSS JOIN tree
+  LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = tree.oid
+ WHERE p.pubname = %(name)s
+ GROUP BY tree.root
+"""
+_SCHEMAS: Final = """,
+                 (SELECT string_agg(concat_ws('/', s.oid, s.xmin), ';' ORDER BY s.oid)
+                    FROM pg_publication_namespace s JOIN pg_publication sp ON sp.oid = s.pnpubid
+                    JOIN pg_class c ON c.relnamespace = s.pnnspid
+                   WHERE sp.pubname = %(name)s AND c.oid = tree.root)"""
+
+
+def publication_identities(conn: PgConnection, name: str, oids: Sequence[int]) -> dict[int, str]:
+    """Return by table what changes whenever the publication is altered for it. Empty when there is
+    no such publication. Raises :class:`SourceError`."""
+    schemas = _SCHEMAS if conn.info.server_version >= _COLUMN_LISTS_SINCE else ""
+    query = _IDENTITIES.format(schemas=schemas)
+    try:
+        rows = conn.execute(query.encode(), {"oids": list(oids), "name": name}).fetchall()
+    except psycopg.Error as exc:
+        raise translate(exc, f"reading publication {name}") from exc
+    return {int(oid): str(identity) for oid, identity in rows}
+
+
 def create_publication_sql(
     name: str,
     tables: Sequence[Wanted],

@@ -150,6 +150,35 @@ class ReplicationConnection:
         system_identifier, timeline, position, database = rows[0]
         return SystemIdentity(system_identifier, timeline, Lsn.parse(position), database)
 
+    def timeline_left_at(self, timeline: int, current: int) -> Lsn | None:
+        """Where the history of the current timeline left an earlier one; None if that is no part
+        of it. Raises :class:`SourceError`.
+
+        A history file has a line for each: timeline, position, and why it was left, with tabs in
+        between.
+        """
+        rows = self._query(f"TIMELINE_HISTORY {current:d}", "reading the timeline's history")
+        content = rows[0][1]
+        text = content.decode() if isinstance(content, bytes) else str(content)
+        for line in text.splitlines():
+            fields = line.split()
+            if len(fields) >= 2 and fields[0] == str(timeline):
+                return Lsn.parse(fields[1])
+        return None
+
+    def is_committed(self, xid: int) -> bool:
+        """Whether a transaction (64 bit) is committed, or too old to tell."""
+        try:
+            row = self._conn.execute(
+                f"SELECT pg_catalog.pg_xact_status('{xid:d}'::xid8)".encode()
+            ).fetchone()
+        except psycopg.errors.InvalidParameterValue:
+            # It has not begun yet.
+            return False
+        except psycopg.Error as exc:
+            raise translate(exc, "looking at a transaction") from exc
+        return row is not None and row[0] in ("committed", None)
+
     def create_slot(
         self, name: str, *, failover: bool = False, lock_timeout_seconds: float
     ) -> CreatedSlot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Self
@@ -20,6 +21,7 @@ from cdc_sync.postgres.copy_binary import copy_rows
 from cdc_sync.postgres.exclusive import lock_window
 from cdc_sync.postgres.identifiers import qualified, quote_ident, quote_literal
 from cdc_sync.postgres.pg_types import sends_binary
+from cdc_sync.postgres.slot import read_slot
 from cdc_sync.postgres.watch import definitions
 
 __all__ = [
@@ -36,7 +38,10 @@ __all__ = [
 ]
 
 _SNAPSHOT_ID: Final = re.compile(r"[0-9A-F]+-[0-9A-F]+-[0-9]+")
+_LOCKING: Final = "locking the tables"
 _BEGIN: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+#: How long to wait for the WAL writer, which is roused at least every 15 seconds.
+_WRITTEN_SECONDS: Final = 30.0
 
 
 class SnapshotGoneError(SourceError):
@@ -157,7 +162,10 @@ class SnapshotHolder:
     def fresh(
         cls, source: SourceSettings, tables: Sequence[Table], *, lock_timeout_seconds: float = 60.0
     ) -> Self:
-        """Take a new snapshot, after locking the tables. Errors as :meth:`imported`."""
+        """Take a new snapshot, after locking the tables; everything that it shows is on the
+        server's disk when this returns. Errors as :meth:`imported`, and SOURCE_UNAVAILABLE on a
+        standby.
+        """
         return cls._open(source, None, tables, lock_timeout_seconds)
 
     @classmethod
@@ -180,8 +188,12 @@ class SnapshotHolder:
             else:
                 import_snapshot(conn, snapshot_id)
             lock_and_verify(conn, tables)
-            _verify_definitions(source, tables)
-            snapshot = _current(conn)
+            with connect(source, application_name="cdc_sync snapshot") as other:
+                _verify_definitions(other, tables)
+                snapshot = _current(conn)
+                if snapshot_id is None:
+                    _check_primary(conn)
+                    _write_out(other)
             result = run_command(conn, "SELECT pg_export_snapshot()", "exporting the snapshot")
             exported = result.get_value(0, 0)
             assert exported is not None
@@ -189,6 +201,12 @@ class SnapshotHolder:
         except BaseException:
             conn.close()
             raise
+
+    def has_slot(self, name: str, walsender: int | None) -> bool:
+        """Whether the server of the snapshot has that slot, in use by that process (R73). Asked
+        over the snapshot's own connection: another might lead to another server."""
+        slot = read_slot(self._conn, name)
+        return slot is not None and slot.active_pid == walsender
 
     def check(self) -> None:
         """Make sure that the snapshot is still there. Raises :class:`SourceError` otherwise."""
@@ -219,13 +237,37 @@ def lock_and_verify(conn: PgConnection, tables: Sequence[Table]) -> None:
     """
     if not tables:
         return
-    listed = ", ".join(table.only + qualified(table.schema, table.name) for table in tables)
-    run_command(conn, f"LOCK TABLE {listed} IN ACCESS SHARE MODE", "locking the tables")
+    _lock(conn, tables)
     try:
         for table in tables:
             _verify(conn, table)
     except psycopg.Error as exc:
         raise translate(exc, "comparing tables with what was planned") from exc
+
+
+def _lock(conn: PgConnection, tables: Sequence[Table]) -> None:
+    names = [table.only + qualified(table.schema, table.name) for table in tables]
+    if _try_lock(conn, names):
+        return
+    for name in names:
+        if not _try_lock(conn, [name]):
+            # With SELECT on some columns LOCK is not allowed. A query takes the same lock and keeps
+            # it, on partitions too; its snapshot may be older than the lock, which the comparison
+            # that follows allows for.
+            run_command(conn, f"SELECT FROM {name} LIMIT 0", _LOCKING)
+
+
+def _try_lock(conn: PgConnection, names: Sequence[str]) -> bool:
+    """Lock the tables, or none if the role may not."""
+    statement = f"LOCK TABLE {', '.join(names)} IN ACCESS SHARE MODE"
+    try:
+        run_command(conn, f"SAVEPOINT locking; {statement}; RELEASE locking", _LOCKING)
+    except SourceError as error:
+        if error.kind is not ErrorKind.SOURCE_PERMISSION:
+            raise
+        run_command(conn, "ROLLBACK TO locking; RELEASE locking", _LOCKING)
+        return False
+    return True
 
 
 def _verify(conn: PgConnection, table: Table) -> None:
@@ -249,19 +291,64 @@ def _verify(conn: PgConnection, table: Table) -> None:
             raise _rewritten(table, f"{leaf.schema}.{leaf.name} was truncated or rewritten")
 
 
-def _verify_definitions(source: SourceSettings, tables: Sequence[Table]) -> None:
+def _verify_definitions(other: PgConnection, tables: Sequence[Table]) -> None:
     """Compare locked tables with their definitions when they were read.
 
     Over a connection of its own: a snapshot that is older than the lock shows the catalog as it
     was, while a query would meet the columns as they are.
     """
-    if not tables:
-        return
-    with connect(source, application_name="cdc_sync snapshot") as conn:
-        now = definitions(conn, [table.oid for table in tables])
+    now = definitions(other, [table.oid for table in tables])
     for table in tables:
         if redefined(table.definition, now.get(table.oid, "")):
             raise _rewritten(table, "its columns were altered")
+
+
+def _check_primary(conn: PgConnection) -> None:
+    """A standby shows the past, and what it shows has no place in the stream (R73)."""
+    result = run_command(conn, "SELECT pg_is_in_recovery()", "asking whether this is the primary")
+    if result.get_value(0, 0) == b"t":
+        raise SourceError(
+            ErrorKind.SOURCE_UNAVAILABLE,
+            "the connection that was to take a snapshot has reached a standby",
+            "Let every connection of source.url lead to the primary; with several hosts add "
+            "target_session_attrs=primary.",
+        )
+
+
+def _write_out(other: PgConnection) -> None:
+    """Have everything committed so far written to the server's disk.
+
+    With ``synchronous_commit = off`` a transaction is visible before that, and a crash of the
+    server undoes it: the stream never brings it, so what was copied of it would stay for good. Our
+    own commit waits for the WAL before it, and for no standby.
+    """
+    try:
+        other.execute("SET synchronous_commit = local")
+        other.execute("SELECT pg_logical_emit_message(true, 'cdc_sync snapshot', '')")
+    except psycopg.errors.InsufficientPrivilege:
+        _wait_written(other)
+    except psycopg.Error as exc:
+        raise translate(exc, "having the WAL written") from exc
+
+
+def _wait_written(other: PgConnection) -> None:
+    """The same, without being allowed to write anything."""
+    deadline = time.monotonic() + _WRITTEN_SECONDS
+    written = "SELECT pg_current_wal_flush_lsn() >= %s::pg_lsn"
+    try:
+        end = other.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+        assert end is not None
+        while other.execute(written, end).fetchone() != (True,):
+            if time.monotonic() > deadline:
+                raise SourceError(
+                    ErrorKind.SOURCE_UNAVAILABLE,
+                    f"the server has not written its WAL within {_WRITTEN_SECONDS:g} s",
+                    "Let the role of cdc-sync execute pg_logical_emit_message, which has it "
+                    "written at once.",
+                )
+            time.sleep(0.02)
+    except psycopg.Error as exc:
+        raise translate(exc, "waiting for the WAL to be written") from exc
 
 
 def _rewritten(table: Table, reason: str) -> TableRewrittenError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -9,7 +10,7 @@ from typing import Final
 from qdrant_client import grpc as q
 from qdrant_client import models
 
-from cdc_sync.errors import ConfigError, ErrorKind, SinkError
+from cdc_sync.errors import ConfigError, DimensionMismatchError, ErrorKind, SinkError
 from cdc_sync.mapping.plan import (
     Datatype,
     PayloadIndex,
@@ -32,6 +33,7 @@ from cdc_sync.qdrant.rpc import (
     COUNT,
     CREATE_COLLECTION,
     CREATE_FIELD_INDEX,
+    DELETE_COLLECTION,
     UPDATE_COLLECTION,
     Rpc,
     RpcError,
@@ -92,7 +94,8 @@ def check(plan: TablePlan, found: Mapping[str, FoundVector]) -> None:
         if name not in wants
     ]
     if problems:
-        raise SinkError(
+        error = DimensionMismatchError if _differ_in_size_only(wants, found) else SinkError
+        raise error(
             ErrorKind.COLLECTION_MISMATCH,
             f"Collection {plan.collection} does not fit table {plan.qualified_name}: "
             f"{'; '.join(problems)}.",
@@ -100,6 +103,16 @@ def check(plan: TablePlan, found: Mapping[str, FoundVector]) -> None:
             f"metrics or dimensions there, or drop collection {plan.collection} so that it is "
             "created anew; an existing collection is never changed.",
         )
+
+
+def _differ_in_size_only(
+    wants: Mapping[str, FoundVector], found: Mapping[str, FoundVector]
+) -> bool:
+    sizeless = [
+        {name: dataclasses.replace(vector, size=None) for name, vector in vectors.items()}
+        for vectors in (wants, found)
+    ]
+    return sizeless[0] == sizeless[1]
 
 
 def _label(name: str) -> str:
@@ -223,6 +236,11 @@ class Collections:
             if path is not None and path not in info.payload_schema:
                 await self.create_index(plan.collection, PayloadIndex(path, index.type))
         return differences(plan, info.config) if existed else ()
+
+    async def drop(self, name: str) -> None:
+        """Remove a collection; one that does not exist is none."""
+        request = q.DeleteCollection(collection_name=name).SerializeToString()
+        await self._rpc.request(DELETE_COLLECTION, request, f"collection {name}")
 
     async def defer(self, name: str) -> None:
         """Take HNSW from the collection's dense vectors, and remember what they had."""

@@ -121,8 +121,16 @@ class EdgeSink:
         """
         return await self._database.run(self._ensure, plan, create)
 
+    async def drop_collection(self, plan: TablePlan) -> None:
+        """Remove the collection, present or not."""
+        await self._database.run(self._database.drop, plan.collection)
+
     async def defer_indexing(self, plan: TablePlan) -> None:
         """Nothing to do; see :meth:`ensure_collection`."""
+
+    async def configuration(self, plan: TablePlan) -> str:
+        """Empty: nobody else can change the collection meanwhile."""
+        return ""
 
     async def build_index(self, plan: TablePlan) -> None:
         """Nothing to do; see :meth:`ensure_collection`."""

@@ -6,6 +6,7 @@ Layout under the path of ``qdrant.url = "edge:/path"``:
     collections/<name>/                one Edge shard: edge_config.json, segments/, wal/
     collections/<name>.new/            left of an interrupted creation, removed by the next
     state/pipelines/<pipeline>.json    the pipeline's record
+    state/marks/<pipeline>.json        how far the source was known to be
     state/dead_letters/<pipeline>.json its dead letters, a list
 
 ``<name>`` is the collection's name percent-encoded (everything but letters, digits, ``_``, ``-``
@@ -204,6 +205,25 @@ class EdgeDatabase:
             ) from exc
         prepared.rename(directory)
         sync_directory(self._collections)
+
+    def drop(self, collection: str) -> None:
+        """Remove a collection, present or not. It is out of its place before anything of it is
+        removed.
+        """
+        self.lock()
+        shard = self._shards.pop(collection, None)
+        if shard is not None:
+            shard.close()
+        self._dirty.discard(collection)
+        directory = self.directory(collection)
+        if not directory.is_dir():
+            return
+        removed = directory.with_name(directory.name + ".old")
+        if removed.exists():
+            shutil.rmtree(removed)
+        directory.rename(removed)
+        sync_directory(self._collections)
+        shutil.rmtree(removed)
 
     def update(self, collection: str, operation: edge.UpdateOperation) -> None:
         """Apply an operation. Raises what the engine raises, besides what :meth:`shard` does."""

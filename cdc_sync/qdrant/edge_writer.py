@@ -64,26 +64,31 @@ class EdgeWriter:
         """
         require_disjoint(changes)
         refused: Refusals = []
+        unmappable: Refusals = []
         missing: set[PointId] = set()
         run = self._database.run
         for rows in _steps(changes.upserts):
-            refused += await run(self._upsert, rows)
+            refused += await run(self._upsert, rows, unmappable)
         for rows in _steps(changes.partials):
-            absent, bad = await run(self._partial, rows)
+            absent, bad = await run(self._partial, rows, unmappable)
             missing |= absent
             refused += bad
         for ids in _steps(changes.deletes):
             await run(self._update, edge.UpdateOperation.delete_points(list(ids)))
-        return Applied(frozenset(missing), tuple(refused))
+        return Applied(
+            frozenset(missing),
+            (*unmappable, *refused),
+            frozenset(id_ for id_, _ in unmappable),
+        )
 
-    def _upsert(self, rows: Sequence[tuple[PointId, Row]]) -> Refusals:
+    def _upsert(self, rows: Sequence[tuple[PointId, Row]], unmappable: Refusals) -> Refusals:
         refused: Refusals = []
         points: list[tuple[PointId, edge.Point]] = []
         for id_, row in rows:
             try:
                 points.append((id_, self._point(id_, row)))
             except MappingError as exc:
-                refused.append((id_, exc.message))
+                unmappable.append((id_, exc.message))
             except (TypeError, ValueError) as exc:
                 refused.append((id_, reason(first_line(exc))))
         self._divide(
@@ -94,7 +99,9 @@ class EdgeWriter:
     def _point(self, id_: PointId, row: Row) -> edge.Point:
         return edge.Point(id_, _edge_vectors(self._codec.vectors(row)), self._codec.payload(row))
 
-    def _partial(self, rows: Sequence[tuple[PointId, Row]]) -> tuple[set[PointId], Refusals]:
+    def _partial(
+        self, rows: Sequence[tuple[PointId, Row]], unmappable: Refusals
+    ) -> tuple[set[PointId], Refusals]:
         refused: Refusals = []
         stored = self._stored([id_ for id_, _ in rows])
         missing = {id_ for id_, _ in rows if id_ not in stored}
@@ -112,7 +119,7 @@ class EdgeWriter:
             try:
                 writes.append((id_, self._operations(id_, row, kept)))
             except MappingError as exc:
-                refused.append((id_, exc.message))
+                unmappable.append((id_, exc.message))
             except (TypeError, ValueError) as exc:
                 refused.append((id_, reason(first_line(exc))))
         self._divide(writes, lambda some: [op for _, ops in some for op in ops], refused)

@@ -16,11 +16,13 @@ from cdc_sync.qdrant.records import (
     dead_letter,
     dead_letter_record,
     ledger_record,
+    mark_record,
     pipeline_record,
     pipeline_state,
+    source_mark,
     table_ledger,
 )
-from cdc_sync.qdrant.sink import DeadLetter, PipelineState, TableLedger
+from cdc_sync.qdrant.sink import DeadLetter, PipelineState, SourceMark, TableLedger
 
 
 class FileStateStore:
@@ -33,6 +35,7 @@ class FileStateStore:
         self._pipelines = database.path / "state" / "pipelines"
         self._dead_letters = database.path / "state" / "dead_letters"
         self._ledgers = database.path / "state" / "ledgers"
+        self._marks = database.path / "state" / "marks"
 
     async def load(self, pipeline: str) -> PipelineState | None:
         """The pipeline's record, or None."""
@@ -44,8 +47,17 @@ class FileStateStore:
         await self._database.run(self._write, path, pipeline_record(state))
 
     async def forget(self, pipeline: str) -> None:
-        """Remove the pipeline's record, its ledgers and its dead letters."""
+        """Remove the pipeline's record, its mark, its ledgers and its dead letters."""
         await self._database.run(self._forget, pipeline)
+
+    async def mark(self, pipeline: str) -> SourceMark | None:
+        """The last mark kept, or None."""
+        return await self._database.run(self._mark, pipeline)
+
+    async def save_mark(self, mark: SourceMark) -> None:
+        """Keep a mark."""
+        path = self._marks / f"{mark.pipeline}.json"
+        await self._database.run(self._write, path, mark_record(mark))
 
     async def ledgers(self, pipeline: str) -> list[TableLedger]:
         """The ledgers of copies under way, by table."""
@@ -73,16 +85,17 @@ class FileStateStore:
 
     def _load(self, pipeline: str) -> PipelineState | None:
         path = self._pipelines / f"{pipeline}.json"
-        record = _read(path)
-        if record is None:
-            return None
-        if not isinstance(record, dict):
-            raise _damaged(path, "it is not a JSON object")
-        return pipeline_state(record, str(path))
+        record = _read_object(path)
+        return None if record is None else pipeline_state(record, str(path))
+
+    def _mark(self, pipeline: str) -> SourceMark | None:
+        path = self._marks / f"{pipeline}.json"
+        record = _read_object(path)
+        return None if record is None else source_mark(record, str(path))
 
     def _forget(self, pipeline: str) -> None:
         # The pipeline's own record goes last: it is what says that there may be more to remove.
-        for directory in (self._dead_letters, self._ledgers, self._pipelines):
+        for directory in (self._dead_letters, self._ledgers, self._marks, self._pipelines):
             path = directory / f"{pipeline}.json"
             if path.exists():
                 path.unlink()
@@ -126,14 +139,7 @@ class FileStateStore:
             self._write_letters(pipeline, kept)
 
     def _read_letters(self, pipeline: str) -> list[DeadLetter]:
-        path = self._dead_letters / f"{pipeline}.json"
-        records = _read(path)
-        if records is None:
-            return []
-        if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
-            raise _damaged(path, "it is not a list of JSON objects")
-        found = [dead_letter(one, str(path)) for one in records]
-        return sorted(found, key=lambda letter: (letter.table, letter.key))
+        return read_dead_letters(self._database.path, pipeline)
 
     def _write_letters(self, pipeline: str, letters: Iterable[DeadLetter]) -> None:
         records = [dead_letter_record(one) for one in letters]
@@ -157,6 +163,19 @@ class FileStateStore:
             ) from exc
 
 
+def read_dead_letters(database: Path, pipeline: str) -> list[DeadLetter]:
+    """A pipeline's dead letters, by table and key, whoever has the database open: every write
+    replaces the whole file. Raises :class:`StateError`."""
+    path = database / "state" / "dead_letters" / f"{pipeline}.json"
+    records = _read(path)
+    if records is None:
+        return []
+    if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
+        raise _damaged(path, "it is not a list of JSON objects")
+    found = [dead_letter(one, str(path)) for one in records]
+    return sorted(found, key=lambda letter: (letter.table, letter.key))
+
+
 def _read(path: Path) -> object:
     """The JSON content of a file; None if there is no such file (a record is never a JSON null)."""
     try:
@@ -168,6 +187,13 @@ def _read(path: Path) -> object:
     if content is None:
         raise _damaged(path, "it is null")
     return content
+
+
+def _read_object(path: Path) -> dict[str, object] | None:
+    record = _read(path)
+    if record is not None and not isinstance(record, dict):
+        raise _damaged(path, "it is not a JSON object")
+    return record
 
 
 def _damaged(path: Path, why: str) -> StateError:

@@ -10,9 +10,10 @@ from urllib.parse import urlsplit
 from cdc_sync.config import QdrantSettings
 from cdc_sync.errors import ConfigError
 from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.qdrant.channel import plain_text_warning
 from cdc_sync.qdrant.collection_config import check_config
 from cdc_sync.qdrant.server import ServerSink
-from cdc_sync.qdrant.sink import RequestObserver, Sink
+from cdc_sync.qdrant.sink import DeadLetter, RequestObserver, Sink
 
 _DEFAULT_PORT: Final = 6334
 _FORMS: Final = "Write http://host:6334, https://host:6334, or edge:/path."
@@ -34,8 +35,9 @@ async def open_sink(settings: QdrantSettings, observer: RequestObserver | None =
     try:
         parts = urlsplit(settings.url)
         port = parts.port
-    except ValueError as exc:
-        raise ConfigError("qdrant.url is not a URL with a valid port.", _FORMS) from exc
+    except ValueError:
+        # Not chained: its text quotes what may be part of a password.
+        raise ConfigError("qdrant.url is not a URL with a valid port.", _FORMS) from None
     if not parts.hostname:
         raise ConfigError("qdrant.url names no host.", _FORMS)
     if parts.username is not None or parts.password is not None:
@@ -52,6 +54,32 @@ async def open_sink(settings: QdrantSettings, observer: RequestObserver | None =
         secure=scheme == "https",
         observer=observer,
     )
+
+
+async def read_dead_letters(settings: QdrantSettings, pipeline: str) -> list[DeadLetter]:
+    """A pipeline's dead letters, also while another process has the embedded database open. Errors
+    as of :func:`open_sink`, and :class:`StateError`."""
+    scheme, _, rest = settings.url.partition(":")
+    if scheme == "edge" and importlib.util.find_spec("qdrant_edge") is not None:
+        from cdc_sync.qdrant.file_state import read_dead_letters as read_file
+
+        return read_file(_edge_path(rest), pipeline)
+    sink = await open_sink(settings)
+    try:
+        return await sink.state.dead_letters(pipeline)
+    finally:
+        await sink.close()
+
+
+def transport_warning(settings: QdrantSettings) -> str | None:
+    """Return one sentence if requests leave this machine in clear, as ``http`` asks for."""
+    try:
+        parts = urlsplit(settings.url)
+    except ValueError:
+        return None
+    if parts.scheme != "http" or not parts.hostname:
+        return None
+    return plain_text_warning(settings, parts.hostname)
 
 
 def check_collection_config(settings: QdrantSettings, plan: TablePlan) -> None:

@@ -4,6 +4,7 @@ has a version.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Final
 
@@ -13,6 +14,7 @@ from cdc_sync.qdrant.sink import (
     DeadLetter,
     LeafLedger,
     PipelineState,
+    SourceMark,
     TableLedger,
     TableState,
 )
@@ -61,7 +63,49 @@ def dead_letter_record(letter: DeadLetter) -> Record:
         "lsn": letter.lsn,
         "commit_time": letter.commit_time,
         "reason": letter.reason,
+        "error": letter.kind,
+        "attempts": letter.attempts,
+        "first_seen": letter.first_seen,
+        "last_seen": letter.last_seen,
+        "key_values": None if letter.key_values is None else list(letter.key_values),
     }
+
+
+def mark_record(mark: SourceMark) -> Record:
+    """The record of a mark. Unsigned 64-bit numbers are strings."""
+    return {
+        "version": VERSION,
+        "kind": "mark",
+        "pipeline": mark.pipeline,
+        "lsn": str(mark.lsn),
+        "timeline": mark.timeline,
+        "xid": str(mark.xid),
+        "publications": [list(pair) for pair in mark.publications],
+    }
+
+
+def source_mark(record: Mapping[str, object], where: str) -> SourceMark:
+    """The mark of a record read from ``where``. Raises :class:`StateError`."""
+    _check_version(record, where)
+    publications = record.get("publications")
+    if not isinstance(publications, list | tuple):
+        raise _damaged(where, "publications")
+    return SourceMark(
+        pipeline=_text(record, "pipeline", where),
+        lsn=_number(record, "lsn", where),
+        timeline=_number(record, "timeline", where),
+        xid=_number(record, "xid", where),
+        publications=tuple(_pair(one, where) for one in publications),
+    )
+
+
+def _pair(record: object, where: str) -> tuple[str, str]:
+    if not isinstance(record, list | tuple) or len(record) != 2:
+        raise _damaged(where, "publications")
+    table, identity = record
+    if not isinstance(table, str) or not isinstance(identity, str):
+        raise _damaged(where, "publications")
+    return table, identity
 
 
 def pipeline_state(record: Mapping[str, object], where: str) -> PipelineState:
@@ -163,8 +207,26 @@ def _block_range(record: object, where: str) -> BlockRange:
 def dead_letter(record: Mapping[str, object], where: str) -> DeadLetter:
     """The dead letter of a record read from ``where``. Raises :class:`StateError`."""
     _check_version(record, where)
-    names = ("pipeline", "table", "key", "lsn", "commit_time", "reason")
-    return DeadLetter(*(_text(record, name, where) for name in names))
+    letter = DeadLetter(
+        pipeline=_text(record, "pipeline", where),
+        table=_text(record, "table", where),
+        key=_text(record, "key", where),
+        lsn=_text(record, "lsn", where),
+        commit_time=_text(record, "commit_time", where),
+        reason=_text(record, "reason", where),
+    )
+    if "attempts" not in record:
+        # Of 0.1.
+        return letter
+    values = record.get("key_values")
+    return dataclasses.replace(
+        letter,
+        kind=_text(record, "error", where),
+        attempts=_number(record, "attempts", where),
+        first_seen=_text(record, "first_seen", where),
+        last_seen=_text(record, "last_seen", where),
+        key_values=None if values is None else _names(record, "key_values", where),
+    )
 
 
 def _table_state(record: object, where: str) -> TableState:

@@ -10,18 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Generic, TypeVar
 
 import grpc
 from qdrant_client import grpc as q
 
 from cdc_sync.config import QdrantSettings
-from cdc_sync.errors import ConfigError, ErrorKind, SinkError, policy
+from cdc_sync.errors import ErrorKind, SinkError, policy
+from cdc_sync.qdrant.channel import credentials, handshake_failure, metadata
 from cdc_sync.qdrant.sink import RequestObserver
 
 Response = TypeVar("Response")
@@ -59,6 +58,9 @@ QUERY: Final = Method("/qdrant.Points/Query", q.QueryResponse)
 COLLECTION_INFO: Final = Method("/qdrant.Collections/Get", q.GetCollectionInfoResponse)
 CREATE_COLLECTION: Final = Method(
     "/qdrant.Collections/Create", q.CollectionOperationResponse, writes=True
+)
+DELETE_COLLECTION: Final = Method(
+    "/qdrant.Collections/Delete", q.CollectionOperationResponse, writes=True
 )
 UPDATE_COLLECTION: Final = Method(
     "/qdrant.Collections/Update", q.CollectionOperationResponse, writes=True
@@ -165,12 +167,10 @@ def sink_error(failure: RpcError, target: str) -> SinkError:
     """What a failed call means: the error kind, which call on what, and the remedy."""
     kind = _KINDS.get(failure.code, ErrorKind.SINK_UNKNOWN)
     remedy = _REMEDIES.get(failure.code)
-    if failure.code is _C.UNAVAILABLE and re.search("ssl|tls|handshake", failure.details, re.I):
-        remedy = (
-            "Check https against http in qdrant.url, and qdrant.ca_file if the authority is "
-            "your own."
-        )
-    elif kind is ErrorKind.COLLECTION_MISSING:
+    if failure.code is _C.UNAVAILABLE and (broken := handshake_failure(failure.details, "Qdrant")):
+        # Not a reason to stop a pipeline that runs: certificates are renewed.
+        return SinkError(kind, broken.message, broken.remedy)
+    if kind is ErrorKind.COLLECTION_MISSING:
         remedy = policy(kind).advice
     return SinkError(
         kind,
@@ -209,13 +209,11 @@ class Rpc:
         target = f"{host}:{port}"
         self._observer = observer
         self._timeout = settings.timeout_seconds
-        self._metadata: tuple[tuple[str, str], ...] = ()
-        if settings.api_key is not None:
-            self._metadata = (("api-key", settings.api_key.get_secret_value()),)
-        credentials = _credentials(settings.ca_file) if secure else None
+        self._metadata = metadata(settings)
+        trusted = credentials(settings, secure=secure)
         self._channels: list[grpc.Channel] = [
-            grpc.secure_channel(target, credentials, _CHANNEL_OPTIONS)
-            if credentials is not None
+            grpc.secure_channel(target, trusted, _CHANNEL_OPTIONS)
+            if trusted is not None
             else grpc.insecure_channel(target, _CHANNEL_OPTIONS)
             for _ in range(min(_MAX_CHANNELS, settings.parallel_requests))
         ]
@@ -303,22 +301,6 @@ class Rpc:
         """Close the channels; calls still under way fail."""
         for channel in self._channels:
             channel.close()
-
-
-def _credentials(ca_file: str | None) -> grpc.ChannelCredentials:
-    """TLS with verification against ``ca_file``, else the system's authorities, else those that
-    gRPC brings along.
-    """
-    path = ca_file or ssl.get_default_verify_paths().cafile
-    if path is None:
-        return grpc.ssl_channel_credentials()
-    try:
-        pem = Path(path).read_bytes()
-    except OSError as exc:
-        raise ConfigError(
-            f"qdrant.ca_file {path} cannot be read: {exc.strerror}.", "Name a readable PEM file."
-        ) from exc
-    return grpc.ssl_channel_credentials(root_certificates=pem)
 
 
 def _retry_after(trailers: Sequence[tuple[str, str | bytes]] | None) -> float | None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+
+from qdrant_client.grpc import HealthCheckReply
+
 from cdc_sync.config import QdrantSettings
 from cdc_sync.errors import ConfigError, ErrorKind, SinkError
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.qdrant import messages
+from cdc_sync.qdrant.channel import opening_failure
 from cdc_sync.qdrant.collections import Collections, check, found_vectors
 from cdc_sync.qdrant.deferral import OLDEST_SERVER as OLDEST_DEFERRING
 from cdc_sync.qdrant.deferral import unsupported as cannot_defer
 from cdc_sync.qdrant.differences import differences
-from cdc_sync.qdrant.rpc import HEALTH_CHECK, Rpc
+from cdc_sync.qdrant.rpc import HEALTH_CHECK, Rpc, RpcError, sink_error
 from cdc_sync.qdrant.server_state import ServerStateStore
 from cdc_sync.qdrant.sink import CollectionState, RequestObserver
 from cdc_sync.qdrant.writer import ServerWriter
@@ -48,7 +54,7 @@ class ServerSink:
         target = f"{host}:{port}"
         rpc = Rpc(settings, host, port, secure=secure, observer=observer)
         try:
-            answer = await rpc.request(HEALTH_CHECK, b"", f"Qdrant at {target}")
+            answer = await _first_answer(rpc, settings, host, port, secure=secure)
             version = str(answer.version)
             if _release(version) < OLDEST_SERVER:
                 raise ConfigError(
@@ -117,12 +123,23 @@ class ServerSink:
             self._check_can_defer()
         return await self._collections.ensure(plan, create=create, defer_hnsw=defer_hnsw)
 
+    async def drop_collection(self, plan: TablePlan) -> None:
+        """Remove the collection, present or not."""
+        await self._collections.drop(plan.collection)
+
     async def defer_indexing(self, plan: TablePlan) -> None:
         """Take HNSW from the collection until :meth:`build_index`. Raises ConfigError before
         1.16.
         """
         self._check_can_defer()
         await self._collections.defer(plan.collection)
+
+    async def configuration(self, plan: TablePlan) -> str:
+        """A hash of the collection's configuration; empty without a collection."""
+        info = await self._collections.info(plan.collection)
+        if info is None:
+            return ""
+        return hashlib.sha256(info.config.SerializeToString(deterministic=True)).hexdigest()
 
     async def build_index(self, plan: TablePlan) -> None:
         """Give back the HNSW settings that were deferred, if any were."""
@@ -142,6 +159,18 @@ class ServerSink:
     async def close(self) -> None:
         """Close the connections."""
         self._rpc.close()
+
+
+async def _first_answer(
+    rpc: Rpc, settings: QdrantSettings, host: str, port: int, *, secure: bool
+) -> HealthCheckReply:
+    try:
+        return await rpc.call(HEALTH_CHECK, b"")
+    except RpcError as failure:
+        prevented = await asyncio.to_thread(
+            opening_failure, failure.details, settings, host, port, secure=secure
+        )
+        raise prevented or sink_error(failure, f"Qdrant at {host}:{port}") from failure
 
 
 def _release(version: str) -> tuple[int, ...]:

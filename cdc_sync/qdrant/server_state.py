@@ -24,8 +24,10 @@ from cdc_sync.qdrant.records import (
     dead_letter,
     dead_letter_record,
     ledger_record,
+    mark_record,
     pipeline_record,
     pipeline_state,
+    source_mark,
     table_ledger,
 )
 from cdc_sync.qdrant.rpc import (
@@ -38,7 +40,7 @@ from cdc_sync.qdrant.rpc import (
     not_completed,
     sink_error,
 )
-from cdc_sync.qdrant.sink import DeadLetter, PipelineState, TableLedger
+from cdc_sync.qdrant.sink import DeadLetter, PipelineState, SourceMark, TableLedger
 
 COLLECTION: Final = "_cdc_sync"
 _TARGET: Final = f"collection {COLLECTION}"
@@ -61,16 +63,9 @@ class ServerStateStore:
 
     async def load(self, pipeline: str) -> PipelineState | None:
         """The pipeline's record, or None."""
-        request = messages.get(COLLECTION, [record_id(pipeline)], with_payload=True)
-        try:
-            answer = await self._rpc.call(GET, request)
-        except RpcError as failure:
-            if failure.collection_missing:
-                return None
-            raise sink_error(failure, _TARGET) from failure
-        if not answer.result:
+        record = await self._get(record_id(pipeline))
+        if record is None:
             return None
-        record = grpc_to_payload(answer.result[0].payload)
         return pipeline_state(record, f"The record of pipeline {pipeline} in {_TARGET}")
 
     async def save(self, state: PipelineState) -> None:
@@ -78,14 +73,35 @@ class ServerStateStore:
         await self._write([(record_id(state.pipeline), pipeline_record(state))])
 
     async def forget(self, pipeline: str) -> None:
-        """Remove the pipeline's record, its ledgers and its dead letters."""
+        """Remove the pipeline's record, its mark, its ledgers and its dead letters."""
         letters = [
             record_id(pipeline, letter.table, letter.key)
             for letter in await self.dead_letters(pipeline)
         ]
         ledgers = [_ledger_id(pipeline, one.table) for one in await self.ledgers(pipeline)]
         # The pipeline's own record goes last: it is what says that there may be more to remove.
-        await self._remove([*letters, *ledgers, record_id(pipeline)])
+        await self._remove([*letters, *ledgers, _mark_id(pipeline), record_id(pipeline)])
+
+    async def mark(self, pipeline: str) -> SourceMark | None:
+        """The last mark kept, or None."""
+        record = await self._get(_mark_id(pipeline))
+        if record is None:
+            return None
+        return source_mark(record, f"The mark of pipeline {pipeline} in {_TARGET}")
+
+    async def save_mark(self, mark: SourceMark) -> None:
+        """Keep a mark."""
+        await self._write([(_mark_id(mark.pipeline), mark_record(mark))])
+
+    async def _get(self, id_: bytes) -> Record | None:
+        request = messages.get(COLLECTION, [id_], with_payload=True)
+        try:
+            answer = await self._rpc.call(GET, request)
+        except RpcError as failure:
+            if failure.collection_missing:
+                return None
+            raise sink_error(failure, _TARGET) from failure
+        return grpc_to_payload(answer.result[0].payload) if answer.result else None
 
     async def ledgers(self, pipeline: str) -> list[TableLedger]:
         """The ledgers of copies under way, by table."""
@@ -176,6 +192,10 @@ class ServerStateStore:
                 raise sink_error(failure, _TARGET) from failure
             if answer.result.status != q.UpdateStatus.Completed:
                 raise not_completed(answer.result.status, DELETE, _TARGET)
+
+
+def _mark_id(pipeline: str) -> bytes:
+    return record_id(pipeline, "mark")
 
 
 def _ledger_id(pipeline: str, table: str) -> bytes:

@@ -36,10 +36,13 @@ class Applied:
     ``missing``: ids of partials whose point does not exist, or lacks a payload field that the row
     left UNCHANGED; the engine fetches the rows from Postgres and upserts them. ``refused``: points
     Qdrant takes as invalid, isolated by halving, with its reason; everything else was written.
+    ``unmappable``: those of the refused of which no point could be made, so that Qdrant was not
+    asked.
     """
 
     missing: frozenset[PointId] = frozenset()
     refused: tuple[tuple[PointId, str], ...] = ()
+    unmappable: frozenset[PointId] = frozenset()
 
 
 #: A vector as stored: dense, multivector (a list of rows), or sparse. Cosine vectors are stored
@@ -178,6 +181,23 @@ class PipelineState:
     adopting: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class SourceMark:
+    """How far the source was known to be: what shows later that it has gone back, or that the
+    publication was altered behind our back.
+
+    ``lsn``: it had written so much; ``timeline`` in which. ``xid``: a transaction (64 bit) known to
+    be committed, 0 for none. ``publications``: by table, what changes whenever the publication is
+    altered for it.
+    """
+
+    pipeline: str
+    lsn: int
+    timeline: int
+    xid: int = 0
+    publications: tuple[tuple[str, str], ...] = ()
+
+
 #: A range of blocks: from the first up to but not including the second (None: to the end).
 BlockRange: TypeAlias = tuple[int, int | None]
 
@@ -223,8 +243,14 @@ class TableLedger:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A row that could not be written. ``key`` is the point id and ``reason`` holds no row
-    values."""
+    """A row that could not be written. ``reason`` holds no row values.
+
+    ``key`` is the point id, or a note where the row has none; ``key_values`` the values of the key
+    columns, in key order, as texts that Postgres reads (None: not known). ``lsn`` and
+    ``commit_time`` (ISO 8601) are of the change, ``lsn`` 0/0 where a copy read the row.
+    ``kind``: value of an ErrorKind, empty in records of 0.1, as are the times of the first and the
+    last of so many ``attempts`` to write the row.
+    """
 
     pipeline: str
     table: str
@@ -232,6 +258,11 @@ class DeadLetter:
     lsn: str
     commit_time: str
     reason: str
+    kind: str = ""
+    attempts: int = 1
+    first_seen: str = ""
+    last_seen: str = ""
+    key_values: tuple[str, ...] | None = None
 
 
 class StateStore(Protocol):
@@ -243,7 +274,15 @@ class StateStore(Protocol):
     async def save(self, state: PipelineState) -> None: ...
 
     async def forget(self, pipeline: str) -> None:
-        """Remove the pipeline's record, its ledgers and its dead letters."""
+        """Remove the pipeline's record, its mark, its ledgers and its dead letters."""
+        ...
+
+    async def mark(self, pipeline: str) -> SourceMark | None:
+        """The last mark kept, or None."""
+        ...
+
+    async def save_mark(self, mark: SourceMark) -> None:
+        """Keep a mark; it replaces the pipeline's earlier one."""
         ...
 
     async def ledgers(self, pipeline: str) -> list[TableLedger]:
@@ -294,7 +333,7 @@ class Sink(Protocol):
         """Compare the collection with the plan, read-only.
 
         Raises :class:`SinkError` COLLECTION_MISMATCH naming the vector, what it has and what the
-        plan wants.
+        plan wants; a :class:`DimensionMismatchError` if nothing differs but dimensions.
         """
         ...
 
@@ -309,11 +348,21 @@ class Sink(Protocol):
         """
         ...
 
+    async def drop_collection(self, plan: TablePlan) -> None:
+        """Remove the plan's collection with all its points, present or not. Errors as for
+        writers."""
+        ...
+
     async def defer_indexing(self, plan: TablePlan) -> None:
         """Build no HNSW index in the plan's collection, which exists, before :meth:`build_index`.
 
         What it had is remembered beside it. Harmless when repeated.
         """
+        ...
+
+    async def configuration(self, plan: TablePlan) -> str:
+        """What changes whenever the collection's configuration does; empty where it cannot change
+        while the sink is open, or there is no collection."""
         ...
 
     async def build_index(self, plan: TablePlan) -> None:

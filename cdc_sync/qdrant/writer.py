@@ -55,6 +55,7 @@ class _Outcome:
     completed: set[PointId] = field(default_factory=set)
     missing: set[PointId] = field(default_factory=set)
     refused: list[tuple[PointId, str]] = field(default_factory=list)
+    unmappable: set[PointId] = field(default_factory=set)
 
 
 #: Sends one part of a batch on a lane.
@@ -99,7 +100,9 @@ class ServerWriter:
         except SinkError as error:
             error.completed = frozenset(outcome.completed - outcome.missing)
             raise
-        return Applied(frozenset(outcome.missing), tuple(outcome.refused))
+        return Applied(
+            frozenset(outcome.missing), tuple(outcome.refused), frozenset(outcome.unmappable)
+        )
 
     def _cut(self, changes: Changes) -> list[_Job]:
         def size(count: int) -> int:
@@ -138,6 +141,7 @@ class ServerWriter:
                 point = self._codec.point(id_, row)
             except MappingError as exc:
                 outcome.refused.append((id_, exc.message))
+                outcome.unmappable.add(id_)
                 continue
             if request and size + len(point) > self._settings.request_bytes:
                 await self._divide(request, send, outcome)
@@ -153,6 +157,7 @@ class ServerWriter:
         encoded, missing, refused = await self._partials.encode(rows, lane)
         outcome.missing.update(missing)
         outcome.refused.extend(refused)
+        outcome.unmappable.update(id_ for id_, _ in refused)
 
         async def send(points: Sequence[tuple[PointId, Partial]]) -> None:
             outcome.missing.update(await self._partials.write([one for _, one in points], lane))

@@ -9,29 +9,36 @@ partials carry final values (invariant 3).
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.ops.logging import get_logger
-from cdc_sync.ops.metrics import Metrics, Operation, ToastResolution
+from cdc_sync.ops.metrics import LetterRetry, Metrics, Operation, ToastResolution
 from cdc_sync.postgres.key_texts import KeyTextError
 from cdc_sync.postgres.refetch import TableRedefinedError
 from cdc_sync.qdrant.sink import Applied, Changes, Sink, TableWriter
 from cdc_sync.rows import PointId, RawValue, Row
 from cdc_sync.sync.coalesce import Pending, TableBatch
 from cdc_sync.sync.control import ResyncRows
-from cdc_sync.sync.dead_letters import DeadLetterOffice
+from cdc_sync.sync.dead_letter_retries import LetterRetries
+from cdc_sync.sync.dead_letters import DeadLetterOffice, Refusal, refusals
 from cdc_sync.sync.gather import Batch
 from cdc_sync.sync.reading import Reread
 from cdc_sync.sync.retry import is_sink_trouble, retrying
 from cdc_sync.sync.routing import Binding, PlannedTable
+from cdc_sync.sync.stopped_tables import concerns_one_table
 from cdc_sync.sync.writing import writing
 
 log = get_logger(__name__)
 
 T = TypeVar("T")
+
+#: How often a collection is looked at, at the most, because it refuses rows.
+_INSPECT_SECONDS = 10.0
 
 #: Reads rows by key as they are now, once the given transactions are visible (R84); blocking.
 FetchRows = Callable[
@@ -64,6 +71,14 @@ class StaleTables(Protocol):
         row may escape that by moving."""
         ...
 
+    def is_stopped(self, table: str) -> bool:
+        """Whether the table cannot be followed now, so that its changes are dropped."""
+        ...
+
+    async def stop(self, table: str, error: CdcSyncError) -> None:
+        """The table cannot be followed any more."""
+        ...
+
 
 class Applier:
     """Writes batches to the sink."""
@@ -73,6 +88,7 @@ class Applier:
         sink: Sink,
         fetch: FetchRows,
         dead_letters: DeadLetterOffice,
+        retries: LetterRetries,
         metrics: Metrics,
         on_stall: Callable[[CdcSyncError, float], None],
         stale: StaleTables,
@@ -81,6 +97,7 @@ class Applier:
         self._sink = sink
         self._fetch = fetch
         self._dead_letters = dead_letters
+        self._retries = retries
         self._metrics = metrics
         self._on_stall = on_stall
         self._stale = stale
@@ -88,6 +105,9 @@ class Applier:
         self._sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
         self._progress: Callable[[], None] = lambda: None
         self._writers: dict[TablePlan, TableWriter] = {}
+        self._parked = False
+        #: When collections were looked at last, by the OID of the table.
+        self._inspected: dict[int, float] = {}
 
     async def apply(
         self,
@@ -98,32 +118,45 @@ class Applier:
         """Write the whole batch; returns when Qdrant has completed all of it.
 
         Transient failures of the sink are retried until ``sleep``, which passes the time between
-        two tries, raises. Raises that, and every other failure, with nothing in flight any more.
+        two tries, raises. Raises that, and every other failure, with nothing in flight any more;
+        DEAD_LETTER_LIMIT when too many rows could not be written, though all of the others were.
         ``progress`` is called whenever part of the batch has been completed.
         """
         self._sleep = sleep
         self._progress = progress
+        self._parked = False
+        for name, dropped in batch.unusable.items():
+            await self._drop(name, dropped.changes, dropped.unusable.error)
         await self._retry(lambda: self._stale.note(batch))
         if batch.truncates:
             for oid in batch.truncates:
-                await self._clear(batch.bindings[oid])
+                binding = batch.bindings[oid]
+                await self._unless_stopped(binding.planned, lambda b=binding: self._clear(b))  # type: ignore[misc]
             return
         for planned in batch.resync_tables:
             await self._request(planned, "it was asked for")
         for request in batch.rereads:
-            await self._reread(batch, request)
+            await self._reread_unless_stopped(batch, request)
         for oid, table in batch.tables.items():
-            await self._apply_table(batch, batch.bindings[oid], table)
+            await self._unless_stopped(
+                batch.bindings[oid].planned,
+                lambda o=oid, t=table: self._apply_table(batch, batch.bindings[o], t),  # type: ignore[misc]
+                len(table),
+            )
         for lost in batch.unmappable:
+            if self._stale.is_stopped(lost.binding.planned.name):
+                continue
+            self._parked = True
             await self._retry(
                 lambda lost=lost: self._dead_letters.park(  # type: ignore[misc]
                     lost.binding.planned.name,
-                    [(lost.key, lost.reason)],
+                    [Refusal(lost.key, lost.reason, ErrorKind.MAPPING)],
                     lsn=lost.lsn,
                     commit_time=lost.commit_time,
-                    kind=ErrorKind.MAPPING,
                 )
             )
+        if self._parked:
+            await self._check_limit(batch)
         self._count(batch)
 
     def writer(self, plan: TablePlan) -> TableWriter:
@@ -134,6 +167,40 @@ class Applier:
             self._writers = {p: w for p, w in self._writers.items() if p.oid != plan.oid}
             writer = self._writers[plan] = self._sink.writer(plan)
         return writer
+
+    # -- tables that stop
+
+    async def _unless_stopped(
+        self, planned: PlannedTable, step: Callable[[], Awaitable[None]], changes: int = 0
+    ) -> None:
+        """Do something with one table unless it has stopped; an error of its own stops it."""
+        if self._stale.is_stopped(planned.name):
+            self._metrics.add_table(planned.name).changes_dropped.inc(changes)
+            return
+        try:
+            await step()
+        except CdcSyncError as error:
+            if not concerns_one_table(error):
+                raise
+            await self._drop(planned.name, changes, error)
+
+    async def _drop(self, table: str, changes: int, error: CdcSyncError) -> None:
+        if not self._stale.is_stopped(table):
+            await self._retry(lambda: self._stale.stop(table, error))
+        self._metrics.add_table(table).changes_dropped.inc(changes)
+
+    async def _reread_unless_stopped(self, batch: Batch, request: ResyncRows) -> None:
+        if self._stale.is_stopped(request.planned.name) and not request.retry:
+            await self._request(request.planned, "rows were asked for")
+        await self._unless_stopped(request.planned, lambda: self._reread(batch, request))
+
+    async def _check_collection(self, planned: PlannedTable) -> None:
+        """Raise COLLECTION_MISMATCH if rows were refused because the collection has been replaced
+        by one that does not fit; then it is not the rows that are wrong."""
+        looked = self._inspected.get(planned.plan.oid)
+        if looked is None or time.monotonic() - looked > _INSPECT_SECONDS:
+            self._inspected[planned.plan.oid] = time.monotonic()
+            await self._retry(lambda: self._sink.inspect(planned.plan))
 
     # -- steps
 
@@ -149,22 +216,58 @@ class Applier:
             rows = await self._fetch_points(binding, table, list(applied.missing))
             self._resolved(binding, "refetched", len(rows))
             again = await self._write(binding.planned, Changes(upserts=rows))
-            applied = Applied(frozenset(), applied.refused + again.refused)
+            applied = Applied(
+                frozenset(),
+                applied.refused + again.refused,
+                applied.unmappable | again.unmappable,
+            )
         self._resolved(binding, "kept", len(changes.partials) - len(applied.missing))
-        name = binding.planned.name
-        await self._settle(name, table.pending, applied, batch)
+        planned = binding.planned
+        if applied.refused:
+            await self._check_collection(planned)
+        refused = refusals(planned.plan, applied, table.known_rows()) if applied.refused else []
+        await self._settle(planned, table.pending, refused, batch)
         if table.superseded:
-            self._metrics.add_table(name).coalesced.inc(table.superseded)
+            self._metrics.add_table(planned.name).coalesced.inc(table.superseded)
 
     async def _settle(
-        self, table: str, ids: Collection[PointId], applied: Applied, batch: Batch
+        self,
+        planned: PlannedTable,
+        ids: Iterable[PointId],
+        refused: Sequence[Refusal],
+        batch: Batch,
+        *,
+        retried: bool = False,
     ) -> None:
         """Park what was refused, and forget dead letters of what was not."""
-        await self._keep_refused(table, applied.refused, batch.last_lsn, batch.last_commit)
-        refused = {point_id for point_id, _ in applied.refused}
+        if refused:
+            self._parked |= not retried
+            await self._retry(
+                lambda: self._dead_letters.park(
+                    planned.name,
+                    refused,
+                    lsn=batch.last_lsn,
+                    commit_time=batch.last_commit,
+                    retried=retried,
+                )
+            )
+        bad = {refusal.key for refusal in refused}
         await self._retry(
-            lambda: self._dead_letters.release(table, (i for i in ids if i not in refused))
+            lambda: self._dead_letters.release(
+                planned.name, [i for i in ids if str(i) not in bad] if bad else ids
+            )
         )
+
+    async def _check_limit(self, batch: Batch) -> None:
+        """Raise DEAD_LETTER_LIMIT if too many rows cannot be written as they are now. They are read
+        again before that: what has been put right since would be found after the place at which
+        the stream would stop, at every start."""
+        if self._dead_letters.over_limit:
+            await self._retry(self._dead_letters.open)
+        if self._dead_letters.over_limit:
+            for request in self._retries.requests():
+                await self._reread_unless_stopped(batch, request)
+        await self._retry(self._dead_letters.check_limit)
 
     def _unreliable(self, binding: Binding, changes: Changes) -> list[PointId]:
         """Take out partials of points that cannot be relied on for what the update leaves
@@ -176,15 +279,6 @@ class Applier:
             taken = set(ids)
             changes.partials = [change for change in changes.partials if change[0] not in taken]
         return ids
-
-    async def _keep_refused(
-        self, table: str, refused: Iterable[tuple[PointId, str]], lsn: int, commit_time: float
-    ) -> None:
-        letters = [(str(point_id), reason) for point_id, reason in refused]
-        if letters:
-            await self._retry(
-                lambda: self._dead_letters.park(table, letters, lsn=lsn, commit_time=commit_time)
-            )
 
     async def _fetch_points(
         self, binding: Binding, table: TableBatch, ids: Sequence[PointId]
@@ -214,27 +308,54 @@ class Applier:
         try:
             found = await self._reread_rows(request, batch.xids)
         except (KeyTextError, MappingError) as error:
-            # Whoever asked for them, the pipeline goes on.
-            self._metrics.control_requests["unreadable"].inc()
-            log.warning("request_refused", table=planned.name, reason=str(error))
+            await self._unreadable(batch, request, error)
             return
         if found is None:
-            await self._request(planned, "rows were asked for that cannot be read by themselves")
+            # One row is no reason to read a whole table unless somebody asks.
+            if not request.retry:
+                await self._request(
+                    planned, "rows were asked for that cannot be read by themselves"
+                )
             return
-        changes = Changes(upserts=found.rows, deletes=found.absent)
-        applied = await self._write(planned, changes)
-        await self._settle(
-            planned.name,
-            [*(point_id for point_id, _ in found.rows), *found.absent],
-            applied,
-            batch,
-        )
+        applied = await self._write(planned, Changes(upserts=found.rows, deletes=found.absent))
+        refused = refusals(planned.plan, applied, found.rows)
+        ids = [*(point_id for point_id, _ in found.rows), *found.absent]
+        letters = {i for i in ids if self._dead_letters.holds(planned.name, i)}
+        await self._settle(planned, ids, refused, batch, retried=True)
+        absent = len(letters.intersection(found.absent))
+        bad = len(letters.intersection(point_id for point_id, _ in applied.refused))
+        results: dict[LetterRetry, int] = {
+            "written": len(letters) - absent - bad,
+            "deleted": absent,
+            "refused": bad,
+        }
+        self._dead_letters.count_retries(planned.name, results)
+        if request.retry:
+            self._retries.tried(request)
+            return
         table = self._metrics.add_table(planned.name)
         table.rows_reread["written"].inc(len(found.rows) - len(applied.refused))
         table.rows_reread["deleted"].inc(len(found.absent))
         log.info(
             "rows_reread", table=planned.name, written=len(found.rows), deleted=len(found.absent)
         )
+
+    async def _unreadable(
+        self, batch: Batch, request: ResyncRows, error: KeyTextError | MappingError
+    ) -> None:
+        """A key of a request is none. Whoever has asked for it, the pipeline goes on."""
+        planned, keys = request.planned, request.keys
+        if not request.retry:
+            self._metrics.control_requests["unreadable"].inc()
+            log.warning("request_refused", table=planned.name, reason=str(error))
+        elif len(keys) > 1:
+            half = len(keys) // 2
+            for some in (keys[:half], keys[half:]):
+                await self._reread(batch, dataclasses.replace(request, keys=some))
+        else:
+            # It was one when the row was parked: the key's columns have other types now.
+            self._dead_letters.count_retries(planned.name, {"unreadable": 1})
+            self._retries.tried(request)
 
     async def _request(self, planned: PlannedTable, reason: str) -> None:
         await self._retry(lambda: self._stale.request(planned, reason))
@@ -253,6 +374,7 @@ class Applier:
         log.info("table_truncated", table=binding.planned.name)
         writer = self.writer(binding.planned.plan)
         await self._retry(writer.clear)
+        await self._retry(lambda: self._dead_letters.release_table(binding.planned.name))
         self._metrics.add_table(binding.planned.name).changes["truncate"].inc()
 
     async def _retry(self, operation: Callable[[], Awaitable[T]]) -> T:
@@ -270,5 +392,6 @@ class Applier:
         }
         for operation, counts in operations.items():
             for oid, count in counts.items():
-                table = self._metrics.add_table(batch.bindings[oid].planned.name)
-                table.changes[operation].inc(count)
+                name = batch.bindings[oid].planned.name
+                if not self._stale.is_stopped(name):
+                    self._metrics.add_table(name).changes[operation].inc(count)

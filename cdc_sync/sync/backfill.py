@@ -2,10 +2,10 @@
 adoption alike.
 
 In a window somebody holds a snapshot and the applier stands still; chunks are copied under that
-snapshot until the window's time is up. The ledger of each table says what is left. Once all chunks
-of a table are done, points without a row are swept where there may be any. Whether a snapshot may
-be used, and when the next window opens, is not decided here but in
-:mod:`cdc_sync.sync.resync`.
+snapshot until the window's time is up, or the slot retains too much WAL
+(:mod:`cdc_sync.sync.retention`). The ledger of each table says what is left. Once all chunks of a
+table are done, points without a row are swept where there may be any. Whether a snapshot may be
+used, and when the next window opens, is not decided here but in :mod:`cdc_sync.sync.resync`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from cdc_sync.config import Settings
+from cdc_sync.errors import CdcSyncError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.postgres.connect import connect
-from cdc_sync.postgres.snapshot import import_snapshot, key_query
+from cdc_sync.postgres.snapshot import SnapshotHolder, import_snapshot, key_query
 from cdc_sync.qdrant.sink import Changes, Sink, TableLedger
 from cdc_sync.rows import PointId
 from cdc_sync.sync.copying import ChunkResult, CopyTask
 from cdc_sync.sync.dead_letters import DeadLetterOffice
 from cdc_sync.sync.executors import ChunkExecutor, open_executor
 from cdc_sync.sync.ledger import Ledger
+from cdc_sync.sync.opening import opening
 from cdc_sync.sync.orphans import sweep
+from cdc_sync.sync.retention import RetainedWal, WindowCutError, WindowTime
 from cdc_sync.sync.routing import PlannedTable
 
 log = get_logger(__name__)
@@ -37,6 +40,8 @@ T = TypeVar("T")
 
 #: How often the ledger is written at the least, while chunks are being finished.
 _SAVE_SECONDS = 1.0
+#: How long that may take when a window has failed, or is cancelled.
+_LAST_SAVE_SECONDS = 3.0
 #: Orphans removed in one request to the sink.
 _REMOVE_POINTS = 1_000
 
@@ -65,10 +70,12 @@ class Backfill:
         self._board = board
         self._dead_letters = dead_letters
         self._retry = retry
+        self._retained = RetainedWal(settings, metrics, board)
         self._executor: ChunkExecutor | None = None
         self._ledgers: dict[str, Ledger] = {}
         self._tables: dict[int, PlannedTable] = {}
         self._saved = 0.0
+        self._finished = 0
 
     # -- what is under way
 
@@ -151,19 +158,28 @@ class Backfill:
 
     async def close(self) -> None:
         """Stop the workers."""
+        await self._retained.close()
         if self._executor is not None:
             await self._executor.close()
             self._executor = None
 
     # -- one window
 
-    async def window(self, tables: Sequence[PlannedTable], snapshot: str) -> list[PlannedTable]:
+    async def has_room(self, tables: Sequence[str]) -> bool:
+        """Whether a window may be opened for the tables, by the WAL that the slot retains; if not,
+        the stream is to go on. Raises :class:`SourceError`."""
+        return await self._retained.has_room(tables)
+
+    async def window(
+        self, tables: Sequence[PlannedTable], holder: SnapshotHolder
+    ) -> list[PlannedTable]:
         """Copy what is left of the tables under a snapshot, as far as the window's time goes.
 
         Returns the tables of which nothing is left. Raises :class:`SourceError` when the snapshot
-        or the server is gone; what was finished before stays so.
+        or the server is gone; what was finished before stays so. However it ends, nothing is in
+        flight any more.
         """
-        deadline = time.monotonic() + self._settings.migration.window_seconds
+        window = WindowTime(time.monotonic() + self._settings.migration.window_seconds)
         for planned in tables:
             ledger = self._ledgers[planned.name]
             ledger.meet(planned)
@@ -171,17 +187,36 @@ class Backfill:
             self._show(planned, ledger)
         ledgers = [self._ledgers[planned.name] for planned in tables]
         await self._save(ledgers)
-        queue = _Queue(self._tasks(tables, snapshot), deadline)
+        self._finished = 0
+        watch = self._retained.watch(window, holder, [planned.name for planned in tables])
         try:
-            if queue.left:
-                await self._chunk_executor().copy(queue, self._done)
-        finally:
+            if not await _while_watched(self._copy(tables, holder.snapshot_id, window), watch):
+                self._cut_short(ledgers)
+        except BaseException:
             # What is finished need not be done again, whatever ended the window.
-            await self._save(ledgers)
+            await self._save_if_possible(ledgers)
+            raise
+        await self._save(ledgers)
+        return [planned for planned in tables if self._ledgers[planned.name].complete]
+
+    async def _copy(
+        self, tables: Sequence[PlannedTable], snapshot: str, window: WindowTime
+    ) -> None:
+        queue = _Queue(self._tasks(tables, snapshot), window)
+        if queue.left:
+            await self._chunk_executor().copy(queue, self._done)
+        await self._save([self._ledgers[planned.name] for planned in tables])
         for planned in tables:
             if self._ledgers[planned.name].copied:
-                await self._sweep(planned, snapshot, deadline)
-        return [planned for planned in tables if self._ledgers[planned.name].complete]
+                await self._sweep(planned, snapshot, window)
+
+    def _cut_short(self, ledgers: Sequence[Ledger]) -> None:
+        """Chunks in progress were given up. If none was finished, none ever would be, so from now
+        on they are smaller."""
+        log.warning("window_cut_short", chunks_finished=self._finished)
+        if not self._finished:
+            for ledger in ledgers:
+                ledger.halve_chunks()
 
     def _chunk_executor(self) -> ChunkExecutor:
         if self._executor is None:
@@ -216,8 +251,10 @@ class Backfill:
                     planned.name, result.refused, lsn=0, commit_time=0.0
                 )
             )
+            await self._retry(self._dead_letters.check_limit)
         ledger = self._ledgers[planned.name]
         ledger.finish(chunk, result.rows, result.bytes)
+        self._finished += 1
         log.debug(
             "chunk_copied",
             table=planned.name,
@@ -231,16 +268,31 @@ class Backfill:
         if time.monotonic() - self._saved >= _SAVE_SECONDS:
             await self._save(list(self._ledgers.values()))
 
-    async def _save(self, ledgers: Sequence[Ledger]) -> None:
+    async def _save_if_possible(self, ledgers: Sequence[Ledger]) -> None:
+        """Try once, and not for long: the slot's connection may be waiting to be closed, since
+        Qdrant is away."""
+        try:
+            async with asyncio.timeout(_LAST_SAVE_SECONDS):
+                await self._save(ledgers, _once)
+        except (CdcSyncError, TimeoutError) as error:
+            # Chunks that are not on record are copied again.
+            log.info("ledger_not_saved", error=str(error))
+
+    async def _save(self, ledgers: Sequence[Ledger], retry: Retry | None = None) -> None:
         """Put ledgers on record, once their chunks are safe from a power loss."""
         changed = [ledger for ledger in ledgers if ledger.dirty]
         if not changed:
             return
-        await self._retry(self._sink.make_durable)
+        retry = self._retry if retry is None else retry
+        await retry(self._sink.make_durable)
         for ledger in changed:
             record = ledger.record
             ledger.dirty = False
-            await self._retry(lambda r=record: self._sink.state.save_ledger(r))  # type: ignore[misc]
+            try:
+                await retry(lambda r=record: self._sink.state.save_ledger(r))  # type: ignore[misc]
+            except BaseException:
+                ledger.dirty = True
+                raise
             log.debug(
                 "ledger_saved",
                 table=record.table,
@@ -276,7 +328,7 @@ class Backfill:
 
     # -- points without a row
 
-    async def _sweep(self, planned: PlannedTable, snapshot: str, deadline: float) -> None:
+    async def _sweep(self, planned: PlannedTable, snapshot: str, window: WindowTime) -> None:
         """Look for points that have no row in the snapshot, and remove them.
 
         Exact for the same reason as the copy: whatever was applied is visible in the snapshot, and
@@ -290,7 +342,7 @@ class Backfill:
         queries = [key_query(plan, leaf, planned.selection) for leaf in planned.table.leaves]
         if ledger.record.buckets == 0:
             ledger.divide(await self._retry(writer.count))
-        connection = await asyncio.to_thread(
+        connection = await opening(
             connect, self._settings.source, application_name="cdc_sync copy", autocommit=False
         )
         try:
@@ -303,7 +355,7 @@ class Backfill:
                 await self._remove(planned, orphans)
                 ledger.finish_sweep(len(orphans))
                 await self._save([ledger])
-                if time.monotonic() >= deadline:
+                if window.over:
                     return
         finally:
             connection.close()
@@ -324,15 +376,39 @@ class Backfill:
             await self._retry(lambda c=changes: writer.apply(c))  # type: ignore[misc]
 
 
+async def _once(operation: Callable[[], Awaitable[T]]) -> T:
+    return await operation()
+
+
+async def _while_watched(work: Awaitable[None], watch: Awaitable[None]) -> bool:
+    """Do the work as long as the watch goes on; neither does when this returns. Returns whether the
+    work was done: not if the watch wants it cut short. Raises what either raises."""
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(watch)
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+    if not working.cancelled():
+        working.result()
+        return True
+    try:
+        watching.result()
+    except WindowCutError:
+        pass
+    return False
+
+
 class _Queue:
     """The chunks left in a window; none any more once its time is up.
 
     There is always one, so that every window gets further.
     """
 
-    def __init__(self, tasks: Iterable[CopyTask], deadline: float) -> None:
+    def __init__(self, tasks: Iterable[CopyTask], window: WindowTime) -> None:
         self._tasks = deque(tasks)
-        self._deadline = deadline
+        self._window = window
         self._given = False
 
     @property
@@ -342,7 +418,7 @@ class _Queue:
 
     def next(self) -> CopyTask | None:
         """Take a chunk."""
-        if not self._tasks or (self._given and time.monotonic() >= self._deadline):
+        if not self._tasks or (self._given and self._window.over):
             return None
         self._given = True
         return self._tasks.popleft()

@@ -9,20 +9,52 @@ from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ErrorKind
 from cdc_sync.postgres.connect import PgConnection, connect
 from cdc_sync.postgres.preflight import preflight_source
+from cdc_sync.postgres.preset_tables import collection_privileges
+from cdc_sync.postgres.role_script import Read, role_script
 from cdc_sync.postgres.slot import read_slot
 from cdc_sync.qdrant.collections import absent
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.sync.findings import Finding
 from cdc_sync.sync.planning import PipelinePlan, plan_pipeline
+from cdc_sync.sync.transport import transport_warnings
 
 
 def run_checks(settings: Settings) -> list[Finding]:
     """Look at both sides; returns findings in the order in which they were looked at. Raises
     nothing of CdcSyncError."""
-    findings: list[Finding] = []
+    findings = [
+        Finding("warning", side, sentence, "", None)
+        for side, sentence in transport_warnings(settings)
+    ]
     plan = _check_source(settings, findings)
     asyncio.run(_check_sink(settings, plan, findings))
     return findings
+
+
+def role_sql(settings: Settings, role: str | None = None) -> str:
+    """Return the SQL that makes a role with the least rights this pipeline needs, ``role`` by name;
+    see :func:`~cdc_sync.postgres.role_script.role_script`.
+
+    Raises :class:`CdcSyncError` when the tables cannot be planned.
+    """
+    with connect(settings.source) as connection:
+        plan = plan_pipeline(connection, settings)
+        columns = plan.columns_read
+        return role_script(
+            connection,
+            settings.source,
+            [Read(planned.table, columns[planned.table.oid]) for planned in plan.tables],
+            plan.published_columns,
+            role=role,
+            row_filters=plan.row_filters,
+            published=plan.publication is not None,
+            also_read=[
+                privileges
+                for table, planned in zip(settings.tables, plan.tables, strict=True)
+                if table.preset_collection is not None
+                for privileges in collection_privileges(planned.table)
+            ],
+        )
 
 
 def _check_source(settings: Settings, findings: list[Finding]) -> PipelinePlan | None:
@@ -61,6 +93,7 @@ def _check_plan(
             publication=plan.publication,
             wanted=plan.published_columns,
             row_filters=plan.row_filters,
+            columns_read=plan.columns_read,
         )
     except CdcSyncError as error:
         findings.append(_failed("postgres", error))

@@ -15,6 +15,7 @@ changed, or a row filter turned an update into an insert).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from cdc_sync.qdrant.sink import Changes
@@ -50,6 +51,12 @@ class TableBatch:
 
     def __len__(self) -> int:
         return len(self.pending)
+
+    def known_rows(self) -> Iterator[tuple[PointId, Row]]:
+        """The rows of all points that stay, with their keys at the least."""
+        for point_id, change in self.pending.items():
+            if change.row is not None:
+                yield point_id, change.row
 
     def put(self, point_id: PointId, row: Row, xid: int) -> None:
         """An insert, or an update in place of a row known in full."""

@@ -82,11 +82,13 @@ class ResyncTable:
 
 @dataclass(frozen=True, slots=True)
 class ResyncRows:
-    """An accepted request to read rows again. ``keys``: distinct, each with a value in text format
-    for every key column, in key order."""
+    """Rows to read again. ``keys``: distinct, each with a value in text format for every key
+    column, in key order. ``retry``: nobody has asked for them; they are dead letters to be tried
+    again."""
 
     planned: PlannedTable
     keys: tuple[Key, ...]
+    retry: bool = False
 
     @property
     def oid(self) -> int:

@@ -23,7 +23,7 @@ from cdc_sync.postgres.snapshot import copy_query, copy_rows, import_snapshot
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Applied, Changes, Sink, TableWriter
 from cdc_sync.rows import PointId, Row
-from cdc_sync.sync.dead_letters import letter_of_key
+from cdc_sync.sync.dead_letters import Refusal, refusals, unmapped_key
 from cdc_sync.sync.repairing import repairing
 from cdc_sync.sync.retry import retrying
 from cdc_sync.sync.writing import writing
@@ -66,10 +66,9 @@ class CopyTask:
 class ChunkResult:
     """What became of a chunk.
 
-    ``refused``: point ids (or a note where there is none) and reasons, for the dead letters.
-    ``nulled``: NaN and infinities written as null. ``retries``: times that something was tried
-    again, by the kind of error. A repair counts the points that were as they should be (``same``),
-    ``different`` or ``missing``.
+    ``refused``: rows for the dead letters. ``nulled``: NaN and infinities written as null.
+    ``retries``: times that something was tried again, by the kind of error. A repair counts the
+    points that were as they should be (``same``), ``different`` or ``missing``.
     """
 
     chunk: Chunk
@@ -77,7 +76,7 @@ class ChunkResult:
     bytes: int
     seconds: float
     nulled: int
-    refused: tuple[tuple[str, str], ...]
+    refused: tuple[Refusal, ...]
     retries: Mapping[ErrorKind, int] = field(default_factory=dict)
     same: int = 0
     different: int = 0
@@ -170,7 +169,7 @@ class _Batch:
         self.pauses = pauses
         self.rows = self.bytes = 0
         self.same = self.different = self.missing = 0
-        self.refused: list[tuple[str, str]] = []
+        self.refused: list[Refusal] = []
         self.retries: Counter[ErrorKind] = Counter()
 
     async def write(self, rows: list[Row], point_id: Callable[[Row], PointId]) -> None:
@@ -179,7 +178,7 @@ class _Batch:
         self.rows += len(rows)
         self.bytes += sum(len(v) for row in rows for v in row if isinstance(v, bytes))
         applied = await (self._repair(changes) if self._task.repair else self._apply(changes))
-        self.refused += [(str(i), reason) for i, reason in applied.refused]
+        self.refused += refusals(self._task.plan, applied, changes.upserts)
         if self._task.batch_delay_seconds > 0:
             await self.pauses.sleep(self._task.batch_delay_seconds)
 
@@ -201,14 +200,14 @@ class _Batch:
 
 def _upserts(
     rows: list[Row], point_id: Callable[[Row], PointId]
-) -> tuple[Changes, list[tuple[str, str]]]:
+) -> tuple[Changes, list[Refusal]]:
     changes = Changes()
-    unmappable: list[tuple[str, str]] = []
+    unmappable: list[Refusal] = []
     for row in rows:
         try:
             changes.upserts.append((point_id(row), row))
         except MappingError as error:
-            unmappable.append((letter_of_key(error), error.message))
+            unmappable.append(unmapped_key(error))
     return changes, unmappable
 
 

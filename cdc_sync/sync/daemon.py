@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Awaitable, Callable
 
 from cdc_sync.config import Settings
@@ -21,6 +20,8 @@ from cdc_sync.ops.status import StatusBoard
 from cdc_sync.sync.copy_report import CopyReporter
 from cdc_sync.sync.pipeline import Pipeline
 from cdc_sync.sync.progress import ProgressScreen, ProgressWatch, on_terminal
+from cdc_sync.sync.task_dump import dump_tasks
+from cdc_sync.sync.transport import transport_warnings
 
 log = get_logger(__name__)
 
@@ -58,6 +59,8 @@ def run_pipeline(
     try:
         if server is not None:
             log.info("http_listening", host=server.host, port=server.port)
+        for side, sentence in transport_warnings(settings):
+            log.warning("connection_unprotected", side=side, reason=sentence)
         pipeline = Pipeline(settings, metrics=metrics, board=board)
         code = asyncio.run(_Life(pipeline, restart, once, after, screen).run())
     finally:
@@ -105,7 +108,7 @@ class _Life:
         loop = asyncio.get_running_loop()
         for received in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(received, self._on_signal, received)
-        loop.add_signal_handler(signal.SIGUSR1, _dump_tasks)
+        loop.add_signal_handler(signal.SIGUSR1, dump_tasks)
         watching = [
             asyncio.create_task(_tell(self._pipeline, self._notifier)),
             asyncio.create_task(ProgressWatch(self._pipeline.board, self._screen).run()),
@@ -189,11 +192,3 @@ def _abandon(code: int) -> None:
     log.warning("drain_abandoned")
     logging.shutdown()
     os._exit(code)
-
-
-def _dump_tasks() -> None:
-    """SIGUSR1: where every task and thread stands, to stderr."""
-    for task in asyncio.all_tasks():
-        task.print_stack(file=sys.stderr)
-    for frame in sys._current_frames().values():
-        traceback.print_stack(frame, file=sys.stderr)

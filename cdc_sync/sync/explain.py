@@ -129,6 +129,7 @@ def _preflight(
             slot_exists=slot is not None,
             publication=plan.publication,
             row_filters=plan.row_filters,
+            columns_read=plan.columns_read,
         )
     except CdcSyncError as error:
         explained.findings.append(Finding.from_error("postgres", error))

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import enum
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -24,18 +26,34 @@ from cdc_sync.postgres.publication import add_to_publication, create_publication
 from cdc_sync.postgres.replication import CreatedSlot, ReplicationConnection
 from cdc_sync.postgres.slot import SlotInfo, drop_slot, read_slot
 from cdc_sync.postgres.snapshot import SnapshotHolder, TableRewrittenError
-from cdc_sync.qdrant.sink import PipelineState, Sink
+from cdc_sync.qdrant.sink import PipelineState, Sink, SourceMark
 from cdc_sync.sync.backfill import Backfill
 from cdc_sync.sync.dead_letters import DeadLetterOffice
-from cdc_sync.sync.planning import PipelinePlan, fingerprint, same_configuration
+from cdc_sync.sync.opening import opening
+from cdc_sync.sync.planning import (
+    PipelinePlan,
+    as_stale,
+    fingerprint,
+    same_configuration,
+    stale_fingerprint,
+)
 from cdc_sync.sync.resync import Resync
 from cdc_sync.sync.retry import is_transient
 from cdc_sync.sync.routing import PlannedTable
+from cdc_sync.sync.source_history import SourceHistory, check_history
 from cdc_sync.sync.table_records import TableRecords, table_state
 
 log = get_logger(__name__)
 
 T = TypeVar("T")
+
+
+class Beginning(enum.Enum):
+    """How the pipeline begins."""
+
+    COPY = "copy"  #: from nothing
+    GO_ON = "go on"  #: where the slot stands
+    ANEW = "anew"  #: with a new slot, and every table read again
 
 
 class Until(Protocol):
@@ -51,6 +69,7 @@ class FirstCopy:
         self,
         settings: Settings,
         sink: Sink,
+        history: SourceHistory,
         records: TableRecords,
         dead_letters: DeadLetterOffice,
         backfill: Backfill,
@@ -62,15 +81,15 @@ class FirstCopy:
         self.backfill = backfill
         self.resync = resync
         self._dead_letters = dead_letters
+        self._history = history
         self._records = records
         self._until = until
         self._adopting = settings.migration.adopt
 
-    async def is_needed(
+    async def decide(
         self, plan: PipelinePlan, state: PipelineState | None, restart: bool
-    ) -> bool:
-        """Decide between copying from nothing and going on. Raises what keeps the two stores from
-        being joined."""
+    ) -> Beginning:
+        """Decide how to begin. Raises what keeps the two stores from being joined."""
         source = self.settings.source
         slot = await self._until(lambda: asyncio.to_thread(self._read_slot))
         if state is None:
@@ -83,9 +102,9 @@ class FirstCopy:
                     f"pg_drop_replication_slot('{source.slot}'); "
                     "else choose another name (source.slot).",
                 )
-            return True
+            return Beginning.COPY
         if restart:
-            return True
+            return Beginning.COPY
         if state.slot != source.slot:
             raise ConfigError(
                 f"the pipeline {state.pipeline!r} was started with the slot {state.slot}, "
@@ -93,22 +112,42 @@ class FirstCopy:
                 "Put the slot's name back (source.slot), or give the new pipeline a name of its "
                 "own.",
             )
-        if state.system_identifier not in ("", plan.server.system_identifier):
-            raise SourceError(
-                ErrorKind.SOURCE_CHANGED,
-                f"the collections were filled from the cluster {state.system_identifier}, "
-                f"this one is {plan.server.system_identifier}",
-            )
-        if state.slot_lsn == 0 and not any(table.copied for table in state.tables):
-            return True
-        check_same_tables(plan, state)
-        lost = self._why_lost(slot, plan)
+        lost = _changed(plan, state)
+        if lost is None and state.slot_lsn == 0 and not any(t.copied for t in state.tables):
+            return Beginning.COPY
+        check_same_tables(plan, state, by_oid=lost is None)
         if lost is None:
-            return False
-        if not any(table.copied for table in state.tables):
+            lost = self._why_lost(slot, plan) or await self._why_rewound()
+        if lost is None:
+            return Beginning.GO_ON
+        if lost.kind is ErrorKind.SOURCE_CHANGED:
+            if source.on_source_changed == "stop":
+                raise lost
+        elif not any(table.copied for table in state.tables):
             log.warning("copy_begins_anew", reason=lost.message)
-            return True
-        raise lost
+            return Beginning.COPY
+        elif source.on_slot_lost == "stop":
+            raise lost
+        log.warning("stream_begins_anew", reason=lost.message)
+        return Beginning.ANEW
+
+    async def _why_rewound(self) -> SourceError | None:
+        """What the source has lost of what was received from it."""
+        mark = await self._until(lambda: self.sink.state.mark(self.settings.pipeline.name))
+        try:
+            await self._until(lambda: asyncio.to_thread(self._check_history, mark))
+        except SourceError as error:
+            if error.kind is ErrorKind.SOURCE_REWOUND:
+                return error
+            raise
+        return None
+
+    def _check_history(self, mark: SourceMark | None) -> None:
+        replication = ReplicationConnection.open(self.settings.source)
+        try:
+            check_history(replication, mark, applied=0)
+        finally:
+            replication.close()
 
     def _why_lost(self, slot: SlotInfo | None, plan: PipelinePlan) -> SourceError | None:
         """What keeps the stream from going on where it was."""
@@ -165,6 +204,61 @@ class FirstCopy:
             await self._until(lambda p=planned: self._empty(p, state))  # type: ignore[misc]
         return await self._copy_from_new_slot(plan, owned)
 
+    async def begin_anew(self, plan: PipelinePlan, state: PipelineState) -> int:
+        """Make a new slot, for tables that are then all read again under the stream; returns the
+        position at which it begins.
+
+        Changes were lost, so nothing that was copied counts, and rows may be gone without a
+        message. Until the tables have been read again they are as they were, and what comes by the
+        stream is applied to them. Raises as :meth:`run`.
+        """
+        stale = self._stale(plan, state)
+        # Before the slot is there: whoever goes on with it reads the tables again.
+        await self._until(lambda: self.sink.state.save(stale))
+        for ledger in await self._until(lambda: self.sink.state.ledgers(state.pipeline)):
+            await self._until(
+                lambda table=ledger.table: self.sink.state.drop_ledger(state.pipeline, table)  # type: ignore[misc]
+            )
+        owned = await self._until(lambda: asyncio.to_thread(self._prepare_source, plan, state))
+        # What was known of the source does not hold for what comes from the new slot.
+        await self._until(self._history.forget)
+        replication, created = await self._until(self._new_slot)
+        replication.close()
+        lsn = int(created.consistent_point)
+        record = dataclasses.replace(
+            stale,
+            slot=self.settings.source.slot,
+            publication=self.settings.source.publication,
+            system_identifier=plan.server.system_identifier,
+            timeline=plan.server.timeline,
+            slot_lsn=lsn,
+            owns_publication=owned,
+        )
+        await self._until(lambda: self.sink.state.save(record))
+        log.info("slot_recreated", slot=created.name, lsn=str(Lsn(lsn)), tables=len(plan.tables))
+        return lsn
+
+    def _stale(self, plan: PipelinePlan, state: PipelineState) -> PipelineState:
+        """The record with every table to be read again, whether it has been copied as a whole or
+        not: points of it may be there."""
+        known = {table.table: table for table in state.tables}
+        tables = []
+        for planned in plan.tables:
+            before = known.get(planned.name)
+            if before is not None:
+                again = dataclasses.replace(
+                    before,
+                    plan_fingerprint=stale_fingerprint(planned),
+                    copied=True,
+                    oid=planned.plan.oid,
+                )
+                tables.append(again)
+        for stopped in plan.stopped:
+            before = known[stopped.name]
+            stale = as_stale(before.plan_fingerprint)
+            tables.append(dataclasses.replace(before, plan_fingerprint=stale))
+        return dataclasses.replace(state, tables=tuple(tables), adopting=False)
+
     async def add(self, tables: Sequence[PlannedTable], plan: PipelinePlan) -> None:
         """Let tables join the pipeline: create their collections, publish them, and put them on
         record; they are copied in windows under the stream. Errors as :meth:`run`."""
@@ -192,6 +286,7 @@ class FirstCopy:
         await self.sink.state.release(pipeline, [(letter.table, letter.key) for letter in letters])
         for ledger in await self.sink.state.ledgers(pipeline):
             await self.sink.state.drop_ledger(pipeline, ledger.table)
+        await self._history.forget()
         await self._dead_letters.open()
 
     async def _check_collections(
@@ -268,7 +363,7 @@ class FirstCopy:
         lsn = int(created.consistent_point)
         holder: SnapshotHolder | None = None
         try:
-            holder = await asyncio.to_thread(
+            holder = await opening(
                 SnapshotHolder.imported,
                 self.settings.source,
                 created.snapshot,
@@ -301,7 +396,7 @@ class FirstCopy:
 
     async def _first_window(self, plan: PipelinePlan, holder: SnapshotHolder) -> None:
         try:
-            completed = await self.backfill.window(plan.tables, holder.snapshot_id)
+            completed = await self.backfill.window(plan.tables, holder)
         except SourceError as error:
             if not is_transient(error):
                 raise
@@ -332,7 +427,9 @@ class FirstCopy:
         replication = ReplicationConnection.open(source)
         try:
             return replication, replication.create_slot(
-                source.slot, lock_timeout_seconds=source.slot_creation_timeout_seconds
+                source.slot,
+                failover=source.failover,
+                lock_timeout_seconds=source.slot_creation_timeout_seconds,
             )
         except BaseException:
             replication.close()
@@ -362,15 +459,28 @@ def added_tables(plan: PipelinePlan, state: PipelineState) -> list[PlannedTable]
     return [planned for planned in plan.tables if planned.name not in known]
 
 
-def check_same_tables(plan: PipelinePlan, state: PipelineState) -> None:
-    """Make sure that the tables on record are still the ones configured, by the same settings.
-    Raises :class:`CdcSyncError` otherwise."""
+def _changed(plan: PipelinePlan, state: PipelineState) -> SourceError | None:
+    """What is wrong with the cluster, if it is not the one that filled the collections."""
+    if state.system_identifier in ("", plan.server.system_identifier):
+        return None
+    return SourceError(
+        ErrorKind.SOURCE_CHANGED,
+        f"the collections were filled from the cluster {state.system_identifier}, "
+        f"this one is {plan.server.system_identifier}",
+    )
+
+
+def check_same_tables(plan: PipelinePlan, state: PipelineState, *, by_oid: bool = True) -> None:
+    """Make sure that the tables on record are still the ones configured, by the same settings; in
+    another cluster the same table has another OID. Raises :class:`CdcSyncError` otherwise."""
     known = {table.table: table for table in state.tables}
+    for stopped in plan.stopped:
+        known.pop(stopped.name, None)
     for planned in plan.tables:
         before = known.pop(planned.name, None)
         if before is None:
             continue
-        if before.oid != planned.plan.oid:
+        if by_oid and before.oid != planned.plan.oid:
             raise SourceError(
                 ErrorKind.TABLE_UNUSABLE,
                 f"table {planned.name} is not the one that was copied: it was dropped and "

@@ -22,7 +22,7 @@ from cdc_sync.rows import UNCHANGED, PointId, Row
 from cdc_sync.sync.coalesce import TableBatch, fill
 from cdc_sync.sync.control import Accepted, ResyncRows, ResyncTable
 from cdc_sync.sync.dead_letters import letter_of_key
-from cdc_sync.sync.routing import Binding, PlannedTable
+from cdc_sync.sync.routing import Binding, PlannedTable, Unusable
 
 _KEEPALIVE = 0x6B
 _XLOG_DATA = 0x77
@@ -63,13 +63,22 @@ class Unmappable:
 
 
 @dataclass(slots=True)
+class Dropped:
+    """Changes of a table that cannot be followed, and why it cannot."""
+
+    unusable: Unusable
+    changes: int = 0
+
+
+@dataclass(slots=True)
 class Batch:
     """What is written at once.
 
     ``end_lsn``: the position reached when it is written, None if it holds no end of a transaction.
     ``truncates``: OIDs of tables to clear; such a batch holds nothing else. ``rereads``: rows to
     read again, ``resync_tables``: tables to read again as a whole; neither does such a batch hold
-    anything else. ``commit_times``: Unix
+    anything else. ``unusable``: what was dropped of tables that cannot be followed, by name.
+    ``commit_times``: Unix
     seconds, one a transaction completed in it. ``oldest_commit``: Unix seconds of the first
     transaction that has changes in it. ``xids``: transactions with changes in it. ``last_lsn`` and
     ``last_commit`` describe the last transaction seen, for dead letters.
@@ -93,12 +102,18 @@ class Batch:
     updates: dict[int, int] = field(default_factory=dict)
     deletes: dict[int, int] = field(default_factory=dict)
     unmappable: list[Unmappable] = field(default_factory=list)
+    unusable: dict[str, Dropped] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to write (a position may still be reached)."""
         return not (
-            self.tables or self.truncates or self.unmappable or self.rereads or self.resync_tables
+            self.tables
+            or self.truncates
+            or self.unmappable
+            or self.rereads
+            or self.resync_tables
+            or self.unusable
         )
 
 
@@ -114,7 +129,8 @@ class _Transaction:
 class Gatherer:
     """Turns CopyData frames into batches.
 
-    ``route(relation)`` binds a Relation message, or returns None for a table that is not ours.
+    ``route(relation)`` binds a Relation message, or returns None for a table that is not ours. What
+    it could not bind is tried again when ``generation()`` gives another number than before.
     ``applied`` is the exclusive bound of what is already written: a transaction is skipped iff its
     commit LSN is below it (R44). ``on_message`` decides what a logical message asks for, if
     anything.
@@ -122,22 +138,27 @@ class Gatherer:
 
     def __init__(
         self,
-        route: Callable[[m.Relation], Binding | None],
+        route: Callable[[m.Relation], Binding | Unusable | None],
         *,
         batch_rows: int,
         batch_bytes: int,
         applied: int = 0,
         on_type: Callable[[int], None] | None = None,
         on_message: Callable[[m.LogicalMessage], Accepted | None] | None = None,
+        generation: Callable[[], int] = lambda: 0,
     ) -> None:
         self._route = route
+        self._generation = generation
+        self._routed = generation()
         self._batch_rows = batch_rows
         self._batch_bytes = batch_bytes
         self._applied = applied
         self._on_type = on_type
         self._on_message = on_message
         self._decoder = Decoder()
-        self._bindings: dict[int, Binding | None] = {}
+        self._bindings: dict[int, Binding | Unusable | None] = {}
+        #: The messages that could not be bound.
+        self._unbound: dict[int, m.Relation] = {}
         self._transaction: _Transaction | None = None
         self._sealed: deque[Batch] = deque()
         self._batch = Batch()
@@ -180,7 +201,7 @@ class Gatherer:
         return None
 
     @property
-    def bindings(self) -> Mapping[int, Binding | None]:
+    def bindings(self) -> Mapping[int, Binding | Unusable | None]:
         """The bindings in force, by relation OID."""
         return self._bindings
 
@@ -234,7 +255,7 @@ class Gatherer:
             case m.Commit():
                 self._commit(message)
             case m.Relation():
-                self._bindings[message.oid] = self._route(message)
+                self._bind(message)
             case m.Type():
                 if self._on_type is not None:
                     self._on_type(message.oid)
@@ -291,14 +312,12 @@ class Gatherer:
         transaction = self._current(type(message).__name__)
         if transaction.skip:
             return
-        try:
-            binding = self._bindings[message.relation]
-        except KeyError:
-            raise ProtocolError(
-                f"change of relation {message.relation} before its Relation message"
-            ) from None
+        binding = self._binding(message.relation)
         if binding is None:
             self.ignored_changes += 1
+            return
+        if isinstance(binding, Unusable):
+            self._drop(transaction, binding)
             return
         batch = self._batch
         oid = binding.planned.plan.oid
@@ -311,13 +330,7 @@ class Gatherer:
                 batch = self._batch
             batch.bindings[oid] = binding
             batch.tables[oid] = TableBatch()
-        if batch.oldest_commit is None:
-            batch.oldest_commit = transaction.commit_time
-        if not batch.xids or batch.xids[-1] != transaction.xid:
-            batch.xids.append(transaction.xid)
-        batch.last_lsn = transaction.final_lsn
-        batch.last_commit = transaction.commit_time
-        transaction.changes += 1
+        self._begin_change(transaction)
         try:
             self._coalesce(batch, batch.tables[oid], oid, binding, message, transaction.xid)
         except MappingError as error:
@@ -330,9 +343,50 @@ class Gatherer:
                     int(transaction.commit_time),
                 )
             )
+        self._end_change()
+
+    def _bind(self, relation: m.Relation) -> None:
+        binding = self._bindings[relation.oid] = self._route(relation)
+        if isinstance(binding, Binding):
+            self._unbound.pop(relation.oid, None)
+        else:
+            self._unbound[relation.oid] = relation
+
+    def _binding(self, oid: int) -> Binding | Unusable | None:
+        """What the relation is bound to; a message comes once, so what could not be bound may have
+        to be tried again."""
+        if self._routed != self._generation():
+            self._routed = self._generation()
+            for relation in list(self._unbound.values()):
+                self._bind(relation)
+        try:
+            return self._bindings[oid]
+        except KeyError:
+            raise ProtocolError(f"change of relation {oid} before its Relation message") from None
+
+    def _begin_change(self, transaction: _Transaction) -> None:
+        batch = self._batch
+        if batch.oldest_commit is None:
+            batch.oldest_commit = transaction.commit_time
+        if not batch.xids or batch.xids[-1] != transaction.xid:
+            batch.xids.append(transaction.xid)
+        batch.last_lsn = transaction.final_lsn
+        batch.last_commit = transaction.commit_time
+        transaction.changes += 1
+
+    def _end_change(self) -> None:
         self._batch_changes += 1
-        if self._batch_changes >= self._batch_rows or batch.bytes >= self._batch_bytes:
+        if self._batch_changes >= self._batch_rows or self._batch.bytes >= self._batch_bytes:
             self._seal()
+
+    def _drop(self, transaction: _Transaction, unusable: Unusable) -> None:
+        """Leave out a change. The batch says so, since the table must be on record as stale before
+        the position moves past it."""
+        self._begin_change(transaction)
+        dropped = self._batch.unusable.setdefault(unusable.table, Dropped(unusable))
+        dropped.unusable = unusable
+        dropped.changes += 1
+        self._end_change()
 
     def _coalesce(
         self,
@@ -381,17 +435,17 @@ class Gatherer:
         transaction = self._current("Truncate")
         if transaction.skip:
             return
-        ours = {
-            b.planned.plan.oid: b
-            for oid in message.relations
-            if (b := self._bindings.get(oid)) is not None
-        }
+        bindings = [self._binding(oid) for oid in message.relations if oid in self._bindings]
+        for unusable in bindings:
+            if isinstance(unusable, Unusable):
+                self._drop(transaction, unusable)
+        ours = {b.planned.plan.oid: b for b in bindings if isinstance(b, Binding)}
         if not ours:
             return
         whole = {oid for oid, b in ours.items() if _is_whole(b, message.relations)}
         if whole:
-            bindings = {oid: b for oid, b in ours.items() if oid in whole}
-            self._barrier(transaction, Batch(truncates=tuple(bindings), bindings=bindings))
+            cleared = {oid: b for oid, b in ours.items() if oid in whole}
+            self._barrier(transaction, Batch(truncates=tuple(cleared), bindings=cleared))
         if len(whole) < len(ours):
             # Which points were of a part of the table is not known from their ids.
             parts = tuple(b.planned for oid, b in ours.items() if oid not in whole)

@@ -90,6 +90,14 @@ class Ledger:
         """Take nothing as done."""
         self._change(leaves=(), sweep=True, buckets=0, swept=0, rows=0, bytes=0)
 
+    def halve_chunks(self) -> None:
+        """Cut what is left into chunks of half the size, down to a block."""
+        leaves = []
+        for leaf in self.record.leaves:
+            pages = min(leaf.chunk_pages, leaf.pages)
+            leaves.append(dataclasses.replace(leaf, chunk_pages=max(1, pages // 2)))
+        self._change(leaves=tuple(leaves))
+
     def finish(self, chunk: Chunk, rows: int, size: int) -> None:
         """A chunk has been completed."""
         leaves = tuple(

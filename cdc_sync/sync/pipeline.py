@@ -13,13 +13,14 @@ collections, by which plan, which tables have been copied, and of the others how
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Awaitable
 from dataclasses import dataclass
 
 from cdc_sync import __version__
 from cdc_sync.config import Settings
-from cdc_sync.errors import ErrorKind, SourceError
+from cdc_sync.errors import ErrorKind, SinkError, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
@@ -31,13 +32,16 @@ from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import PipelineState, Sink
 from cdc_sync.sync.backfill import Backfill
 from cdc_sync.sync.dead_letters import DeadLetterOffice
-from cdc_sync.sync.first_copy import CopyAbandonedError, FirstCopy, added_tables
-from cdc_sync.sync.planning import PipelinePlan, plan_pipeline, without_new_vectors
+from cdc_sync.sync.first_copy import Beginning, CopyAbandonedError, FirstCopy, added_tables
+from cdc_sync.sync.opening import opening
+from cdc_sync.sync.planning import PipelinePlan, Unplanned, plan_pipeline, without_new_vectors
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.requests import RequestMetrics
 from cdc_sync.sync.resync import Resync
 from cdc_sync.sync.routing import PlannedTable
 from cdc_sync.sync.sink_watch import SinkWatch
+from cdc_sync.sync.source_history import SourceHistory
+from cdc_sync.sync.stopped_tables import concerns_one_table
 from cdc_sync.sync.stream import Positions
 from cdc_sync.sync.streaming import Streaming
 from cdc_sync.sync.table_records import TableRecords
@@ -49,10 +53,19 @@ log = get_logger(__name__)
 _BUFFERED_BATCHES = 3
 
 
+#: After these the slot is of no use any more.
+_STREAM_LOST = frozenset(
+    {ErrorKind.SLOT_LOST, ErrorKind.SOURCE_REWOUND, ErrorKind.PUBLICATION_UNUSABLE}
+)
+#: Before a lost stream is looked at.
+_LOST_SECONDS = 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class _Parts:
     """What lives as long as the sink is open."""
 
+    history: SourceHistory
     records: TableRecords
     dead_letters: DeadLetterOffice
     backfill: Backfill
@@ -154,8 +167,10 @@ class Pipeline:
 
     async def _live(self, restart: bool) -> None:
         try:
-            if await self._interruptible(self._prepare(restart)):
-                await self._stream()
+            while await self._interruptible(self._prepare(restart)):
+                if await self._stream():
+                    return
+                restart = False
         finally:
             if self._parts is not None:
                 self._parts.watching.cancel()
@@ -165,11 +180,12 @@ class Pipeline:
         """All that comes before the stream: connections, the plan, and the first copy if there must
         be one."""
         budget = self.settings.pipeline.startup_timeout_seconds
-        self._sink = await self._trials.until(self._open_sink, budget)
-        self.board.set_sink(True)
-        self.board.set_versions(qdrant=self.sink.version)
-        self._parts = self._put_together(self.sink)
-        plan = self._plan = await self._trials.until(self._make_plan, budget)
+        if self._sink is None:
+            self._sink = await self._trials.until(self._open_sink, budget)
+            self.board.set_sink(True)
+            self.board.set_versions(qdrant=self.sink.version)
+            self._parts = self._put_together(self.sink)
+        plan = self._plan = await self._trials.until(lambda: self._make_plan(restart), budget)
         self.board.set_source(True)
         self._announce(plan)
         while not await self._copy_under_lock(restart):
@@ -186,6 +202,7 @@ class Pipeline:
         )
         watch = SinkWatch(sink.ping, self.board)
         return _Parts(
+            history=SourceHistory(self.settings, sink.state),
             records=TableRecords(sink.state, pipeline.name),
             dead_letters=dead_letters,
             backfill=backfill,
@@ -193,7 +210,8 @@ class Pipeline:
             watching=asyncio.create_task(watch.run()),
         )
 
-    async def _stream(self) -> None:
+    async def _stream(self) -> bool:
+        """Stream until stopped; returns False if the stream is lost and has to be begun anew."""
         assert self._plan is not None
         assert self._relations is not None
         assert self._resync is not None
@@ -209,9 +227,28 @@ class Pipeline:
             dead_letters=self._together.dead_letters,
             trials=self._trials,
             sink_watch=self._together.sink_watch,
+            history=self._together.history,
             once=self._once,
         )
-        await self._streaming.run()
+        try:
+            await self._streaming.run()
+        except SourceError as error:
+            if not self._begins_anew(error.kind):
+                raise
+            log.warning("stream_lost", kind=error.kind.value, reason=error.message)
+            self._trials.stalled(error, _LOST_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOST_SECONDS):
+                    await self._stop.wait()
+            return False
+        return True
+
+    def _begins_anew(self, kind: ErrorKind) -> bool:
+        """Whether to begin the stream anew after such an error, if a closer look says so too."""
+        source = self.settings.source
+        if kind is ErrorKind.SOURCE_CHANGED:
+            return source.on_source_changed == "recreate"
+        return kind in _STREAM_LOST and source.on_slot_lost == "recreate"
 
     @property
     def _together(self) -> _Parts:
@@ -224,35 +261,56 @@ class Pipeline:
         The lock goes with the connection that holds it, so a copy that lost its connections is not
         done again under the same lock.
         """
-        lock = await self._trials.until(
-            lambda: asyncio.to_thread(lock_pipeline, self.settings.source)
-        )
+        lock = await self._trials.until(lambda: opening(lock_pipeline, self.settings.source))
         try:
             # Another process may have held the lock and changed everything meanwhile.
             # Tables may have been rewritten too, before their copy began (R54).
-            await self._copy_if_needed(await self._trials.until(self._make_plan), restart)
-            return True
+            plan = await self._trials.until(lambda: self._make_plan(restart))
+            return await self._begin(plan, restart)
         except CopyAbandonedError as abandoned:
             log.warning("copy_abandoned", reason=str(abandoned))
             return False
         finally:
             await asyncio.to_thread(lock.close)
 
-    async def _copy_if_needed(self, plan: PipelinePlan, restart: bool) -> None:
+    async def _begin(self, plan: PipelinePlan, restart: bool) -> bool:
+        """Begin as the two stores are found; returns False if they must be looked at again."""
         state = await self._trials.until(lambda: self.sink.state.load(self.settings.pipeline.name))
         copy = self._assemble(plan)
-        if await copy.is_needed(plan, state, restart):
+        beginning = await copy.decide(plan, state, restart)
+        if beginning is Beginning.COPY:
+            for stopped in plan.stopped:
+                raise stopped.error
             self._trials.state("snapshotting")
-            lsn = await copy.run(plan, state, restart=restart)
-            self.positions.applied = self.positions.confirmed = lsn
-            return
+            self.positions.begin(await copy.run(plan, state, restart=restart))
+            return True
         assert state is not None
+        if beginning is Beginning.ANEW:
+            self.positions.begin(await copy.begin_anew(plan, state))
+            # What is on record of the tables has changed, and the publication may be a new one.
+            return False
         added = added_tables(plan, state)
         if added:
             await copy.add(added, plan)
         self._adopt(plan, state)
+        await self._stop_unfit(state)
+        return True
+
+    async def _stop_unfit(self, state: PipelineState) -> None:
+        """Have tables start stopped that cannot be planned, or whose collections do not fit; others
+        than those on record as copied are refused."""
+        assert self._resync is not None
+        assert self._plan is not None
+        for stopped in self._plan.stopped:
+            await self._resync.start_stopped(stopped)
+        copied = {table.table for table in state.tables if table.copied}
         for planned in self.tables:
-            await self._trials.until(lambda p=planned: self.sink.inspect(p.plan))  # type: ignore[misc]
+            try:
+                await self._trials.until(lambda p=planned: self.sink.inspect(p.plan))  # type: ignore[misc]
+            except SinkError as error:
+                if planned.name not in copied or not concerns_one_table(error):
+                    raise
+                await self._resync.start_stopped(Unplanned(planned.name, planned.plan.oid, error))
 
     def _adopt(self, plan: PipelinePlan, state: PipelineState) -> None:
         """Go on with the collections as they were made."""
@@ -280,9 +338,11 @@ class Pipeline:
             parts.backfill,
             self._trials.until_sink,
         )
+        self._resync.tolerant = not self._once
         return FirstCopy(
             self.settings,
             self.sink,
+            parts.history,
             parts.records,
             parts.dead_letters,
             parts.backfill,
@@ -301,20 +361,22 @@ class Pipeline:
             raise
         return sink
 
-    async def _make_plan(self) -> PipelinePlan:
+    async def _make_plan(self, restart: bool) -> PipelinePlan:
         state = await self.sink.state.load(self.settings.pipeline.name)
         owned = state is not None and state.owns_publication
         try:
-            return await asyncio.to_thread(self._read_plan, owned)
+            # Where everything is copied anew, or has to be complete, no table may be missing.
+            strict = restart or self._once
+            return await asyncio.to_thread(self._read_plan, owned, None if strict else state)
         except SourceError as error:
             if error.kind is ErrorKind.PUBLICATION_UNUSABLE and state is not None:
                 # Changes made until it is mended are not sent.
                 await self._together.records.all_stale()
             raise
 
-    def _read_plan(self, owned: bool) -> PipelinePlan:
+    def _read_plan(self, owned: bool, state: PipelineState | None) -> PipelinePlan:
         with connect(self.settings.source) as connection:
-            plan = plan_pipeline(connection, self.settings, owned=owned)
+            plan = plan_pipeline(connection, self.settings, owned=owned, state=state)
             preflight_source(
                 connection,
                 self.settings.source,
@@ -323,6 +385,7 @@ class Pipeline:
                 publication=plan.publication,
                 wanted=plan.published_columns,
                 row_filters=plan.row_filters,
+                columns_read=plan.columns_read,
             )
             return plan
 

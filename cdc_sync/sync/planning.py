@@ -7,33 +7,51 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from cdc_sync.config import Settings, TableSettings
-from cdc_sync.errors import ConfigError, ErrorKind, SourceError
+from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, MappingError, SourceError
 from cdc_sync.mapping.column_options import present_options
 from cdc_sync.mapping.ids import plan_fingerprint
 from cdc_sync.mapping.planner import PlanOptions, build_plan, key_family, replan
 from cdc_sync.mapping.table import Table, redefined, stored_anew
-from cdc_sync.postgres.catalog import ServerInfo, find_table, server_info
+from cdc_sync.postgres.catalog import ServerInfo, find_table, read_table, server_info
 from cdc_sync.postgres.connect import PgConnection
-from cdc_sync.postgres.identifiers import column_list, qualified, quote_ident
+from cdc_sync.postgres.identifiers import column_list, parse_name, qualified, quote_ident
+from cdc_sync.postgres.preflight import check_identity, check_readable
 from cdc_sync.postgres.publication import Publication, check_publication, read_publication
 from cdc_sync.postgres.row_filters import resolve_filter
 from cdc_sync.postgres.shards import parse_shard
 from cdc_sync.qdrant.open import check_collection_config
+from cdc_sync.qdrant.sink import PipelineState, TableState
 from cdc_sync.sync.preset_options import preset_options
 from cdc_sync.sync.routing import PlannedTable
+from cdc_sync.sync.stopped_tables import concerns_one_table
+
+_OPTIONS_DIGITS: Final = 16
+_KEY_DIGITS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Unplanned:
+    """A table on record as copied that cannot be followed now, and why: it starts stopped."""
+
+    name: str
+    oid: int
+    error: CdcSyncError
 
 
 @dataclass(frozen=True, slots=True)
 class PipelinePlan:
     """What the pipeline will do. ``publication`` is None when it is still to be created; of one
-    that is ours, ``unpublished`` are the tables still to be added."""
+    that is ours, ``unpublished`` are the tables still to be added. ``stopped`` are not among the
+    tables."""
 
     server: ServerInfo
     tables: tuple[PlannedTable, ...]
     publication: Publication | None
     owned: bool = False
+    stopped: tuple[Unplanned, ...] = ()
 
     @property
     def unpublished(self) -> list[tuple[Table, tuple[str, ...] | None]]:
@@ -60,6 +78,25 @@ class PipelinePlan:
     def row_filters(self) -> dict[int, str]:
         """The row filters that the publication has, or has to have, by the OID of the table."""
         return {p.table.oid: p.row_filter for p in self.tables if p.row_filter is not None}
+
+    @property
+    def columns_read(self) -> dict[int, tuple[str, ...]]:
+        """The columns that are read of each table, by its OID: those of the plan, and those that
+        the selection of its rows may name."""
+        return {p.table.oid: columns_read(p) for p in self.tables}
+
+
+def columns_read(planned: PlannedTable) -> tuple[str, ...]:
+    """The columns that are read of a table: those of the plan, and those that the selection of its
+    rows may name."""
+    taken = {column.name for column in planned.plan.columns}
+    selection = planned.selection or ""
+    # Rather one too many than one too few.
+    return tuple(
+        column.name
+        for column in planned.table.columns
+        if column.name in taken or column.name.replace('"', '""') in selection
+    )
 
 
 def plan_options(settings: TableSettings, shard: str | None = None) -> PlanOptions:
@@ -93,33 +130,45 @@ def _all_or_some(setting: bool | list[str]) -> bool | tuple[str, ...]:
 
 
 def plan_pipeline(
-    connection: PgConnection, settings: Settings, *, owned: bool = False
+    connection: PgConnection,
+    settings: Settings,
+    *,
+    owned: bool = False,
+    state: PipelineState | None = None,
 ) -> PipelinePlan:
     """Read the catalog and plan every table. ``owned``: the publication is ours, and may lack
-    tables that are new.
+    tables that are new. ``state``: the pipeline's record; a table that has been copied is not
+    refused, but starts stopped.
 
     Raises :class:`SourceError`, :class:`MappingError` or :class:`ConfigError` naming the table and
     the remedy.
     """
     server = server_info(connection)
     publication = read_publication(connection, settings.source.publication)
+    # The OIDs of another cluster are others.
+    same = state is not None and state.system_identifier in ("", server.system_identifier)
+    known = state.tables if state is not None and same else ()
     planned = []
-    shard = settings.pipeline.shard
-    if shard is not None:
-        # As it is compared and stored: 01/04 is no other shard.
-        shard = "{}/{}".format(*parse_shard(shard))
-    for table_settings in settings.tables:
-        table = find_table(connection, table_settings.name)
-        expanded = preset_options(
-            connection, table, table_settings, plan_options(table_settings, shard)
-        )
-        one = plan_table(table, expanded.options, publication)
-        one = with_row_filter(connection, one, publication, server)
-        planned.append(dataclasses.replace(one, warnings=(*expanded.warnings, *one.warnings)))
+    stopped = []
+    for entry in settings.tables:
+        record = recorded_as(entry.name, known)
+        try:
+            table, record = locate(connection, entry, known)
+            one = plan_configured(connection, settings, entry, table, publication, server)
+            if record is not None:
+                one = as_recorded(one, record)
+                if record.copied:
+                    check_followed(connection, one, publication, server)
+        except CdcSyncError as error:
+            if record is None or not record.copied or not concerns_one_table(error):
+                raise
+            stopped.append(Unplanned(record.table, record.oid, error))
+        else:
+            planned.append(one)
     _check_distinct(planned)
     for one in planned:
         check_collection_config(settings.qdrant, one.plan)
-    plan = PipelinePlan(server, tuple(planned), publication, owned)
+    plan = PipelinePlan(server, tuple(planned), publication, owned, tuple(stopped))
     if publication is not None:
         to_add = {table.oid for table, _ in plan.unpublished} if owned else set()
         check_publication(
@@ -133,6 +182,113 @@ def plan_pipeline(
             {p.table.oid: p.row_filter for p in planned},
         )
     return plan
+
+
+def is_named(configured: str, name: str) -> bool:
+    """Whether a table's name in the configuration, which may be quoted and lack the schema, can
+    mean the one of this name (``schema.table``)."""
+    try:
+        parts = parse_name(configured)
+    except ValueError:
+        parts = (configured,)
+    return name == ".".join(parts[-2:]) or name.partition(".")[2] == parts[0]
+
+
+def recorded_as(configured: str, known: Sequence[TableState]) -> TableState | None:
+    """The record of a table by its name in the configuration."""
+    found = [t for t in known if is_named(configured, t.table)]
+    return found[0] if len(found) == 1 else None
+
+
+def locate(
+    connection: PgConnection, entry: TableSettings, known: Sequence[TableState]
+) -> tuple[Table, TableState | None]:
+    """The table of an entry in the configuration, and its record if it has one. A table that was
+    renamed is the same as before.
+
+    Raises :class:`SourceError` TABLE_UNUSABLE when there is none, or when it is not the one on
+    record.
+    """
+    try:
+        table = find_table(connection, entry.name)
+    except SourceError as error:
+        record = recorded_as(entry.name, known)
+        if error.kind is not ErrorKind.TABLE_UNUSABLE or record is None:
+            raise
+        try:
+            return read_table(connection, record.oid), record
+        except SourceError:
+            raise error from None
+    record = next((t for t in known if t.oid == table.oid), None)
+    record = record or next((t for t in known if t.table == table.qualified_name), None)
+    if record is not None and record.oid not in (0, table.oid):
+        raise SourceError(
+            ErrorKind.TABLE_UNUSABLE,
+            f"table {record.table} is not the one that was copied: it was dropped and "
+            "created again, or another was renamed to it",
+            "If the one that was copied has another name now, name that. Else drop it, or copy "
+            "anew with --migration.restart.",
+        )
+    return table, record
+
+
+def as_recorded(planned: PlannedTable, record: TableState) -> PlannedTable:
+    """The table as it is called on record, in its collection; without columns that are new vectors.
+
+    Raises :class:`MappingError` when its points would get other ids.
+    """
+    schema, _, name = record.table.partition(".")
+    collection = record.collection
+    plan = dataclasses.replace(planned.plan, schema=schema, table=name, collection=collection)
+    planned = dataclasses.replace(planned, plan=plan)
+    now = fingerprint(planned)
+    if same_options(record.plan_fingerprint, now) and not same_configuration(
+        record.plan_fingerprint, now
+    ):
+        raise MappingError(
+            f"the key of table {record.table}, or its type, is not the one by which its points got "
+            "their ids",
+            "Undo the change, or copy anew with --migration.restart.",
+        )
+    return planned
+
+
+def check_followed(
+    connection: PgConnection,
+    planned: PlannedTable,
+    publication: Publication | None,
+    server: ServerInfo,
+) -> None:
+    """Check of one table what is needed to follow it. Raises :class:`SourceError`."""
+    check_identity(planned.table)
+    check_readable(connection, planned.table, columns_read(planned))
+    if publication is not None:
+        columns = tuple(column.name for column in planned.plan.columns)
+        check_publication(
+            publication,
+            [(planned.table, columns)],
+            server,
+            {planned.table.oid: planned.row_filter},
+        )
+
+
+def plan_configured(
+    connection: PgConnection,
+    settings: Settings,
+    entry: TableSettings,
+    table: Table,
+    publication: Publication | None,
+    server: ServerInfo,
+) -> PlannedTable:
+    """Plan one table by its entry in the configuration. Raises as :func:`plan_pipeline`."""
+    shard = settings.pipeline.shard
+    if shard is not None:
+        # As it is compared and stored: 01/04 is no other shard.
+        shard = "{}/{}".format(*parse_shard(shard))
+    expanded = preset_options(connection, table, entry, plan_options(entry, shard))
+    one = plan_table(table, expanded.options, publication)
+    one = with_row_filter(connection, one, publication, server)
+    return dataclasses.replace(one, warnings=(*expanded.warnings, *one.warnings))
 
 
 def plan_table(
@@ -300,13 +456,23 @@ def same_configuration(one: str, other: str) -> bool:
     return one.partition(":")[0] == other.partition(":")[0]
 
 
+def same_options(one: str, other: str) -> bool:
+    """Whether two fingerprints were made by the same settings, be the keys the same or not."""
+    return one[:_OPTIONS_DIGITS] == other[:_OPTIONS_DIGITS]
+
+
 def _configuration(planned: PlannedTable) -> str:
-    """What must stay for the points to keep their ids and their form."""
+    """What must stay for the points to keep their ids and their form: digests of options and
+    key."""
     plan = planned.plan
     key = [(plan.columns[i].name, key_family(plan.columns[i].type)) for i in plan.key]
     # Without columns that are gone, so that they can be taken out of the configuration.
-    content = f"{present_options(planned.table, planned.options)!r} {key!r}"
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    options = repr(present_options(planned.table, planned.options))
+    return _digest(options)[:_OPTIONS_DIGITS] + _digest(repr(key))[:_KEY_DIGITS]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_distinct(planned: Sequence[PlannedTable]) -> None:

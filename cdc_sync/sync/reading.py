@@ -24,7 +24,7 @@ from cdc_sync.postgres.refetch import TableRedefinedError, fetch_rows
 from cdc_sync.postgres.shards import shard_filter
 from cdc_sync.rows import PointId, RawValue, Row
 from cdc_sync.sync.control import ResyncRows
-from cdc_sync.sync.resync import RecentTransactions
+from cdc_sync.sync.recent_transactions import RecentTransactions
 
 log = get_logger(__name__)
 

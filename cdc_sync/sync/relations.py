@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cdc_sync.config import Settings
+from cdc_sync.errors import CdcSyncError
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.table import PgType, redefined, stored_anew
 from cdc_sync.ops.logging import get_logger
@@ -22,7 +23,8 @@ from cdc_sync.postgres.connect import connect
 from cdc_sync.qdrant.sink import PipelineState
 from cdc_sync.sync.gather import Batch
 from cdc_sync.sync.planning import is_stale, is_stored_anew
-from cdc_sync.sync.routing import Binding, PlannedTable, bind
+from cdc_sync.sync.routing import Binding, PlannedTable, Unusable, bind
+from cdc_sync.sync.stopped_tables import concerns_one_table
 
 log = get_logger(__name__)
 
@@ -43,7 +45,13 @@ class Relations:
         self._roots = {leaf.oid: p.plan.oid for p in tables for leaf in p.table.children}
         self._types: dict[tuple[int, int], PgType] = {}
         self._ignored: set[int] = set()
+        #: Tables without a plan, by OID.
+        self._unplanned: dict[int, Unusable] = {}
+        #: Grows whenever a Relation message that could not be bound may be bound now.
+        self.generation = 0
         self.stale: set[int] = set()
+        #: Stale tables of which changes may not be sent, of transactions that are still open too.
+        self.unsent: set[int] = set()
         #: Tables of which rows may be gone without a message.
         self.unswept: set[int] = set()
         for planned in tables:
@@ -69,11 +77,14 @@ class Relations:
 
     def is_redefined(self, oid: int, definition: str) -> bool:
         """Whether a table is not defined any more as when it was read as a whole."""
-        return redefined(self._definitions[oid], definition)
+        known = self._definitions.get(oid)
+        return known is not None and redefined(known, definition)
 
     def observe(self, oid: int, definition: str) -> None:
         """Mark a table that was redefined since it was read as a whole."""
-        planned = self._planned[oid]
+        planned = self._planned.get(oid)
+        if planned is None:
+            return  # Another has its name by now.
         if self.is_redefined(oid, definition):
             self.mark(planned, "changed in the catalog")
         else:
@@ -82,12 +93,28 @@ class Relations:
                 self.mark_unswept(planned)
             self._definitions[oid] = definition
 
-    def route(self, relation: Relation) -> Binding | None:
-        """Bind a Relation message; None for a table that is not configured. Raises as
-        :func:`bind`."""
+    @property
+    def oids(self) -> dict[str, int]:
+        """The OIDs of all tables by name, of those without a plan too."""
+        unplanned = {table.table: oid for oid, table in self._unplanned.items()}
+        return unplanned | {planned.name: oid for oid, planned in self._planned.items()}
+
+    def name(self, oid: int) -> str:
+        """The name of a table that has a plan."""
+        return self._planned[oid].name
+
+    def find(self, name: str) -> PlannedTable | None:
+        """The table of this name, if it has a plan."""
+        return next((p for p in self._planned.values() if p.name == name), None)
+
+    def route(self, relation: Relation) -> Binding | Unusable | None:
+        """Bind a Relation message; None for a table that is not configured. Raises
+        :class:`SourceError` when the catalog cannot be asked."""
         root = self._roots.get(relation.oid, relation.oid)
         planned = self._planned.get(root)
         if planned is None:
+            if relation.oid in self._unplanned:
+                return self._unplanned[relation.oid]
             if relation.oid not in self._ignored:
                 self._ignored.add(relation.oid)
                 log.info("relation_ignored", table=f"{relation.namespace}.{relation.name}")
@@ -95,7 +122,13 @@ class Relations:
         known = self._bindings.get(relation.oid)
         if known is not None and known.relation == relation:
             return known
-        binding = bind(planned, relation, self._resolve)
+        try:
+            binding = bind(planned, relation, self._resolve)
+        except CdcSyncError as error:
+            if not concerns_one_table(error):
+                raise
+            self._bindings.pop(relation.oid, None)
+            return Unusable(planned.name, error)
         self._bindings[relation.oid] = binding
         if binding.replanned:
             self._planned[root] = binding.planned
@@ -134,14 +167,53 @@ class Relations:
             self._bindings.pop(leaf, None)
             self._roots[leaf] = planned.plan.oid
 
+    def take(self, planned: PlannedTable, before: int | None = None) -> None:
+        """Bind what comes of a stopped table by this plan. ``before``: the OID that the table had,
+        if it has another now."""
+        oid = planned.plan.oid
+        if before is not None and before != oid:
+            self._leave(before)
+        self._unplanned.pop(oid, None)
+        if oid in self._planned:
+            self._planned[oid] = planned
+            for leaf in [leaf for leaf, root in self._roots.items() if root == oid]:
+                self._bindings.pop(leaf, None)
+            self._bindings.pop(oid, None)
+        else:
+            self.reading(planned)
+            self.stale.add(oid)
+        for column in planned.table.columns:
+            self._types[column.type.oid, column.type.typmod] = column.type
+        for child in planned.table.children:
+            self._roots[child.oid] = oid
+        self.generation += 1
+
+    def leave_unplanned(self, oid: int, unusable: Unusable) -> None:
+        """The table cannot be planned: what comes of it is dropped."""
+        self._unplanned[oid] = unusable
+
+    def _leave(self, oid: int) -> None:
+        """The table is gone; another has its name."""
+        self._unplanned.pop(oid, None)
+        for known in (self._planned, self._synced, self._definitions, self._bindings):
+            known.pop(oid, None)
+        for leaf in [leaf for leaf, root in self._roots.items() if root == oid]:
+            self._bindings.pop(leaf, None)
+            del self._roots[leaf]
+        self.stale.discard(oid)
+        self.unswept.discard(oid)
+
     def synced(self, planned: PlannedTable) -> None:
         """The table was read as a whole, by this plan."""
         self.reading(planned)
         self.stale.discard(planned.plan.oid)
         self.unswept.discard(planned.plan.oid)
 
-    def mark(self, planned: PlannedTable, reason: str) -> None:
-        """Mark a table stale."""
+    def mark(self, planned: PlannedTable, reason: str, *, unsent: bool = False) -> None:
+        """Mark a table stale. ``unsent``: changes made until now may not be sent, whenever they are
+        committed (R39)."""
+        if unsent:
+            self.unsent.add(planned.plan.oid)
         if planned.plan.oid not in self.stale:
             self.stale.add(planned.plan.oid)
             log.info("resync_wanted", table=planned.name, reason=reason)

@@ -20,24 +20,22 @@ says so, before they are written.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cdc_sync.config import Settings
-from cdc_sync.errors import ConfigError, ErrorKind, SourceError
-from cdc_sync.mapping.planner import replan
-from cdc_sync.mapping.table import Table
+from cdc_sync.errors import (
+    CdcSyncError,
+    ConfigError,
+    DimensionMismatchError,
+    ErrorKind,
+    SinkError,
+)
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
-from cdc_sync.postgres.catalog import read_table
-from cdc_sync.postgres.connect import PgConnection, connect, set_lock_timeout
-from cdc_sync.postgres.publication import Publication, read_publication
-from cdc_sync.postgres.refetch import widen_xid
-from cdc_sync.postgres.slot import read_slot
+from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.snapshot import SnapshotHolder, TableRewrittenError
 from cdc_sync.postgres.watch import (
     SourcePosition,
@@ -45,69 +43,28 @@ from cdc_sync.postgres.watch import (
     source_position,
     transaction_horizon,
 )
-from cdc_sync.qdrant.sink import Sink
+from cdc_sync.qdrant.sink import CollectionState, Sink, TableState
 from cdc_sync.sync.backfill import Backfill, Retry
 from cdc_sync.sync.gather import Batch
-from cdc_sync.sync.planning import plan_table
+from cdc_sync.sync.opening import opening
+from cdc_sync.sync.planning import Unplanned
+from cdc_sync.sync.recent_transactions import RecentTransactions
 from cdc_sync.sync.relations import Relations
-from cdc_sync.sync.routing import PlannedTable
+from cdc_sync.sync.replanning import (
+    LOCK_SECONDS,
+    Replanner,
+    WindowPostponedError,
+    unless_locked,
+)
+from cdc_sync.sync.retention import WAIT_SECONDS
+from cdc_sync.sync.routing import PlannedTable, Unusable
+from cdc_sync.sync.stopped_tables import StoppedTables, concerns_one_table
 from cdc_sync.sync.table_records import TableRecords
 
 log = get_logger(__name__)
 
 #: How long the stream goes on before a snapshot is taken again.
 _RETRY_SECONDS = 1.0
-#: How long a lock on the table may be waited for, with the stream at rest.
-_LOCK_SECONDS = 2.0
-_LOCK_NOT_AVAILABLE = "55P03"
-
-
-class RecentTransactions:
-    """The transactions applied lately, by the 32-bit ids that the stream gives."""
-
-    def __init__(self, horizon: int) -> None:
-        self._horizon = horizon
-        self._applied: set[int] = set()
-
-    def raise_horizon(self, horizon: int) -> None:
-        """Take every transaction below as possibly applied."""
-        self._horizon = max(self._horizon, horizon)
-
-    @property
-    def horizon(self) -> int:
-        """A 64-bit id: of the transactions below, which are applied is not known."""
-        return self._horizon
-
-    def pending(self) -> frozenset[int]:
-        """The 32-bit ids of transactions applied that are not known to be visible everywhere."""
-        return frozenset(self._applied)
-
-    def add(self, xid: int) -> None:
-        """A transaction has been applied, in part or as a whole."""
-        self._applied.add(xid)
-
-    def all_visible(self, xmin: int, xmax: int, running: frozenset[int]) -> bool:
-        """Whether everything applied is visible in the snapshot. Forgets what every later snapshot
-        will see too."""
-        if xmin < self._horizon:
-            return False
-        invisible = set()
-        for xid32 in self._applied:
-            xid = widen_xid(xid32, xmax)
-            if xid >= xmin:
-                if xid >= xmax or xid in running:
-                    return False
-                invisible.add(xid32)
-        self._applied = invisible
-        return True
-
-    def forget(self, xmin: int, xmax: int) -> None:
-        """Forget transactions that every snapshot from now on will see."""
-        self._applied = {x for x in self._applied if widen_xid(x, xmax) >= xmin}
-
-
-class WindowPostponedError(Exception):
-    """No window can be opened now; the stream goes on meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +73,6 @@ class _Barrier:
 
     lsn: int
     definition: str
-
-
-@contextlib.contextmanager
-def _unless_locked() -> Iterator[None]:
-    try:
-        yield
-    except SourceError as error:
-        if getattr(error.__cause__, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
-            raise
-        raise WindowPostponedError("a table is locked") from error
 
 
 class Resync:
@@ -154,6 +101,18 @@ class Resync:
         self._uncopied: set[str] = set()
         self._barriers: dict[int, _Barrier] = {}
         self._next_try = 0.0
+        self._replanner = Replanner(settings)
+        self.stopped = StoppedTables(metrics, board)
+        #: What the tables that stopped were like while their collections fitted them.
+        self._before: dict[str, PlannedTable] = {}
+        #: Tables that get a window of their own, because one of them has failed one for all.
+        self._alone: set[int] = set()
+        #: Tables found unusable in the catalog, which stop once the applier is at rest.
+        self._found: dict[str, CdcSyncError] = {}
+        #: Called when a stopped table is published again.
+        self.on_taken: Callable[[], Awaitable[None]] | None = None
+        #: Whether tables may stop; else the pipeline does.
+        self.tolerant = True
         self.recent: RecentTransactions | None = None
         #: Process of Postgres that streams to us, while one does.
         self.walsender: int | None = None
@@ -183,7 +142,7 @@ class Resync:
     def observe(self, position: SourcePosition, definitions: dict[int, str]) -> None:
         """Mark tables that were redefined since they were read as a whole."""
         if self.recent is not None:
-            self.recent.forget(position.xmin, position.xmax)
+            self.recent.forget(position.xmin, position.xmax, position.running)
         for oid, definition in definitions.items():
             self._relations.observe(oid, definition)
 
@@ -193,7 +152,7 @@ class Resync:
         state = await self._records.load()
         if state is None:
             return
-        configured = {planned.name for planned in self._relations.tables}
+        configured = {planned.name for planned in self._relations.tables} | self.stopped.names
         recorded = {table.table for table in state.tables}
         if configured != recorded:
             # Their changes would be confirmed without having been applied.
@@ -205,6 +164,8 @@ class Resync:
         # Another process may have had the slot, and put other things on record.
         self._recorded.clear()
         self._barriers.clear()
+        for name in self.stopped.names:
+            await self._records.stopped(name)
         self._relations.compare(state)
         self._uncopied = {table.table for table in state.tables if not table.copied}
         for planned in self._relations.tables:
@@ -223,6 +184,8 @@ class Resync:
         """Mark tables which the batch is going to write by other columns than they were copied by,
         also on record. Errors as of the state store."""
         for planned in self._relations.note(batch):
+            if self.stopped.holds(planned.name):
+                continue
             # A copy under way has written rows by columns that are not the table's any more.
             if self._backfill.has_begun(planned.name):
                 await self._backfill.restart(planned)
@@ -232,6 +195,8 @@ class Resync:
     async def outdated(self, planned: PlannedTable) -> None:
         """Mark a table whose rows could not be read by key, since its columns have changed. Errors
         as of the state store."""
+        if self.stopped.holds(planned.name):
+            return
         self._relations.mark(planned, "columns changed before rows were read again")
         await self._backfill.restart(planned)
         await self._record_stale(planned)
@@ -241,12 +206,57 @@ class Resync:
         """Have the whole table read again, after the copy that may be under way: anybody may ask,
         and must not keep it from ending. On record when this returns; errors as of the state
         store."""
+        if self.stopped.holds(planned.name):
+            self.stopped.hurry(planned.name)
+            return
         if self._backfill.has_begun(planned.name):
             await self._backfill.once_more(planned)
             return
         self._relations.mark(planned, reason)
         await self._record_stale(planned)
         self._barriers.pop(planned.plan.oid, None)
+
+    def is_stopped(self, table: str) -> bool:
+        """Whether the table's changes are dropped."""
+        return self.stopped.holds(table)
+
+    async def stop(self, table: str, error: CdcSyncError) -> None:
+        """The table cannot be followed any more; its changes may be dropped once this returns. It
+        is on record then, and nothing that was copied of it counts. Errors as of the state store;
+        raises ``error`` where no table may stop."""
+        if not self.tolerant:
+            raise error
+        planned = self._relations.find(table)
+        if not self.stopped.holds(table):
+            if planned is not None:
+                await self._backfill.restart(planned)
+                self._before[table] = planned
+                self._relations.mark(planned, "stopped")
+                self._recorded.add(planned.plan.oid)
+            await self._records.stopped(table)
+        if planned is not None:
+            self._barriers.pop(planned.plan.oid, None)
+        self.stopped.stop(table, error)
+
+    async def start_stopped(self, table: Unplanned) -> None:
+        """The table is on record as copied, and cannot be followed as it is found."""
+        if self._relations.find(table.name) is None:
+            self._relations.leave_unplanned(table.oid, Unusable(table.name, table.error))
+        await self.stop(table.name, table.error)
+        # Its collection may be of another plan.
+        self._before.pop(table.name, None)
+
+    def found(self, errors: Mapping[str, CdcSyncError], signs: Mapping[str, str]) -> None:
+        """What the catalog shows: tables that cannot be followed, by name, and whatever tells
+        whether something has changed about a table."""
+        self.stopped.observe(signs)
+        self._found.update((n, e) for n, e in errors.items() if not self.stopped.holds(n))
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is something to do with the applier at rest."""
+        tables = self._relations.stale or self._relations.unswept
+        return bool(tables or self._found or self.stopped)
 
     def may_be_older(self, planned: PlannedTable) -> bool:
         """Whether points of the table may be older than the stream. A row of a block that is left
@@ -264,13 +274,24 @@ class Resync:
         """
         if time.monotonic() < self._next_try:
             return
+        await self._look_at_stopped()
         ready = []
         for oid in sorted(self._relations.stale | self._relations.unswept):
+            if self.stopped.waits(self._relations.name(oid)):
+                continue
             if oid not in self._barriers:
                 self._barriers[oid] = await asyncio.to_thread(self._barrier, oid)
             if applied >= self._barriers[oid].lsn:
                 ready.append(oid)
         if not ready:
+            return
+        if self._alone:
+            self._alone &= set(ready)
+            ready = [self._alone.pop()] if self._alone else ready
+        names = [p.name for p in self._relations.tables if p.plan.oid in ready]
+        if not await self._backfill.has_room(names):
+            # It is the stream that frees WAL.
+            self._next_try = time.monotonic() + WAIT_SECONDS
             return
         try:
             await self._retry(lambda: self._window(ready))
@@ -279,8 +300,72 @@ class Resync:
             self._next_try = time.monotonic() + _RETRY_SECONDS
             log.info("window_postponed", reason=str(error))
             return
+        except CdcSyncError as error:
+            if not concerns_one_table(error):
+                raise
+            await self._blame(ready, error)
+            return
         for oid in ready:
             self._barriers.pop(oid, None)
+
+    async def _blame(self, oids: Sequence[int], error: CdcSyncError) -> None:
+        """A window failed because of one of its tables; if there were several, that will be the one
+        which fails alone."""
+        if len(oids) == 1:
+            await self.stop(self._relations.name(oids[0]), error)
+            return
+        log.info("window_divided", tables=len(oids), reason=error.message)
+        self._alone = set(oids)
+
+    async def _look_at_stopped(self) -> None:
+        """Stop what was found unusable, and plan again what may start again."""
+        for oid in self._relations.unsent:
+            if self._barriers.pop(oid, None) is None:
+                continue
+            # What is under way may have missed changes.
+            planned = self._relations.find(self._relations.name(oid))
+            if planned is not None and self._backfill.has_begun(planned.name):
+                await self._backfill.once_more(planned)
+        while self._found:
+            await self.stop(*self._found.popitem())
+        for name in self.stopped.due():
+            state = await self._records.load()
+            record = next((t for t in state.tables if t.table == name), None) if state else None
+            if state is None or record is None:
+                continue
+            oid = self._relations.oids.get(name, record.oid)
+            sign = await asyncio.to_thread(self._replanner.sign, name, oid)
+            self.stopped.trying(name, sign)
+            try:
+                planned = await asyncio.to_thread(
+                    self._replanner.stopped,
+                    self._before.get(name),
+                    record,
+                    owned=state.owns_publication,
+                )
+            except WindowPostponedError:
+                self._next_try = time.monotonic() + _RETRY_SECONDS
+                continue
+            except CdcSyncError as error:
+                if not concerns_one_table(error):
+                    raise
+                self.stopped.stop(name, error)
+                continue
+            await self._take(planned, record)
+
+    async def _take(self, planned: PlannedTable, record: TableState) -> None:
+        """A stopped table can be planned again. It starts with its window, once the stream has come
+        to where the server is now: what is received from here on is bound to this plan."""
+        if planned.plan.oid != record.oid:
+            log.info("table_created_again", table=planned.name)
+            await self._records.recreated(planned)
+        self._relations.take(planned, record.oid)
+        if self.on_taken is not None:
+            await self.on_taken()
+        # What was not bound, or not published, was not noted as applied either.
+        self._relations.unsent.add(planned.plan.oid)
+        self._barriers.pop(planned.plan.oid, None)
+        self.stopped.planned(planned.name)
 
     def _barrier(self, oid: int) -> _Barrier:
         """Where the stream has to be before the table is read. The definition first: what it was
@@ -288,12 +373,15 @@ class Resync:
         with connect(self._settings.source, application_name="cdc_sync watch") as connection:
             definition = definitions(connection, [oid]).get(oid, "")
             position = source_position(connection, self._settings.source.slot)
+            if oid in self._relations.unsent:
+                self.applied_lately().raise_horizon(transaction_horizon(connection))
+                self._relations.unsent.discard(oid)
         return _Barrier(int(position.current), definition)
 
     async def _window(self, oids: Sequence[int]) -> None:
-        tables = await asyncio.to_thread(self._plan, oids)
-        for planned in tables:
-            await self._make_ready(planned)
+        tables = await self._ready(oids)
+        if not tables:
+            return
         holder = await self._snapshot(tables)
         # Rows of blocks that were left may have moved before the last snapshot into chunks that
         # were done; where points were there before, what says so has to come by the stream first.
@@ -307,7 +395,9 @@ class Resync:
             for planned in tables:
                 # What comes by the stream from here on is bound to this plan.
                 self._relations.reading(planned)
-            completed = await self._backfill.window(tables, holder.snapshot_id)
+                self.stopped.start(planned.name)
+                self._before.pop(planned.name, None)
+            completed = await self._backfill.window(tables, holder)
         finally:
             await asyncio.to_thread(holder.close)
         for planned in completed:
@@ -320,13 +410,35 @@ class Resync:
             seconds=round(time.monotonic() - started, 3),
         )
 
+    async def _ready(self, oids: Sequence[int]) -> list[PlannedTable]:
+        """Plan the tables and make their collections ready; those that cannot be stop."""
+        wanted = [
+            p
+            for p in self._relations.tables
+            if p.plan.oid in oids and not self.stopped.waits(p.name)
+        ]
+        planned, failed = await asyncio.to_thread(self._replanner.again, wanted)
+        for name, error in failed.items():
+            await self.stop(name, error)
+        ready = []
+        for one in planned:
+            try:
+                await self._make_ready(one)
+            except CdcSyncError as error:
+                if not concerns_one_table(error):
+                    raise
+                await self.stop(one.name, error)
+            else:
+                ready.append(one)
+        return ready
+
     async def _make_ready(self, planned: PlannedTable) -> None:
         oid = planned.plan.oid
         if planned.table.definition != self._barriers[oid].definition:
             # Rows of before may still be to come, and a truncated partition's would stay.
             del self._barriers[oid]
             raise WindowPostponedError(f"{planned.name} was altered meanwhile")
-        found = await self._sink.inspect(planned.plan)
+        found = await self._inspect(planned)
         await self._sink.ensure_collection(
             planned.plan, create=self._settings.migration.create_collection
         )
@@ -335,6 +447,31 @@ class Resync:
         if not found.exists:
             # Whatever was copied is gone with it.
             await self._backfill.restart(planned)
+
+    async def _inspect(self, planned: PlannedTable) -> CollectionState:
+        """The table's collection; one of other dimensions is dropped, if that is wanted."""
+        try:
+            return await self._sink.inspect(planned.plan)
+        except DimensionMismatchError as error:
+            if not self._rebuilds(planned, error):
+                raise
+        log.warning("collection_dropped", table=planned.name, collection=planned.plan.collection)
+        await self._sink.drop_collection(planned.plan)
+        return CollectionState(exists=False)
+
+    def _rebuilds(self, planned: PlannedTable, error: CdcSyncError) -> bool:
+        """Whether the collection of a stopped table is to be made anew. Raises if it cannot be."""
+        if not self.stopped.holds(planned.name) or not self._replanner.rebuilds(planned.name):
+            return False
+        collection = planned.plan.collection
+        if planned.plan.marks:
+            raise SinkError(
+                ErrorKind.COLLECTION_MISMATCH,
+                f"{error.message} It is not made anew, since others may have points in it too.",
+                f"Drop collection {collection} by hand, and let every pipeline that writes to it "
+                "copy its tables anew; or give the table a collection of its own.",
+            )
+        return True
 
     async def _begin(self, planned: PlannedTable) -> None:
         first = planned.name in self._uncopied
@@ -350,7 +487,7 @@ class Resync:
         # there before a first copy.
         await self._backfill.begin(
             planned,
-            sweep=not first or self._settings.migration.adopt,
+            sweep=not first or self._settings.migration.adopt or self.stopped.holds(planned.name),
             repair=first and self._settings.migration.adopt,
         )
 
@@ -380,81 +517,33 @@ class Resync:
             self._relations.mark(planned, "asked for while it was being copied")
             self._recorded.add(planned.plan.oid)
 
-    def _plan(self, oids: Sequence[int]) -> list[PlannedTable]:
-        by_oid = {planned.plan.oid: planned for planned in self._relations.tables}
-        with (
-            _unless_locked(),
-            connect(self._settings.source, application_name="cdc_sync watch") as connection,
-        ):
-            # Reading a table's size waits for whoever has locked it.
-            set_lock_timeout(connection, _LOCK_SECONDS)
-            publication = read_publication(connection, self._settings.source.publication)
-            return [
-                self._plan_again(by_oid[oid], _read(connection, by_oid[oid]), publication)
-                for oid in oids
-            ]
-
-    def _plan_again(
-        self, before: PlannedTable, table: Table, publication: Publication | None
-    ) -> PlannedTable:
-        planned = plan_table(table, before.options, publication, changed=True)
-        # As the stream does it: changes that stop the stream are not for a copy either, and a new
-        # vector column is not in the collection.
-        again = replan(
-            before.plan, [(c.name, c.type) for c in planned.plan.columns], before.options
-        )
-        # A table that was renamed stays what it is on record, in its collection.
-        plan = dataclasses.replace(
-            planned.plan,
-            columns=again.columns,
-            key=again.key,
-            schema=before.plan.schema,
-            table=before.plan.table,
-            collection=before.plan.collection,
-        )
-        return dataclasses.replace(planned, plan=plan)
-
     async def _snapshot(self, tables: Sequence[PlannedTable]) -> SnapshotHolder:
         assert self.recent is not None
-        with _unless_locked():
-            holder = await asyncio.to_thread(
+        with unless_locked():
+            holder = await opening(
                 SnapshotHolder.fresh,
                 self._settings.source,
                 [planned.table for planned in tables],
-                lock_timeout_seconds=_LOCK_SECONDS,
+                lock_timeout_seconds=LOCK_SECONDS,
             )
-        if not await asyncio.to_thread(self._has_slot):
+        try:
+            # With the lock of windows in hand: whoever takes the slot from now on waits for that.
+            slot = self._settings.source.slot
+            if not await asyncio.to_thread(holder.has_slot, slot, self.walsender):
+                raise WindowPostponedError(
+                    "another process has taken the slot, or the snapshot is of another server"
+                )
+            seen = holder.snapshot
+            if not self.recent.all_visible(seen.xmin, seen.xmax, seen.xip):
+                raise WindowPostponedError(
+                    "transactions that may have been applied are still open on the server"
+                )
+        except BaseException:
             await asyncio.to_thread(holder.close)
-            raise WindowPostponedError("another process has taken the slot")
-        seen = holder.snapshot
-        if self.recent.all_visible(seen.xmin, seen.xmax, frozenset(seen.xip)):
-            return holder
-        await asyncio.to_thread(holder.close)
-        raise WindowPostponedError(
-            "transactions that may have been applied are still open on the server"
-        )
-
-    def _has_slot(self) -> bool:
-        """Whether the slot is still ours, with the lock of windows in hand: whoever takes it from
-        now on waits for that."""
-        with connect(self._settings.source, application_name="cdc_sync watch") as connection:
-            slot = read_slot(connection, self._settings.source.slot)
-        return slot is not None and slot.active_pid == self.walsender
+            raise
+        return holder
 
     async def _record_stale(self, planned: PlannedTable) -> None:
         if planned.plan.oid not in self._recorded:
             await self._records.stale(planned)
             self._recorded.add(planned.plan.oid)
-
-
-def _read(connection: PgConnection, planned: PlannedTable) -> Table:
-    try:
-        return read_table(connection, planned.plan.oid)
-    except SourceError as error:
-        if error.kind is not ErrorKind.TABLE_UNUSABLE:
-            raise
-        raise SourceError(
-            error.kind,
-            f"table {planned.name} cannot be read any more: {error.message}",
-            error.remedy,
-        ) from error

@@ -36,7 +36,7 @@ from cdc_sync.sync.control import (
     Request,
     request_content,
 )
-from cdc_sync.sync.planning import plan_pipeline
+from cdc_sync.sync.planning import is_named, plan_pipeline
 from cdc_sync.sync.routing import PlannedTable
 
 _POLL_SECONDS: Final = 0.25
@@ -78,16 +78,16 @@ def request_resync(settings: Settings, asked: Asked, say: Callable[[str], None])
 
 
 async def _request(settings: Settings, asked: Asked, say: Callable[[str], None]) -> int:
-    sink = await _open_sink(settings)
+    sink = await sink_unless_held(settings)
     try:
         with connect(settings.source, application_name="cdc_sync resync") as connection:
-            slot = _slot(settings, connection)
-            state = await _recorded(settings, sink)
+            slot = usable_slot(settings, connection)
+            state = await recorded_pipeline(settings, sink)
             if sink is not None and not sink.multi_process:
                 # The pipeline may want to start while we wait.
                 await sink.close()
                 sink = None
-            names = _names(state)
+            names = recorded_names(state)
             tables = _chosen(connection, settings, asked, state)
             requests = _requests(connection, settings, asked, tables, names, say)
             if not requests:
@@ -96,7 +96,7 @@ async def _request(settings: Settings, asked: Asked, say: Callable[[str], None])
             _announce(settings, asked, requests, slot, lsn, say)
             if asked.wait_seconds is None:
                 return ExitCode.OK
-            waiting = _Waiting(settings, connection, sink, asked.wait_seconds, say)
+            waiting = Waiting(settings, connection, sink, asked.wait_seconds, say)
             whole = {r.table for r in requests} if asked.whole else set[str]()
             return await waiting.run(lsn, whole)
     finally:
@@ -104,7 +104,7 @@ async def _request(settings: Settings, asked: Asked, say: Callable[[str], None])
             await sink.close()
 
 
-async def _open_sink(settings: Settings) -> Sink | None:
+async def sink_unless_held(settings: Settings) -> Sink | None:
     """The sink; None for an embedded database that the running pipeline holds."""
     try:
         return await open_sink(settings.qdrant)
@@ -114,7 +114,9 @@ async def _open_sink(settings: Settings) -> Sink | None:
         return None
 
 
-def _slot(settings: Settings, connection: PgConnection) -> SlotInfo:
+def usable_slot(settings: Settings, connection: PgConnection) -> SlotInfo:
+    """The pipeline's slot. Raises :class:`SourceError` SLOT_LOST where nothing will ever read a
+    request."""
     name = settings.source.slot
     slot = read_slot(connection, name)
     if slot is None:
@@ -130,8 +132,9 @@ def _slot(settings: Settings, connection: PgConnection) -> SlotInfo:
     return slot
 
 
-async def _recorded(settings: Settings, sink: Sink | None) -> PipelineState | None:
-    """The pipeline's record; None if it cannot be read now."""
+async def recorded_pipeline(settings: Settings, sink: Sink | None) -> PipelineState | None:
+    """The pipeline's record; None if it cannot be read now. Raises :class:`StateError` if there is
+    none, :class:`ConfigError` if it is of another slot."""
     if sink is None:
         return None
     pipeline = settings.pipeline.name
@@ -150,7 +153,7 @@ async def _recorded(settings: Settings, sink: Sink | None) -> PipelineState | No
     return state
 
 
-def _names(state: PipelineState | None) -> dict[int, str]:
+def recorded_names(state: PipelineState | None) -> dict[int, str]:
     """The names of tables on record: one that was renamed keeps its name there."""
     return {table.oid: table.table for table in state.tables} if state is not None else {}
 
@@ -164,7 +167,7 @@ def _chosen(
     """The tables that were asked for, each once."""
     # A publication of ours may still lack tables; those are told apart below.
     owned = state is None or state.owns_publication
-    plan = plan_pipeline(connection, settings, owned=owned)
+    plan = plan_pipeline(connection, settings, owned=owned, state=state)
     planned = {table.plan.oid: table for table in plan.tables}
     listed = ", ".join(sorted(table.name for table in planned.values()))
     if asked.all_tables:
@@ -172,6 +175,9 @@ def _chosen(
     elif asked.tables:
         oids = []
         for name in asked.tables:
+            for stopped in plan.stopped:
+                if is_named(name, stopped.name):
+                    raise stopped.error
             oid = find_table(connection, name).oid
             if oid not in planned:
                 raise ConfigError(
@@ -187,7 +193,7 @@ def _chosen(
             "Name some with --table, or take --all.",
         )
     chosen = [planned[oid] for oid in dict.fromkeys(oids)]
-    known = None if state is None else {*_names(state), *(t.table for t in state.tables)}
+    known = None if state is None else {*recorded_names(state), *(t.table for t in state.tables)}
     for table in chosen:
         if known is not None and table.plan.oid not in known and table.name not in known:
             raise ConfigError(
@@ -223,7 +229,7 @@ def _requests(
     if asked.where is None:
         _check_keys(connection, table, keys)
     name = names.get(table.plan.oid, table.name)
-    return [Request(pipeline, name, batch) for batch in _batches(keys)]
+    return [Request(pipeline, name, batch) for batch in key_batches(keys)]
 
 
 def _keys(connection: PgConnection, asked: Asked, table: PlannedTable) -> Iterator[Key]:
@@ -313,7 +319,7 @@ def _first_bad(connection: PgConnection, table: PlannedTable, keys: Sequence[Key
     return 0
 
 
-def _batches(keys: Sequence[Key]) -> Iterator[tuple[Key, ...]]:
+def key_batches(keys: Sequence[Key]) -> Iterator[tuple[Key, ...]]:
     """Divide keys into messages."""
     batch: list[Key] = []
     size = 0
@@ -355,7 +361,10 @@ def _announce(
 
 
 @dataclass(slots=True)
-class _Waiting:
+class Waiting:
+    """Waits until a pipeline has done what it was asked for, for so many ``seconds``. Without a
+    ``sink`` it cannot see how far a copy is."""
+
     settings: Settings
     connection: PgConnection
     sink: Sink | None
@@ -363,7 +372,8 @@ class _Waiting:
     say: Callable[[str], None]
 
     async def run(self, lsn: Lsn, whole: set[str]) -> int:
-        """Wait until the pipeline has confirmed the position and has the tables copied."""
+        """Wait until the pipeline has confirmed the position and has the tables copied; returns the
+        exit code."""
         deadline = time.monotonic() + self.seconds
         while not self._confirmed(lsn):
             if time.monotonic() > deadline:
@@ -380,7 +390,7 @@ class _Waiting:
         return ExitCode.OK
 
     def _confirmed(self, lsn: Lsn) -> bool:
-        slot = _slot(self.settings, self.connection)
+        slot = usable_slot(self.settings, self.connection)
         return slot.confirmed_flush_lsn is not None and slot.confirmed_flush_lsn >= lsn
 
     async def _copied(self, tables: set[str]) -> bool:

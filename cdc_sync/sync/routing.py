@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cdc_sync.errors import ErrorKind, MappingError, SourceError
+from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError, SourceError
 from cdc_sync.mapping.ids import compile_point_id
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.planner import PlanOptions, replan
@@ -79,6 +79,15 @@ class Binding:
         """Return the tuple in plan order."""
         order = self.order
         return row if order is None else [row[i] for i in order]
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """What a Relation message gives whose rows cannot be followed: they are read and dropped, and
+    the table (``schema.table`` as on record) stops for ``error``."""
+
+    table: str
+    error: CdcSyncError
 
 
 ResolveType = Callable[[int, int], PgType]
@@ -149,8 +158,8 @@ def _check_identity(planned: PlannedTable, relation: Relation) -> None:
             ErrorKind.TABLE_UNUSABLE,
             f"table {planned.name} now has REPLICA IDENTITY NOTHING: its updates and deletes "
             "cannot be followed",
-            f"Run: ALTER TABLE {table} REPLICA IDENTITY DEFAULT; then copy anew with "
-            "--migration.restart, since the stream still holds what was written under it.",
+            f"Run: ALTER TABLE {table} REPLICA IDENTITY DEFAULT; or with a unique index on the "
+            "key: REPLICA IDENTITY USING INDEX …;",
         )
     identity = {column.name for column in relation.columns if column.key}
     key = [planned.plan.columns[i].name for i in planned.plan.key]

@@ -11,6 +11,8 @@ from cdc_sync.ops.status import StatusBoard
 
 #: Between two questions to Qdrant.
 _LOOK_SECONDS = 2.0
+#: How long an answer may take: a network that swallows everything refuses nothing.
+_ANSWER_SECONDS = 10.0
 
 
 class LetGoError(SourceError):
@@ -36,29 +38,29 @@ class SinkWatch:
         """Ask until cancelled."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
+            asked = time.monotonic()
             try:
-                await self._ping()
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    await self._ping()
             except SinkError as error:
-                if self._failing_since is None:
-                    self._failing_since = time.monotonic()
-                self._board.set_sink(False, error.message)
+                self._fails(asked, error.message)
+            except TimeoutError:
+                self._fails(asked, f"Qdrant has not answered for {_ANSWER_SECONDS:g} s")
             else:
-                if self._failing_since is not None:
-                    self._board.set_sink(True)
-                self._failing_since = None
+                self.answered()
 
-    async def unless_away(self, work: Awaitable[None], seconds: float) -> None:
-        """Do work that waits for Qdrant, and cancel it with :class:`LetGoError` once Qdrant has
-        not answered for so long. What the work raises is raised."""
-        task = asyncio.ensure_future(work)
-        try:
-            while not task.done():
-                await asyncio.wait({task}, timeout=_LOOK_SECONDS)
-                since = self._failing_since
-                if since is not None and time.monotonic() - since > seconds and not task.done():
-                    raise LetGoError(seconds)
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-        task.result()
+    def _fails(self, asked: float, message: str) -> None:
+        if self._failing_since is None:
+            self._failing_since = asked
+        self._board.set_sink(False, message)
+
+    def answered(self) -> None:
+        """Qdrant has answered somebody else."""
+        if self._failing_since is not None:
+            self._board.set_sink(True)
+        self._failing_since = None
+
+    @property
+    def away_seconds(self) -> float:
+        """How long Qdrant has not answered; 0 while it does."""
+        return 0.0 if self._failing_since is None else time.monotonic() - self._failing_since

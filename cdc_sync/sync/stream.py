@@ -64,6 +64,12 @@ class Positions:
     server_end: int = 0
     oldest_commit: float | None = None
 
+    def begin(self, lsn: int) -> None:
+        """Stand at the beginning of a new slot; what was known of another does not count."""
+        self.received = self.server_end = 0
+        self.applied = self.confirmed = lsn
+        self.oldest_commit = None
+
     def go_back(self, confirmed: int) -> None:
         """Stand where the slot stands, when a session begins.
 
@@ -106,7 +112,8 @@ class StreamSession:
     what ended it else.
 
     ``between(batch)`` is called with the applier at rest after each batch, and with None now and
-    then when there is nothing to write; it may hold the stream at that point.
+    then when there is nothing to write; it may hold the stream at that point. A batch that it
+    returns is applied next.
     """
 
     connection: ReplicationConnection
@@ -118,9 +125,11 @@ class StreamSession:
     stop: asyncio.Event
     status_seconds: float
     board: StatusBoard
-    between: Callable[[Batch | None], Awaitable[None]]
+    between: Callable[[Batch | None], Awaitable[Batch | None]]
     let_go_seconds: float
     silence_seconds: float
+    #: How long Qdrant has not answered, while ``between`` holds the stream.
+    sink_away: Callable[[], float] = lambda: 0.0
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _space: asyncio.Event = field(default_factory=asyncio.Event)
     _in_flight: Batch | None = None
@@ -280,9 +289,11 @@ class StreamSession:
         self.board.retire("writer")
         self._resting = True
         try:
-            await self.between(batch)
+            further = await self.between(batch)
         finally:
             self._resting = False
+        if further is not None and not self._ending:
+            await self._apply(further)
 
     async def _sleep(self, seconds: float) -> None:
         """Pass the time before something is tried again, unless the connection is gone."""
@@ -343,7 +354,8 @@ class StreamSession:
                 self._send_status("timer")
             self._publish()
             self._listen()
-            if self._stalled_seconds > self.let_go_seconds:
+            stalled = self.sink_away() if self._resting else self._stalled_seconds
+            if stalled > self.let_go_seconds:
                 # A consumer that answers and does not advance holds up a fast shutdown of Postgres
                 # (R7).
                 raise LetGoError(self.let_go_seconds)

@@ -18,22 +18,30 @@ from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.pgoutput.lsn import Lsn
+from cdc_sync.pgoutput.messages import LogicalMessage
 from cdc_sync.postgres.exclusive import wait_for_window
+from cdc_sync.postgres.watch import SourcePosition
 from cdc_sync.qdrant.sink import Sink
 from cdc_sync.sync.applier import Applier
-from cdc_sync.sync.control import ControlChannel
+from cdc_sync.sync.control import Accepted, ControlChannel
+from cdc_sync.sync.dead_letter_retries import LetterRetries
 from cdc_sync.sync.dead_letters import DeadLetterOffice
 from cdc_sync.sync.gather import Batch, Gatherer
+from cdc_sync.sync.heartbeat import Heartbeat
 from cdc_sync.sync.monitor import SourceMonitor
+from cdc_sync.sync.opening import opening
 from cdc_sync.sync.planning import PipelinePlan
 from cdc_sync.sync.reading import RowReader
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.resync import Resync
 from cdc_sync.sync.retry import is_transient
 from cdc_sync.sync.sink_watch import LetGoError, SinkWatch
+from cdc_sync.sync.source_history import SourceHistory
 from cdc_sync.sync.stream import Positions, StreamSession
 from cdc_sync.sync.taking_slot import confirmed_position, server_position, start_stream
+from cdc_sync.sync.task_dump import dump_tasks
 from cdc_sync.sync.trials import Trials
+from cdc_sync.sync.watchdog import Watchdog
 
 log = get_logger(__name__)
 
@@ -43,6 +51,9 @@ T = TypeVar("T")
 _SHORT_SESSION_SECONDS = 10.0
 #: How long Postgres may say nothing where wal_sender_timeout does not say it.
 _SILENCE_SECONDS = 120.0
+
+#: What a walsender waits for that has nothing to do, or whose consumer does not read.
+_IDLE_WAITS = frozenset({"walsendermain", "walsenderwaitforwal", "walsenderwritedata"})
 
 
 @dataclass(slots=True)
@@ -64,13 +75,25 @@ class Streaming:
     dead_letters: DeadLetterOffice
     trials: Trials
     sink_watch: SinkWatch
+    history: SourceHistory
     once: bool = False
     watching: asyncio.Task[None] | None = None
     reader: RowReader = field(init=False)
+    retries: LetterRetries = field(init=False)
+    heartbeat: Heartbeat = field(init=False)
     _goal: int | None = None
+    _in_window: bool = False
+    _walsender_waits: str = ""
 
     def __post_init__(self) -> None:
         self.reader = RowReader(self.settings.source, self.resync.applied_lately)
+        self.retries = LetterRetries(
+            self.dead_letters,
+            self.sink,
+            lambda: self.relations.tables,
+            lambda: self.relations.stale,
+            self.settings.pipeline.dead_letter_retry_seconds,
+        )
 
     async def run(self) -> None:
         """Stream until the pipeline is to stop, and connect again whenever the connection is lost.
@@ -82,6 +105,7 @@ class Streaming:
             self.sink,
             self.reader.fetch,
             self.dead_letters,
+            self.retries,
             self.metrics,
             self.trials.stalled,
             resync,
@@ -97,17 +121,40 @@ class Streaming:
             self.positions,
             self.relations,
             self.plan.server,
-            resync.observe,
+            self._observe,
+            resync.found,
+            resync.is_stopped,
         )
+        pipeline = self.settings.pipeline
+        self.heartbeat = Heartbeat(self.settings.source, pipeline.heartbeat_seconds, self.metrics)
+        watchdog = Watchdog(
+            self.board, self.positions, self._is_busy, dump_tasks, pipeline.stuck_seconds
+        )
+        resync.on_taken = lambda: self.history.compare(relations)
         await self.trials.until(lambda: asyncio.to_thread(resync.open))
         watching = self.watching = asyncio.create_task(self._watch(monitor))
+        beside = [asyncio.create_task(self.heartbeat.run()), asyncio.create_task(watchdog.run())]
         try:
             while not self.trials.stop.is_set():
                 await self.trials.until(lambda: self._session(applier, control))
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            for task in (watching, *beside):
+                task.cancel()
+            await asyncio.gather(watching, *beside, return_exceptions=True)
+            self.board.stuck(None)
             self.reader.close()
+
+    def _is_busy(self) -> bool:
+        """Whether something goes on that moves no position: a window, or work of the walsender."""
+        return self._in_window or self._walsender_waits not in _IDLE_WAITS
+
+    def _accept(self, control: ControlChannel, message: LogicalMessage) -> Accepted | None:
+        return None if self.heartbeat.arrived(message) else control.accept(message)
+
+    def _observe(self, position: SourcePosition, definitions: dict[int, str]) -> None:
+        self._walsender_waits = (position.waiting or "").lower()
+        self.history.observe(position)
+        self.resync.observe(position, definitions)
 
     async def _watch(self, monitor: SourceMonitor) -> None:
         """Watch the source. What it finds may mean that changes were not sent, so that is put on
@@ -124,15 +171,15 @@ class Streaming:
         if self.trials.stop.is_set():
             return
         source = self.settings.source
-        connection = await asyncio.to_thread(
-            start_stream,
-            self.settings.source,
-            self.plan,
-            self.relations.tables,
-            self.positions.applied,
+        # Another process may have had the slot meanwhile, and have put a mark.
+        mark = await self.history.load()
+        taken = await opening(
+            start_stream, source, self.plan, self.relations.tables, mark, self.positions.applied
         )
+        connection = taken.connection
         try:
             self.resync.walsender = connection.backend_pid
+            self.history.taken(taken.timeline)
             # Workers of whoever had the slot before may still write.
             await asyncio.to_thread(wait_for_window, source)
             # It may have parked rows and applied transactions.
@@ -140,6 +187,7 @@ class Streaming:
             await self.dead_letters.open()
             await asyncio.to_thread(self.resync.open)
             await self.resync.compare()
+            await self.history.compare(self.relations)
             timeout = connection.wal_sender_timeout_seconds
             gatherer = Gatherer(
                 self.relations.route,
@@ -147,7 +195,8 @@ class Streaming:
                 batch_bytes=self.settings.pipeline.batch_bytes,
                 applied=self.positions.applied,
                 on_type=self.relations.forget_type,
-                on_message=control.accept,
+                on_message=lambda message: self._accept(control, message),
+                generation=lambda: self.relations.generation,
             )
             session = StreamSession(
                 connection=connection,
@@ -164,6 +213,7 @@ class Streaming:
                 between=self._between,
                 let_go_seconds=self.settings.pipeline.let_go_seconds,
                 silence_seconds=2 * timeout or _SILENCE_SECONDS,
+                sink_away=lambda: self.sink_watch.away_seconds,
             )
             log.info(
                 "streaming_started",
@@ -187,27 +237,39 @@ class Streaming:
             log.warning("slot_let_go", reason=error.message)
             session.connection.close()
             await self.trials.until(self.sink.ping)
+            self.sink_watch.answered()
         except SourceError as error:
             if not is_transient(error) or time.monotonic() - started < _SHORT_SESSION_SECONDS:
                 raise
             self.trials.stalled(error, 0.0)
 
-    async def _between(self, batch: Batch | None) -> None:
-        """With the applier at rest: keep book, and read stale tables again."""
+    async def _between(self, batch: Batch | None) -> Batch | None:
+        """With the applier at rest: keep book, read stale tables again, and return dead letters to
+        be tried again."""
         if self.watching is not None and self.watching.done():
             self.watching.result()
         if batch is not None:
             self._keep_book(batch)
-        if self.relations.stale or self.relations.unswept:
+        self.heartbeat.applied(self.positions.applied)
+        if self.history.due:
+            keep = self.history.keep
+            received = self.positions.received
+            await self.trials.until_sink(lambda: keep(self.relations, received))
+        reading = self.resync.wanted
+        if reading:
             copying = self.resync.copying
-            await self.sink_watch.unless_away(
-                self.resync.run(self.positions.applied), self.settings.pipeline.let_go_seconds
-            )
+            self._in_window = True
+            try:
+                await self.resync.run(self.positions.applied)
+            finally:
+                self._in_window = False
             if copying and not self.resync.copying:
                 log.info("copy_completed", tables=len(self.relations.tables))
                 self.trials.state("streaming")
-        elif self.once:
+        letters = await self.retries.next(self.positions.applied)
+        if self.once and not reading and letters is None:
             await self._end_when_caught_up()
+        return letters
 
     async def _end_when_caught_up(self) -> None:
         """Stop once the stream has passed the position at which nothing was left to copy."""
@@ -219,15 +281,21 @@ class Streaming:
     def _show_tables(self) -> None:
         for planned in self.relations.tables:
             copying = planned.plan.oid in self.relations.stale
-            self.board.table(planned.name).update(state="copying" if copying else "streaming")
+            if not self.resync.is_stopped(planned.name):
+                self.board.table(planned.name).update(
+                    state="copying" if copying else "streaming", error=None, remedy=None
+                )
         self.trials.state("snapshotting" if self.resync.copying else "streaming")
 
     def _keep_book(self, batch: Batch) -> None:
         recent = self.resync.applied_lately()
         for xid in batch.xids:
             recent.add(xid)
+            self.history.applied(xid)
         for oid, table in batch.tables.items():
-            self.board.table(batch.bindings[oid].planned.name).add(changes_applied=len(table))
+            name = batch.bindings[oid].planned.name
+            if not self.resync.is_stopped(name):
+                self.board.table(name).add(changes_applied=len(table))
         self.board.positions(
             received=self.positions.received,
             applied=self.positions.applied,

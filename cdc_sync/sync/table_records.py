@@ -36,6 +36,23 @@ class TableRecords:
         """The table must be copied again."""
         await self._change(planned, plan_fingerprint=stale_fingerprint(planned))
 
+    async def stopped(self, table: str) -> None:
+        """The table of this name has stopped, so it must be copied again."""
+        await self._update(
+            lambda tables: tuple(
+                dataclasses.replace(t, plan_fingerprint=as_stale(t.plan_fingerprint))
+                if t.table == table
+                else t
+                for t in tables
+            )
+        )
+
+    async def recreated(self, planned: PlannedTable) -> None:
+        """The table was created again, and must be copied."""
+        await self._change(
+            planned, plan_fingerprint=stale_fingerprint(planned), oid=planned.plan.oid
+        )
+
     async def all_stale(self) -> None:
         """All tables that were copied must be copied again."""
         await self._update(

@@ -3,50 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cdc_sync.config import SourceSettings
 from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.mapping.values import needs_text
-from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.replication import ReplicationConnection, StreamOptions
 from cdc_sync.postgres.slot import read_slot
 from cdc_sync.postgres.watch import source_position
+from cdc_sync.qdrant.sink import SourceMark
 from cdc_sync.sync.planning import PipelinePlan
 from cdc_sync.sync.routing import PlannedTable
+from cdc_sync.sync.source_history import check_history
+
+
+@dataclass(frozen=True, slots=True)
+class TakenSlot:
+    """A slot that streams to us, and the timeline of the server."""
+
+    connection: ReplicationConnection
+    timeline: int
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.connection.close()
 
 
 def start_stream(
-    source: SourceSettings, plan: PipelinePlan, tables: Sequence[PlannedTable], applied: int
-) -> ReplicationConnection:
+    source: SourceSettings,
+    plan: PipelinePlan,
+    tables: Sequence[PlannedTable],
+    mark: SourceMark | None,
+    applied: int,
+) -> TakenSlot:
     """Start replication from where the slot stands.
 
     Raises :class:`SourceError`: SLOT_ACTIVE while another process has it, SOURCE_CHANGED when the
-    server is another than the plan's or stands before ``applied``.
+    server is another than the plan's, SOURCE_REWOUND as :func:`check_history`.
     """
     connection = ReplicationConnection.open(source)
     try:
         identity = connection.identify()
-        if identity.xlog_position < applied:
-            raise SourceError(
-                ErrorKind.SOURCE_CHANGED,
-                f"the server stands at {identity.xlog_position}, before what was already "
-                f"applied ({Lsn(applied)}): it was restored to an earlier state",
-                "Copy anew with --migration.restart.",
-            )
         if identity.system_identifier != plan.server.system_identifier:
             raise SourceError(
                 ErrorKind.SOURCE_CHANGED,
                 f"the cluster behind the connection changed from "
                 f"{plan.server.system_identifier} to {identity.system_identifier}",
             )
+        timeline = check_history(connection, mark, applied)
+        # Of a table that could not be planned it is not known.
+        binary = not plan.stopped and _can_be_binary(tables)
         connection.start(
-            source.slot, source.publication, options=StreamOptions(binary=_can_be_binary(tables))
+            source.slot, source.publication, options=StreamOptions(binary=binary)
         )
     except BaseException:
         connection.close()
         raise
-    return connection
+    return TakenSlot(connection, timeline)
 
 
 def _can_be_binary(tables: Sequence[PlannedTable]) -> bool:

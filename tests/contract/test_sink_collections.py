@@ -19,7 +19,7 @@ from cdc_sync.mapping.plan import (
 )
 from cdc_sync.qdrant.collections import index_path
 from cdc_sync.qdrant.open import open_sink
-from cdc_sync.qdrant.sink import Changes, DeadLetter, PipelineState, Sink
+from cdc_sync.qdrant.sink import Changes, DeadLetter, PipelineState, Sink, SourceMark
 from cdc_sync.rows import UNCHANGED
 from tests.support import sink_rows as rows
 from tests.support.fix_qdrant import QdrantTarget
@@ -201,6 +201,22 @@ async def test_dead_letters(sink: Sink) -> None:
     assert await sink.state.dead_letters(name) == []
     assert await sink.state.dead_letters(other) == [letter("1", other)]
     await sink.state.forget(other)
+
+
+async def test_marks(sink: Sink) -> None:
+    name = f"p{uuid.uuid4().hex[:8]}"
+    assert await sink.state.mark(name) is None
+    first = SourceMark(name, lsn=2**63 + 5, timeline=3)
+    await sink.state.save_mark(first)
+    assert await sink.state.mark(name) == first
+    # The pipeline's own record is another one.
+    assert await sink.state.load(name) is None
+    second = SourceMark(name, 7, 4, xid=2**40, publications=(("public.a", "1/2"), ('"ü"."b"', "")))
+    await sink.state.save_mark(second)
+    assert await sink.state.mark(name) == second
+    assert await sink.state.mark(name + "x") is None
+    await sink.state.forget(name)
+    assert await sink.state.mark(name) is None
 
 
 async def test_many_dead_letters(sink: Sink) -> None:

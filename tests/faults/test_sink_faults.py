@@ -488,7 +488,7 @@ async def test_tls(tmp_path: Path, certificate: tuple[Path, Path]) -> None:
         # An authority that the system does not know is refused, never ignored.
         with pytest.raises(SinkError) as caught:
             await open_sink(settings_of(target))
-        assert caught.value.kind is ErrorKind.SINK_UNAVAILABLE
+        assert caught.value.kind is ErrorKind.SINK_AUTH
         assert "ca_file" in caught.value.remedy
     finally:
         target.close()

@@ -21,7 +21,7 @@ from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.shards import shard_filter
 from cdc_sync.sync.control import ResyncRows
 from cdc_sync.sync.reading import Reread, RowReader
-from cdc_sync.sync.resync import RecentTransactions
+from cdc_sync.sync.recent_transactions import RecentTransactions
 from cdc_sync.sync.routing import PlannedTable
 from tests.integration.test_visibility import hanging
 from tests.support.fix_pipeline import SyncTable

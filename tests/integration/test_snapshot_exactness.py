@@ -207,11 +207,11 @@ def hold_the_copy(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> None:
     copy = Backfill.window
 
     async def holding(
-        self: Backfill, tables: Sequence[PlannedTable], snapshot: str
+        self: Backfill, tables: Sequence[PlannedTable], holder: SnapshotHolder
     ) -> list[PlannedTable]:
         await self._save(list(self._ledgers.values()))
         faults.hold("write", times=2)
-        return await copy(self, tables, snapshot)
+        return await copy(self, tables, holder)
 
     monkeypatch.setattr(Backfill, "window", holding)
 
@@ -343,8 +343,9 @@ async def test_the_publication_exists_before_the_slot(
     name = sql.Identifier(settings.source.publication)
     with database18.connect() as connection:
         connection.execute(sql.SQL("DROP PUBLICATION {}").format(name))
+    stops = settings.source.model_copy(update={"on_slot_lost": "stop"})
     with pytest.raises(CdcSyncError) as caught:
-        async with running(settings, database18, qdrant):
+        async with running(settings.model_copy(update={"source": stops}), database18, qdrant):
             pass
     assert caught.value.kind is ErrorKind.PUBLICATION_UNUSABLE
     assert slots_and_publications(database18) == (1, 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 
 import pytest
 
 from cdc_sync.config import SourceSettings
 from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.exclusive import lock_window
+from cdc_sync.sync.routing import PlannedTable
 from tests.support.fix_postgres import Database
 from tests.support.ledger_log import events_of
 from tests.support.pipeline_task import Running, pipeline_settings, running
@@ -116,19 +118,19 @@ async def test_ddl_between_the_barrier_and_the_window_postpones_it(
         await life.caught_up()
         resync = life.pipeline._resync
         assert resync is not None
-        plan = resync._plan
+        again = resync._replanner.again
         altered: list[bool] = []
 
-        def altering(oids: list[int]) -> object:
+        def altering(tables: Sequence[PlannedTable]) -> object:
             if not altered:
                 altered.append(True)
                 database18.execute(
                     "UPDATE docs SET note = 'before';"
                     "ALTER TABLE docs ALTER note TYPE text USING note || ' and after'"
                 )
-            return plan(oids)
+            return again(tables)
 
-        monkeypatch.setattr(resync, "_plan", altering)
+        monkeypatch.setattr(resync._replanner, "again", altering)
         ask_for(life, "public.docs")
         await life.wait(lambda: seen(caplog, "resync_completed"), "the resync")
         assert seen(caplog, "was altered meanwhile")

@@ -18,7 +18,7 @@ from qdrant_client import models as q
 
 from cdc_sync.demo.embedded import PostgresServer, find_binaries
 from cdc_sync.sync.applier import Applier
-from cdc_sync.sync.resync import RecentTransactions
+from cdc_sync.sync.recent_transactions import RecentTransactions
 from tests.integration.test_visibility import hanging
 from tests.support.fix_pipeline import SyncTable
 from tests.support.fix_postgres import Database, DatabaseFactory

@@ -3,6 +3,10 @@ anything runs."""
 
 from __future__ import annotations
 
+import dataclasses
+
+from cdc_sync.qdrant.server_state import ServerStateStore
+from cdc_sync.qdrant.sink import TableLedger
 from cdc_sync.rows import UNCHANGED, PointId, Row
 from cdc_sync.sync import coalesce, gather
 from cdc_sync.sync.coalesce import TableBatch
@@ -61,7 +65,9 @@ def confirmed_before_it_is_written() -> None:
 def schema_changes_go_unseen() -> None:
     """No table is ever marked to be read again."""
 
-    def ignore(self: Relations, planned: PlannedTable, reason: str) -> None:
+    def ignore(
+        self: Relations, planned: PlannedTable, reason: str, *, unsent: bool = False
+    ) -> None:
         return None
 
     Relations.mark = ignore  # type: ignore[method-assign]
@@ -74,3 +80,14 @@ def stale_tables_are_left() -> None:
         return None
 
     Resync.run = run  # type: ignore[method-assign]
+
+
+def ledgers_say_done_too_early() -> None:
+    """What is put on record of a copy says that every chunk is done; only a crash shows it."""
+    save = ServerStateStore.save_ledger
+
+    async def early(self: ServerStateStore, ledger: TableLedger) -> None:
+        leaves = tuple(dataclasses.replace(leaf, done=((0, None),)) for leaf in ledger.leaves)
+        await save(self, dataclasses.replace(ledger, leaves=leaves))
+
+    ServerStateStore.save_ledger = early  # type: ignore[method-assign]

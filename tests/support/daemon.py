@@ -58,6 +58,7 @@ class Daemon:
         pipeline: Mapping[str, object] | None = None,
         qdrant: Mapping[str, object] | None = None,
         migration: Mapping[str, object] | None = None,
+        source: Mapping[str, object] | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.pg_url = pg_url
@@ -70,7 +71,7 @@ class Daemon:
         self.config = write_config(
             directory / f"daemon-{slot}.toml",
             tables,
-            source={"url": pg_url, "slot": slot, "publication": slot},
+            source={"url": pg_url, "slot": slot, "publication": slot, **(source or {})},
             qdrant=target,
             pipeline={"name": slot, **(pipeline or {})},
             migration={"num_workers": 2, **(migration or {})},

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from cdc_sync.errors import CdcSyncError
 from tests.support.daemon import Daemon
 from tests.support.fix_postgres import Database
+from tests.support.least_privilege import least_privileged
 from tests.support.oracle import Difference, compare
 from tests.support.qdrant_control import QdrantTarget
 
@@ -60,9 +62,27 @@ class Synced:
 SyncTable = Callable[..., Synced]
 
 
+def _least(
+    database: Database,
+    tables: Sequence[Mapping[str, object]],
+    publication: str,
+    pipeline: Mapping[str, object] | None,
+) -> str:
+    """The URL of a role made for these tables; of the superuser for what cannot be planned, which
+    is then what the test is about."""
+    try:
+        role = least_privileged(database, tables, publication=publication, pipeline=pipeline)
+    except CdcSyncError:
+        return database.url
+    return role.url
+
+
 @pytest.fixture
 def sync_table(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SyncTable]:
     """Make a daemon for a table: ``sync_table(database, "docs", target="server"|"edge", ...)``.
+
+    It connects as a role with the least rights, made for this table, unless ``superuser`` or
+    ``pg_url`` say otherwise: the superuser then makes the publication by itself.
 
     ``start=False`` leaves starting to the test. Other keywords go to the table's configuration;
     ``pipeline``, ``migration``, ``qdrant`` and ``pg_url`` to the daemon's.
@@ -83,6 +103,7 @@ def sync_table(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SyncT
             migration: Mapping[str, object] | None = None,
             qdrant_settings: Mapping[str, object] | None = None,
             compare_options: Mapping[str, object] | None = None,
+            superuser: bool = False,
             **table_settings: object,
         ) -> Synced:
             if target == "server" and qdrant is None:
@@ -91,12 +112,15 @@ def sync_table(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SyncT
             if collection is None:
                 collection = qdrant.new_collection_name() if qdrant is not None else "docs"
             url = qdrant.url if qdrant is not None else f"edge:{tmp_path / slot}"
+            tables = [{"name": table, "collection": collection, **table_settings}]
+            if pg_url is None and not superuser:
+                pg_url = _least(database, tables, slot, pipeline)
             daemon = Daemon(
                 tmp_path,
                 pg_url=pg_url or database.url,
                 qdrant_url=qdrant_url or url,
                 api_key=qdrant.api_key if qdrant is not None else None,
-                tables=[{"name": table, "collection": collection, **table_settings}],
+                tables=tables,
                 slot=slot,
                 pipeline=pipeline,
                 qdrant=qdrant_settings,

@@ -92,6 +92,10 @@ class Database:
         """Create the role for the daemon; see :func:`create_cdc_role`."""
         return create_cdc_role(self, tables, bypass_rls=bypass_rls)
 
+    def drop_later(self, name: str) -> None:
+        """Drop a role that is about to be made, together with the database."""
+        self._roles.append(name)
+
 
 class DatabaseFactory(Protocol):
     """Makes databases that live until the end of the test."""

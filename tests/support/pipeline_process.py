@@ -112,6 +112,11 @@ class PipelineProcess:
             self._reap()
         return self._ended
 
+    def exit_code(self, timeout: float) -> int | None:
+        """Wait until it ends, and return with what; None if it still runs then."""
+        self._process.join(timeout)
+        return self._process.exitcode
+
     def close(self) -> None:
         self._process.kill()
         self._reap()

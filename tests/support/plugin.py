@@ -8,4 +8,5 @@ pytest_plugins = [
     "tests.support.fix_pipeline",
     "tests.support.fix_cli",
     "tests.support.fix_libraries",
+    "tests.support.fix_campaign",
 ]

@@ -71,6 +71,7 @@ class _Connection:
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.client = client
         self.server = server
+        self.abandoned = False
         self.pipes = (
             _Pipe(Direction.UP, client, server),
             _Pipe(Direction.DOWN, server, client),
@@ -173,6 +174,23 @@ class TcpProxy:
             self._stalled.difference_update(Direction if direction is None else {direction})
         self._wake()
 
+    def abandon(self) -> int:
+        """Forward nothing more over the connections that are open now, and leave them open: half
+        of each is gone, and neither peer is told. Return how many there are; later ones work."""
+        with self._lock:
+            for connection in self._connections:
+                connection.abandoned = True
+            count = len(self._connections)
+        self._wake()
+        return count
+
+    def cut_abandoned(self) -> None:
+        """Reset the connections left by :meth:`abandon`."""
+        with self._lock:
+            for connection in [one for one in self._connections if one.abandoned]:
+                self._drop(connection)
+        self._wake()
+
     def delay(self, seconds: float) -> None:
         """Hold whatever arrives from now on for ``seconds`` before it is forwarded; 0 ends it."""
         with self._lock:
@@ -261,6 +279,8 @@ class TcpProxy:
         now = time.monotonic()
         timeout: float | None = None
         for connection in self._connections:
+            if connection.abandoned:
+                continue
             wanted: dict[socket.socket, int] = {connection.client: 0, connection.server: 0}
             for pipe in connection.pipes:
                 if pipe.direction in self._stalled:
@@ -288,8 +308,8 @@ class TcpProxy:
         if self._listener is not None and self._listener in ready:
             self._accept_one(self._listener)
         for connection in list(self._connections):
-            if connection not in self._connections:
-                continue  # reset by cut_after of an earlier one
+            if connection not in self._connections or connection.abandoned:
+                continue  # reset by cut_after of an earlier one, or left alone
             try:
                 for pipe in connection.pipes:
                     self._serve_pipe(pipe, ready)

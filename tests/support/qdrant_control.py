@@ -273,12 +273,17 @@ class QdrantProcess(QdrantTarget):
         api_key: str | None = None,
         tls: tuple[Path, Path] | None = None,
         version: str = "1.18.0",
+        *,
+        ca_file: Path | None = None,
+        client_ca: Path | None = None,
     ) -> None:
         """``path``: directory for its data and log; ``tls``: certificate chain and key, PEM, for
-        127.0.0.1.
+        127.0.0.1, which ``ca_file`` (default: itself) has signed; ``client_ca``: who must have
+        signed the certificates of clients. :attr:`faults` and clients have none.
         """
         self._path = path
         self._tls = tls
+        self._client_ca = client_ca
         self._version = version
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
@@ -287,7 +292,7 @@ class QdrantProcess(QdrantTarget):
         self._start()
         credentials = None
         if tls is not None:
-            credentials = grpc.ssl_channel_credentials(tls[0].read_bytes())
+            credentials = grpc.ssl_channel_credentials((ca_file or tls[0]).read_bytes())
         scheme = "http" if tls is None else "https"
         faults = Faults(f"127.0.0.1:{self._port}", credentials)
         super().__init__(f"{scheme}://127.0.0.1:{self._port}", api_key, faults)
@@ -300,6 +305,8 @@ class QdrantProcess(QdrantTarget):
             command += ["--api-key", self.api_key]
         if self._tls is not None:
             command += ["--tls-cert", str(self._tls[0]), "--tls-key", str(self._tls[1])]
+        if self._client_ca is not None:
+            command += ["--tls-client-ca", str(self._client_ca)]
         with (self._path / "server.log").open("ab") as log:
             process = subprocess.Popen(
                 command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log

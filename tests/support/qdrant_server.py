@@ -1,7 +1,7 @@
 """A Qdrant server for tests: the official gRPC protocol on top of the embedded engine.
 
     python -m tests.support.qdrant_server --path DIR --port N [--api-key K] [--tls-cert FILE
-    --tls-key FILE]
+    --tls-key FILE [--tls-client-ca FILE]]
 
 Single node, one shard a collection. Update semantics are those of the engine, which is the server's
 own; codes and texts of the layers above it follow the server's source. Left out: background
@@ -28,6 +28,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--api-key", help="key that requests must carry")
     parser.add_argument("--tls-cert", type=Path, help="certificate chain, PEM")
     parser.add_argument("--tls-key", type=Path, help="private key, PEM")
+    parser.add_argument(
+        "--tls-client-ca", type=Path, help="authority of the certificates clients must show, PEM"
+    )
     parser.add_argument("--server-version", default="1.18.0", help="version that is reported")
     parser.add_argument(
         "--exit-with-stdin", action="store_true", help="stop when standard input is closed"
@@ -66,7 +69,9 @@ def serve(options: argparse.Namespace) -> None:
     address = f"127.0.0.1:{options.port}"
     if options.tls_cert:
         pair = (options.tls_key.read_bytes(), options.tls_cert.read_bytes())
-        port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        authority = options.tls_client_ca and options.tls_client_ca.read_bytes()
+        credentials = grpc.ssl_server_credentials([pair], authority, authority is not None)
+        port = server.add_secure_port(address, credentials)
     else:
         port = server.add_insecure_port(address)
     server.start()

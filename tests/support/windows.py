@@ -108,10 +108,10 @@ class Windows:
 
     def _counted(self, window: Callable[..., object]) -> object:
         async def counted(
-            backfill: Backfill, tables: Sequence[PlannedTable], snapshot: str
+            backfill: Backfill, tables: Sequence[PlannedTable], holder: SnapshotHolder
         ) -> object:
             try:
-                return await window(backfill, tables, snapshot)  # type: ignore[misc]
+                return await window(backfill, tables, holder)  # type: ignore[misc]
             finally:
                 self.closed += 1
 

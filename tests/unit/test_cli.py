@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +36,11 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("migrate",),
     ("plan",),
     ("resync",),
+    ("dlq",),
+    ("dlq", "list"),
+    ("dlq", "show"),
+    ("dlq", "retry"),
+    ("dlq", "drop"),
     ("check",),
     ("demo",),
     ("version",),
@@ -113,14 +117,22 @@ def test_help_imports_no_client_and_no_pydantic(command: tuple[str, ...]) -> Non
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_is_there_at_once(command: tuple[str, ...]) -> None:
+    """In 0.3 s of processor time, which other work on the machine lengthens less than the clock's:
+    it waits for nothing."""
     fastest = float("inf")
-    for _ in range(12):  # other work on the machine may slow down some of them
-        started = time.perf_counter()
+    for _ in range(12):
+        before = children_seconds()
         assert python("-m", "cdc_sync", *command, "--help").returncode == 0
-        fastest = min(fastest, time.perf_counter() - started)
+        fastest = min(fastest, children_seconds() - before)
         if fastest < 0.3:
             return
     pytest.fail(f"--help took {fastest:.2f} s at best")
+
+
+def children_seconds() -> float:
+    """Processor time of the processes that were waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def test_help_names_every_flag_of_the_guides(capsys: pytest.CaptureFixture[str]) -> None:

@@ -215,6 +215,7 @@ def test_the_status_is_the_documented_contract(
             "retries": 0,
             "changes_applied": 2,
             "dead_letters": 1,
+            "waiting": None,
             "error": "cannot use postgres://u:***@h",
             "remedy": "ALTER TABLE x",
             "copy_seconds": None,

@@ -1,0 +1,163 @@
+"""The source's history: whether it is still the one that the collections were filled from.
+
+A cluster that was restored to an earlier state, or a standby that took over without the last
+transactions, goes on as if nothing had happened, also with its slot: transactions that have been
+applied never happened there, and others may have come in their place. And a publication that was
+altered and put back sends nothing of what happened in between. Neither shows in the stream, so how
+far the source was known to be is put on record now and then (a :class:`SourceMark`), and compared
+whenever the slot is taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from cdc_sync.config import Settings
+from cdc_sync.errors import ErrorKind, SourceError
+from cdc_sync.ops.logging import get_logger
+from cdc_sync.pgoutput.lsn import Lsn
+from cdc_sync.postgres.connect import connect
+from cdc_sync.postgres.publication import publication_identities
+from cdc_sync.postgres.refetch import widen_xid
+from cdc_sync.postgres.replication import ReplicationConnection
+from cdc_sync.postgres.watch import SourcePosition
+from cdc_sync.qdrant.sink import SourceMark, StateStore
+from cdc_sync.sync.relations import Relations
+
+log = get_logger(__name__)
+
+#: Least time between two marks.
+_SAVE_SECONDS = 10.0
+
+
+class SourceHistory:
+    """Keeps the pipeline's mark. Errors as of the state store and of Postgres."""
+
+    def __init__(self, settings: Settings, store: StateStore) -> None:
+        self._settings = settings
+        self._store = store
+        self._timeline = 0
+        self._position: SourcePosition | None = None
+        self._saved: SourceMark | None = None
+        self._saved_at = -_SAVE_SECONDS
+        self._last_xid: int | None = None
+        #: How the publication was last seen, by table.
+        self._seen: dict[str, str] = {}
+
+    async def load(self) -> SourceMark | None:
+        """Read the mark on record."""
+        self._saved = await self._store.mark(self._settings.pipeline.name)
+        return self._saved
+
+    def taken(self, timeline: int) -> None:
+        """The slot was taken, in this timeline of the server."""
+        self._timeline = timeline
+
+    def observe(self, position: SourcePosition) -> None:
+        """Take in what the server was seen at."""
+        self._position = position
+
+    def applied(self, xid: int) -> None:
+        """A committed transaction came by the stream; its 32-bit id."""
+        self._last_xid = xid
+
+    async def compare(self, relations: Relations) -> None:
+        """Mark tables for which the publication was altered since it was last seen."""
+        now = await self._identities(relations)
+        before = dict(self._saved.publications) if self._saved is not None else {}
+        before |= self._seen
+        self._seen = {p.name: now.get(p.plan.oid, "") for p in relations.tables}
+        for planned in relations.tables:
+            if before.get(planned.name, self._seen[planned.name]) != self._seen[planned.name]:
+                relations.mark(planned, "the publication was altered", unsent=True)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to :meth:`keep`."""
+        return self._position is not None and time.monotonic() - self._saved_at >= _SAVE_SECONDS
+
+    async def keep(self, relations: Relations, received: int) -> None:
+        """Put on record how far the source is. ``received``: the stream came so far."""
+        assert self._position is not None
+        await self.compare(relations)
+        mark = SourceMark(
+            pipeline=self._settings.pipeline.name,
+            lsn=received,
+            timeline=self._timeline,
+            xid=self._committed(self._position),
+            publications=self._settled(relations),
+        )
+        self._saved_at = time.monotonic()
+        if mark != self._saved:
+            await self._store.save_mark(mark)
+            self._saved = mark
+
+    async def forget(self) -> None:
+        """Begin a new history, with a new slot."""
+        self._last_xid = self._position = None
+        self._seen.clear()
+        self._saved = SourceMark(self._settings.pipeline.name, lsn=0, timeline=0)
+        await self._store.save_mark(self._saved)
+
+    def _committed(self, position: SourcePosition) -> int:
+        if self._last_xid is not None:
+            return widen_xid(self._last_xid, position.xmax)
+        return self._saved.xid if self._saved is not None else 0
+
+    def _settled(self, relations: Relations) -> tuple[tuple[str, str], ...]:
+        """Of a table that is to be read again the old identity stays on record until it has been:
+        should this process die, the next one finds the same difference."""
+        before = dict(self._saved.publications) if self._saved is not None else {}
+        kept = {}
+        for planned in relations.tables:
+            stale = planned.plan.oid in relations.stale
+            known = before.get(planned.name) if stale else self._seen[planned.name]
+            if known is not None:
+                kept[planned.name] = known
+        return tuple(sorted(kept.items()))
+
+    async def _identities(self, relations: Relations) -> dict[int, str]:
+        return await asyncio.to_thread(
+            self._read_identities, [planned.plan.oid for planned in relations.tables]
+        )
+
+    def _read_identities(self, oids: list[int]) -> dict[int, str]:
+        source = self._settings.source
+        with connect(source, application_name="cdc_sync watch") as connection:
+            return publication_identities(connection, source.publication, oids)
+
+
+def check_history(connection: ReplicationConnection, mark: SourceMark | None, applied: int) -> int:
+    """Make sure that the server has all that was known of it; returns its timeline. Blocking.
+
+    ``applied``: a position that it has sent. Raises SOURCE_REWOUND.
+    """
+    identity = connection.identify()
+    known = max(applied, mark.lsn if mark is not None else 0)
+    if identity.xlog_position < known:
+        raise _rewound(
+            f"the server stands at {identity.xlog_position}, before what was already received "
+            f"({Lsn(known)})"
+        )
+    if mark is None:
+        return identity.timeline
+    if mark.timeline not in (0, identity.timeline):
+        left_at = connection.timeline_left_at(mark.timeline, identity.timeline)
+        if left_at is None or left_at < known:
+            where = "" if left_at is None else f" at {left_at}"
+            raise _rewound(
+                f"the server went from timeline {mark.timeline} to {identity.timeline}{where}, "
+                f"before what was already received ({Lsn(known)})"
+            )
+    if mark.xid and not connection.is_committed(mark.xid):
+        raise _rewound(f"transaction {mark.xid}, which was received, is not committed there")
+    return identity.timeline
+
+
+def _rewound(what: str) -> SourceError:
+    return SourceError(
+        ErrorKind.SOURCE_REWOUND,
+        f"{what}: the cluster was restored to an earlier state, or a standby took over that did "
+        "not have everything",
+    )

@@ -1,0 +1,30 @@
+"""The seed of the fault campaign: chosen once per run of the tests, the same in all of its
+processes, and shown at the end."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Final
+
+import pytest
+
+SEED: Final = "TEST_FAULTS_SEED"
+
+
+def campaign_seed() -> int:
+    """The seed of this run."""
+    return int(os.environ[SEED])
+
+
+def pytest_configure() -> None:
+    """Choose a seed unless one is given; processes started from here on inherit it."""
+    if not os.environ.get(SEED):
+        os.environ[SEED] = str(random.SystemRandom().randrange(1, 1_000_000))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show the seed if the campaign was run."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    if any("test_fault_campaign[" in getattr(report, "nodeid", "") for report in reports):
+        terminalreporter.write_line(f"fault campaign: {SEED}={campaign_seed()}")
