@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench campaign fuzz libraries clean
+.PHONY: demo test lint bench campaign faults fuzz libraries clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cdc-sync demo $(ARGS)
@@ -26,6 +26,11 @@ campaign: $(VENV)/.dev
 # Inputs of all targets, and a seed to have the same ones again: make fuzz RUNS=1000000 SEED=7
 fuzz: $(VENV)/.fuzz
 	$(BIN)/python -m tests.fuzz --runs $(or $(RUNS),1000000) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# For DURATION seconds, drawn from SEED (another one each time); ROUND=n begins with that round.
+faults: $(VENV)/.dev
+	TEST_FAULTS_SECONDS=$(DURATION) TEST_FAULTS_SEED=$(SEED) TEST_FAULTS_ROUND=$(ROUND) \
+	TEST_FAULTS_WITH=$(WITH) $(BIN)/python -m pytest -s tests/faults/test_fault_campaign.py $(ARGS)
 
 # Those libraries warn about each other.
 libraries: $(VENV)/.libraries

@@ -27,6 +27,7 @@ from cdc_sync.cli.options import SwitchCommand
 from cdc_sync.cli.plan import plan
 from cdc_sync.cli.resync import resync
 from cdc_sync.cli.run import run
+from cdc_sync.cli.uninstall import uninstall
 from cdc_sync.cli.version import version
 from cdc_sync.errors import CdcSyncError, ExitCode
 
@@ -43,6 +44,7 @@ dlq_app.command("retry", cls=SwitchCommand)(dlq_retry)
 dlq_app.command("drop", cls=SwitchCommand)(dlq_drop)
 app.add_typer(dlq_app, name="dlq")
 app.command(cls=SwitchCommand)(check)
+app.command(cls=SwitchCommand)(uninstall)
 app.command()(demo)
 app.command()(version)
 config_app.command("init")(config_init)

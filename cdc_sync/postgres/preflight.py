@@ -24,6 +24,8 @@ from cdc_sync.postgres.role_script import Read, grant, relations
 from cdc_sync.postgres.slot import free_slots, validate_slot_name
 
 OLDEST_VERSION: Final = 140000
+#: From here on partitions that are attached are followed.
+_PARTITIONS_SINCE: Final = 150000
 
 
 def preflight_source(
@@ -54,6 +56,7 @@ def preflight_source(
     if not slot_exists:
         check_room(conn)
     for table in tables:
+        check_partitions(table, server)
         check_identity(table)
         check_readable(conn, table, (columns_read or {}).get(table.oid))
     if publication is None:
@@ -140,6 +143,18 @@ def check_room(conn: PgConnection) -> None:
                 f"Drop slots nobody uses (SELECT slot_name, active FROM pg_replication_slots;), or"
                 f" ALTER SYSTEM SET {name} = 20; and restart Postgres.",
             )
+
+
+def check_partitions(table: Table, server: ServerInfo) -> None:
+    """Postgres 14 goes on without partitions that were attached while it was decoding: their rows
+    are lost, and nothing says so (R35). Raises :class:`SourceError` TABLE_UNUSABLE."""
+    if table.partitioned and server.version_num < _PARTITIONS_SINCE:
+        raise SourceError(
+            ErrorKind.TABLE_UNUSABLE,
+            f"table {table.schema}.{table.name} is partitioned, and Postgres before 15 loses "
+            "changes of partitions that are attached later",
+            "Upgrade Postgres to 15 or later.",
+        )
 
 
 def check_identity(table: Table) -> None:

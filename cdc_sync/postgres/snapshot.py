@@ -40,7 +40,7 @@ __all__ = [
 _SNAPSHOT_ID: Final = re.compile(r"[0-9A-F]+-[0-9A-F]+-[0-9]+")
 _LOCKING: Final = "locking the tables"
 _BEGIN: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
-#: How long to wait for the WAL writer, which is roused at least every 15 seconds.
+#: How long to wait for the WAL writer; ``wal_writer_delay`` is 10 seconds at the most.
 _WRITTEN_SECONDS: Final = 30.0
 
 
@@ -332,13 +332,15 @@ def _write_out(other: PgConnection) -> None:
 
 
 def _wait_written(other: PgConnection) -> None:
-    """The same, without being allowed to write anything."""
+    """The same for a role that may not write such a message: a transaction that only takes an id
+    has the WAL writer write up to its commit, in its own time (``wal_writer_delay``)."""
     deadline = time.monotonic() + _WRITTEN_SECONDS
     written = "SELECT pg_current_wal_flush_lsn() >= %s::pg_lsn"
     try:
-        end = other.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert end is not None
-        while other.execute(written, end).fetchone() != (True,):
+        taken = other.execute("SELECT pg_current_wal_insert_lsn()::text, pg_current_xact_id()")
+        row = taken.fetchone()
+        assert row is not None
+        while other.execute(written, row[:1]).fetchone() != (True,):
             if time.monotonic() > deadline:
                 raise SourceError(
                     ErrorKind.SOURCE_UNAVAILABLE,

@@ -31,7 +31,8 @@ async def open_sink(settings: QdrantSettings, observer: RequestObserver | None =
     if colon and scheme == "edge":
         return await _open_edge(_edge_path(rest))
     if not colon or scheme not in ("http", "https"):
-        raise ConfigError(f"qdrant.url has no scheme that is known ({scheme!r}).", _FORMS)
+        # What stands there may be a key that was put into the wrong place: not shown.
+        raise ConfigError("qdrant.url has no scheme that is known.", _FORMS)
     try:
         parts = urlsplit(settings.url)
         port = parts.port

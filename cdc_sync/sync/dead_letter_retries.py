@@ -88,7 +88,10 @@ class LetterRetries:
             return None
         self._note_plans()
         self._note_letters(now)
-        for planned in self._idle_tables():
+        stale = self._stale()
+        for planned in self._tables():
+            if planned.plan.oid in stale:
+                continue
             for request in self._requests(planned, now):
                 # There may be more of them at once.
                 self._next_scan = now
@@ -97,8 +100,8 @@ class LetterRetries:
         return None
 
     def requests(self) -> Sequence[ResyncRows]:
-        """All rows that can be read again, due or not."""
-        return [r for planned in self._idle_tables() for r in self._requests(planned, None)]
+        """All rows that can be read again, due or not, also of stale tables."""
+        return [r for planned in self._tables() for r in self._requests(planned, None)]
 
     def tried(self, request: ResyncRows) -> None:
         """The rows of a request were read and tried."""
@@ -158,10 +161,6 @@ class LetterRetries:
             self._due[name] = 0.0
 
     # -- what is read
-
-    def _idle_tables(self) -> Iterator[PlannedTable]:
-        stale = self._stale()
-        return (planned for planned in self._tables() if planned.plan.oid not in stale)
 
     def _requests(self, planned: PlannedTable, due: float | None) -> Iterator[ResyncRows]:
         """The table's dead letters, those that are ``due`` by then or all of them, in parts."""

@@ -25,6 +25,7 @@ from cdc_sync.postgres.estimates import WalFacts, estimate_rows, leaf_bytes, wal
 from cdc_sync.postgres.preflight import preflight_source
 from cdc_sync.postgres.publication import create_publication_sql
 from cdc_sync.postgres.slot import SlotInfo, read_slot
+from cdc_sync.postgres.watch import wal_limits
 from cdc_sync.qdrant.collection_config import vector_settings
 from cdc_sync.qdrant.collections import absent, payload_indexes
 from cdc_sync.qdrant.open import open_sink
@@ -39,6 +40,8 @@ from cdc_sync.sync.explanation import (
 from cdc_sync.sync.findings import Finding
 from cdc_sync.sync.ledger import Ledger
 from cdc_sync.sync.planning import PipelinePlan, plan_pipeline
+from cdc_sync.sync.progress import size_text
+from cdc_sync.sync.retention import copy_budget
 from cdc_sync.sync.routing import PlannedTable
 
 #: A plan does not wait for a Qdrant that is away.
@@ -108,7 +111,10 @@ def _explain_tables(
     slot = read_slot(connection, settings.source.slot)
     _explain_server(settings, plan, slot, explained)
     _preflight(connection, settings, plan, slot, explained)
-    explained.wal = _explain_wal(settings, wal_facts(connection), slot)
+    budget = copy_budget(
+        settings.migration.max_retained_wal_bytes, wal_limits(connection).slot_bytes
+    )
+    explained.wal = _explain_wal(settings, wal_facts(connection), slot, budget)
     for planned in plan.tables:
         explained.tables.append(_explain_table(connection, settings, planned))
     return plan
@@ -175,7 +181,9 @@ def _explain_server(
         )
 
 
-def _explain_wal(settings: Settings, facts: WalFacts, slot: SlotInfo | None) -> dict[str, object]:
+def _explain_wal(
+    settings: Settings, facts: WalFacts, slot: SlotInfo | None, budget: int | None
+) -> dict[str, object]:
     rate = facts.bytes_per_second
     # The window that is copied, and the changes of it that are applied while more come.
     window = None if rate is None else round(2 * rate * settings.migration.window_seconds)
@@ -188,16 +196,22 @@ def _explain_wal(settings: Settings, facts: WalFacts, slot: SlotInfo | None) -> 
         "bytes_per_second": rate,
         "measured_seconds": facts.measured_seconds,
         "bytes_kept_while_copying": window,
+        "copy_budget_bytes": budget,
         "bytes_kept_per_hour_of_standstill": hour,
-        "advice": wal_advice(facts, window, hour, slot),
+        "advice": wal_advice(facts, window, hour, slot, budget),
     }
 
 
 def wal_advice(
-    facts: WalFacts, window: int | None, hour: int | None, slot: SlotInfo | None
+    facts: WalFacts,
+    window: int | None,
+    hour: int | None,
+    slot: SlotInfo | None,
+    budget: int | None,
 ) -> list[str]:
     """Say what to change about WAL. ``window`` and ``hour`` are bytes that are kept while a window
-    is copied, and in an hour in which nobody reads; None if not known.
+    is copied, and in an hour in which nobody reads; None if not known. ``budget``: how many the
+    copy lets the slot keep; None: any number.
     """
     limit = facts.max_slot_wal_keep_bytes
     advice = []
@@ -213,12 +227,14 @@ def wal_advice(
             "the disk is full. Set it to what the disk can spare; a slot that falls behind further "
             "is lost, and its tables are copied anew"
         )
-    elif window is not None and limit < window:
+    if budget is not None and window is not None and budget < window:
         advice.append(
-            "max_slot_wal_keep_size is less than the copy keeps at the average rate of writing: "
-            "the slot may be lost during the copy. Raise it, or lower migration.window_seconds"
+            f"the copy may make the slot keep {size_text(budget)} of WAL, less than it does at the "
+            "average rate of writing: windows end early during the copy, and it waits in between. "
+            "Raise max_slot_wal_keep_size or migration.max_retained_wal_bytes, whichever is less, "
+            "or lower migration.window_seconds"
         )
-    elif hour is not None and limit < hour:
+    elif limit is not None and hour is not None and limit < hour:
         advice.append(
             "max_slot_wal_keep_size is less than an hour of writing at the average rate: a "
             "standstill of that length loses the slot, and its tables are copied anew"

@@ -129,8 +129,9 @@ class _Transaction:
 class Gatherer:
     """Turns CopyData frames into batches.
 
-    ``route(relation)`` binds a Relation message, or returns None for a table that is not ours. What
-    it could not bind is tried again when ``generation()`` gives another number than before.
+    ``route(relation)`` binds a Relation message, or returns None for a table that is not ours. When
+    ``generation()`` gives another number than before, messages are bound again, each with the next
+    change of its relation.
     ``applied`` is the exclusive bound of what is already written: a transaction is skipped iff its
     commit LSN is below it (R44). ``on_message`` decides what a logical message asks for, if
     anything.
@@ -149,7 +150,6 @@ class Gatherer:
     ) -> None:
         self._route = route
         self._generation = generation
-        self._routed = generation()
         self._batch_rows = batch_rows
         self._batch_bytes = batch_bytes
         self._applied = applied
@@ -157,8 +157,8 @@ class Gatherer:
         self._on_message = on_message
         self._decoder = Decoder()
         self._bindings: dict[int, Binding | Unusable | None] = {}
-        #: The messages that could not be bound.
-        self._unbound: dict[int, m.Relation] = {}
+        #: The Relation messages, and the generation by which each was bound.
+        self._relations: dict[int, tuple[m.Relation, int]] = {}
         self._transaction: _Transaction | None = None
         self._sealed: deque[Batch] = deque()
         self._batch = Batch()
@@ -346,23 +346,19 @@ class Gatherer:
         self._end_change()
 
     def _bind(self, relation: m.Relation) -> None:
-        binding = self._bindings[relation.oid] = self._route(relation)
-        if isinstance(binding, Binding):
-            self._unbound.pop(relation.oid, None)
-        else:
-            self._unbound[relation.oid] = relation
+        self._relations[relation.oid] = relation, self._generation()
+        self._bindings[relation.oid] = self._route(relation)
 
     def _binding(self, oid: int) -> Binding | Unusable | None:
-        """What the relation is bound to; a message comes once, so what could not be bound may have
-        to be tried again."""
-        if self._routed != self._generation():
-            self._routed = self._generation()
-            for relation in list(self._unbound.values()):
-                self._bind(relation)
+        """What the relation of a change is bound to; its message comes once, so it may have to be
+        bound again."""
         try:
-            return self._bindings[oid]
+            relation, generation = self._relations[oid]
         except KeyError:
             raise ProtocolError(f"change of relation {oid} before its Relation message") from None
+        if generation != self._generation():
+            self._bind(relation)
+        return self._bindings[oid]
 
     def _begin_change(self, transaction: _Transaction) -> None:
         batch = self._batch

@@ -10,13 +10,13 @@ from cdc_sync.errors import ExitCode
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.counting import slot_wal_limit_bytes
-from cdc_sync.postgres.publication import drop_publication
-from cdc_sync.postgres.slot import drop_slot, read_slot, retained_wal_bytes
+from cdc_sync.postgres.slot import retained_wal_bytes
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Sink
 from cdc_sync.sync.daemon import run_pipeline
 from cdc_sync.sync.pipeline import Pipeline
 from cdc_sync.sync.summary import CopySummary, Summarizer
+from cdc_sync.sync.uninstall import remove_pipeline
 
 log = get_logger(__name__)
 
@@ -101,20 +101,6 @@ async def _keep(settings: Settings) -> SlotAfter:
 
 
 async def _remove(settings: Settings, sink: Sink) -> SlotAfter:
-    """Records last: a slot without records would hold WAL for ever, and nobody would know whose it
-    is."""
-    source, pipeline = settings.source, settings.pipeline.name
-    state = await sink.state.load(pipeline)
-    ours = state is not None and state.owns_publication
-
-    def drop() -> None:
-        with connect(source) as connection:
-            if read_slot(connection, source.slot) is not None:
-                drop_slot(connection, source.slot)
-                log.info("slot_dropped", slot=source.slot)
-            if ours and drop_publication(connection, source.publication):
-                log.info("publication_dropped", publication=source.publication)
-
-    await asyncio.to_thread(drop)
-    await sink.state.forget(pipeline)
-    return SlotAfter(source.slot, source.publication, False, not ours, None, None)
+    source = settings.source
+    removed = await remove_pipeline(settings, sink)
+    return SlotAfter(source.slot, source.publication, False, removed.publication_kept, None, None)

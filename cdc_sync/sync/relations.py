@@ -47,7 +47,7 @@ class Relations:
         self._ignored: set[int] = set()
         #: Tables without a plan, by OID.
         self._unplanned: dict[int, Unusable] = {}
-        #: Grows whenever a Relation message that could not be bound may be bound now.
+        #: Grows whenever a Relation message that has come may be bound otherwise now.
         self.generation = 0
         self.stale: set[int] = set()
         #: Stale tables of which changes may not be sent, of transactions that are still open too.
@@ -155,6 +155,9 @@ class Relations:
 
     def reading(self, planned: PlannedTable) -> None:
         """The table is being read as a whole, by this plan."""
+        before = self._planned.get(planned.plan.oid)
+        if before is None or before.plan != planned.plan or before.ignored != planned.ignored:
+            self.generation += 1
         self._planned[planned.plan.oid] = planned
         self._synced[planned.plan.oid] = planned.plan
         self._definitions[planned.plan.oid] = planned.table.definition

@@ -327,7 +327,9 @@ class Resync:
             if planned is not None and self._backfill.has_begun(planned.name):
                 await self._backfill.once_more(planned)
         while self._found:
-            await self.stop(*self._found.popitem())
+            name, error = self._found.popitem()
+            if not self.stopped.holds(name):
+                await self.stop(name, error)
         for name in self.stopped.due():
             state = await self._records.load()
             record = next((t for t in state.tables if t.table == name), None) if state else None

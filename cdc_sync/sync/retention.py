@@ -165,9 +165,14 @@ class RetainedWal:
         if not too_much and not self._is_following(position, limits):
             return True
         await asyncio.to_thread(self._hasten)
-        if too_much:
-            assert budget is not None
+        if budget is not None and too_much:
             await self._wait(tuple(tables), retained, budget)
+        else:
+            self._show(
+                tables,
+                f"the slot keeps {size_text(retained)} of WAL since the last window; for some "
+                "seconds the stream goes on alone",
+            )
         return False
 
     def _is_following(self, position: SourcePosition, limits: WalLimits) -> bool:
@@ -199,8 +204,7 @@ class RetainedWal:
         )
         if stuck:
             reason += f" ({await asyncio.to_thread(self._why_stuck)})"
-        for table in tables:
-            self._board.table(table).update(waiting=reason)
+        self._show(tables, reason)
         log.warning(
             "copy_waits_for_wal",
             reason=reason,
@@ -210,14 +214,16 @@ class RetainedWal:
             waited=duration_text(waited),
         )
 
-    def _open(self, tables: Iterable[str]) -> None:
+    def _show(self, tables: Iterable[str], reason: str | None) -> None:
         for table in tables:
-            self._board.table(table).update(waiting=None)
+            self._board.table(table).update(waiting=reason)
+
+    def _open(self, tables: Iterable[str]) -> None:
+        self._show(tables, None)
         if self._waiting is not None:
             seconds = time.monotonic() - self._waiting.since
             log.info("copy_goes_on", waited=duration_text(seconds))
-            for table in self._waiting.tables:
-                self._board.table(table).update(waiting=None)
+            self._show(self._waiting.tables, None)
         self._waiting = None
 
     # -- the connection
@@ -267,6 +273,7 @@ class RetainedWal:
     def _close(self) -> None:
         with self._lock:
             self._disconnect()
+        self._written = 0
 
 
 def publish_slot(metrics: Metrics, position: SourcePosition) -> None:

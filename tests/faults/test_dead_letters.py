@@ -6,16 +6,19 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from qdrant_client import models
 
 from cdc_sync.config import QdrantSettings
 from cdc_sync.errors import ExitCode
 from cdc_sync.mapping.ids import hashed_id
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import DeadLetter
+from cdc_sync.sync import dead_letter_retries
 from tests.support.daemon import Daemon
 from tests.support.dlq_command import create_loose, dlq, keys, letters
 from tests.support.fix_pipeline import Synced, SyncTable
 from tests.support.fix_postgres import Database
+from tests.support.pipeline_task import pipeline_settings, running
 from tests.support.qdrant_control import Faults, QdrantProcess
 from tests.support.resync_command import resync
 
@@ -320,6 +323,34 @@ def test_they_are_tried_every_so_often(
     assert letter["first_seen"] < letter["last_seen"]
     assert daemon.metric(TOTAL) == 2
     synced.assert_equal()
+
+
+async def test_another_configuration_of_the_collection_has_them_tried(
+    database18: Database,
+    qdrant_private: QdrantProcess,
+    faults: Faults,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dead_letter_retries, "SCAN_SECONDS", 0.05)
+    monkeypatch.setattr(dead_letter_retries, "LOOK_SECONDS", 0.1)
+    create_loose(database18, 10, dimensions=LONG)
+    table = {"name": "loose", "dimensions": {"emb": LONG}}
+    settings = pipeline_settings(database18, qdrant_private, table)
+    async with running(settings, database18, qdrant_private) as life:
+        faults.reject("UpdateBatch", "INVALID_ARGUMENT", "Wrong input: scripted")
+        database18.execute("UPDATE loose SET note = 'refused' WHERE id = 4")
+        labels = {"table": "public.loose"}
+        await life.wait(lambda: life.metric("dead_letters_pending", **labels) == 1, "a dead letter")
+        await asyncio.sleep(2)
+        assert life.metric("dead_letter_retries_total", **labels, result="refused") == 0
+        assert life.metric("dead_letters_pending", **labels) == 1
+        qdrant_private.client().update_collection(
+            str(settings.tables[0].collection),
+            optimizers_config=models.OptimizersConfigDiff(indexing_threshold=12345),
+        )
+        await life.wait(lambda: life.metric("dead_letters_pending", **labels) == 0, "its release")
+        assert life.metric("dead_letter_retries_total", **labels, result="written") == 1
+        await life.assert_equal()
 
 
 # -- the limit

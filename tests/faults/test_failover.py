@@ -118,6 +118,7 @@ def _marks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_history, "_SAVE_SECONDS", 0.05)
 
 
+@pytest.mark.requirement("R59", "R61")
 async def test_a_standby_that_has_everything_takes_over(pair: Pair, qdrant: QdrantTarget) -> None:
     fill(pair.database)
     settings = pipeline_settings(pair.database, qdrant, "docs")
@@ -147,6 +148,7 @@ def wait_standby(pair: Pair) -> None:
             time.sleep(0.05)
 
 
+@pytest.mark.requirement("R59")
 async def test_a_standby_that_lacks_what_was_applied_takes_over(
     pair: Pair, qdrant: QdrantTarget
 ) -> None:

@@ -66,7 +66,7 @@ def test_a_crash_at_each(
 @pytest.mark.parametrize(
     ("failpoint", "sabotage"),
     [
-        ("before requests", breaks.confirmed_before_it_is_written),
+        ("before requests", breaks.told_before_it_is_written),
         ("ledger saved", breaks.ledgers_say_done_too_early),
     ],
 )

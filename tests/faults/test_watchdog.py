@@ -141,21 +141,3 @@ async def test_heartbeats_are_measured(database18: Database, qdrant: QdrantTarge
 
 def measured(life: Running) -> float:
     return life.metric("heartbeat_latency_seconds_count")
-
-
-async def test_without_heartbeats_the_position_moves_while_the_tables_are_quiet(
-    database18: Database, qdrant: QdrantTarget
-) -> None:
-    """The cluster is busy with other things."""
-    create_docs(database18)
-    database18.execute("CREATE TABLE other (t text)")
-    settings = pipeline_settings(database18, qdrant, "docs")
-    async with running(settings, database18, qdrant) as life:
-        await life.caught_up()
-        assert measured(life) == 0
-        before = life.confirmed()
-        for _ in range(5):
-            database18.execute(
-                "INSERT INTO other SELECT repeat('x', 1000) FROM generate_series(1, 1000)"
-            )
-        await life.wait(lambda: life.confirmed() > before + 1_000_000, "the position")

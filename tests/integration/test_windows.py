@@ -1,16 +1,11 @@
 """The copy in windows: rows that move between blocks that are copied and blocks that are not,
-snapshots that do not see what was applied, and WAL that is not kept for longer than a window."""
+and snapshots that do not see what was applied."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import pytest
@@ -22,7 +17,7 @@ from cdc_sync.sync.recent_transactions import RecentTransactions
 from tests.integration.test_visibility import hanging
 from tests.support.fix_pipeline import SyncTable
 from tests.support.fix_postgres import Database, DatabaseFactory
-from tests.support.ledger_log import Event, check_ledger, count, events_of, logged_events
+from tests.support.ledger_log import check_ledger, count, events_of, logged_events
 from tests.support.migration_load import MigrationWriter, create_partitioned, writing
 from tests.support.pipeline_task import Running
 from tests.support.qdrant_control import QdrantTarget
@@ -82,103 +77,6 @@ def test_many_windows_under_writers(
     synced.assert_equal()
     assert count(events, "window_closed") >= 6
     assert check_ledger(events).chunks["public.items"] >= 16
-
-
-# -- WAL
-
-
-@dataclass(frozen=True)
-class Retained:
-    """WAL at one moment, in bytes: its end, and what the slot keeps of it. ``moment`` is in
-    seconds."""
-
-    moment: float
-    end: int
-    by_restart: int
-    by_confirmed: int
-
-
-class WalWatch:
-    """Writes steadily, and looks at what the slot retains, in a thread."""
-
-    def __init__(self, database: Database, slot: str) -> None:
-        self.samples: list[Retained] = []
-        self._database = database
-        self._slot = slot
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        statement = (
-            "SELECT pg_current_wal_insert_lsn() - '0/0', pg_current_wal_insert_lsn() - restart_lsn,"
-            " pg_current_wal_insert_lsn() - confirmed_flush_lsn FROM pg_replication_slots"
-            " WHERE slot_name = %s"
-        )
-        with self._database.connect() as connection:
-            for number in itertools.count():
-                if self._stopping.wait(0.005):
-                    return
-                # Even, whatever a checkpoint adds to what rows write.
-                connection.execute(
-                    "SELECT pg_logical_emit_message(false, 'tests', repeat('x', 4000))"
-                )
-                connection.execute("UPDATE docs SET n = %s WHERE id = 1", (number,))
-                if number % 10 == 0:
-                    # Else the slot's beginning moves every 15 seconds only.
-                    connection.execute("SELECT pg_log_standby_snapshot()")
-                row = connection.execute(statement, (self._slot,)).fetchone()
-                if row is not None and None not in row:
-                    end, restart, confirmed = (int(str(value)) for value in row)
-                    self.samples.append(Retained(time.monotonic(), end, restart, confirmed))
-
-    def finish(self) -> list[Retained]:
-        self._stopping.set()
-        self._thread.join(10)
-        return self.samples
-
-
-@pytest.mark.requirement("R70", "R80")
-def test_the_wal_retained_is_under_twice_what_a_window_writes(
-    database18: Database, sync_table: SyncTable
-) -> None:
-    create_paged(database18, 2_000)
-    synced = sync_table(
-        database18,
-        "docs",
-        start=False,
-        migration={"window_seconds": 1.5, "chunk_rows": 100, "batch_delay": 700},
-        **EUCLID,
-    )
-    synced.daemon.start(wait=False)
-    watch = WalWatch(database18, synced.daemon.slot)
-    try:
-        synced.daemon.wait_state("streaming")
-    finally:
-        samples = watch.finish()
-    synced.assert_equal()
-    windows = window_seconds(synced.daemon.events())
-    assert len(windows) >= 4
-    first, last = samples[0], samples[-1]
-    rate = (last.end - first.end) / (last.moment - first.moment)
-    most = max(sample.by_confirmed for sample in samples)
-    assert most < 2 * rate * max(windows), f"{most} bytes at {rate:.0f}/s, {windows}"
-    # Postgres moves the slot's beginning to where a confirmation before found it: a window later.
-    two = max(a + b for a, b in itertools.pairwise(windows))
-    most = max(sample.by_restart for sample in samples)
-    assert most < 1.5 * rate * two, f"{most} bytes at {rate:.0f}/s, {windows}"
-    # One window for all of it would show.
-    assert sum(windows) > 2 * max(windows)
-
-
-def window_seconds(events: Sequence[Event]) -> list[float]:
-    """How long the stream stood still in each window; in the first, until it began."""
-    began, streamed = (
-        datetime.fromisoformat(next(str(e["time"]) for e in events if e["event"] == name))
-        for name in ("copy_started", "streaming_started")
-    )
-    closed = [float(str(e["seconds"])) for e in events if e["event"] == "window_closed"]
-    return [(streamed - began).total_seconds(), *closed]
 
 
 # -- R69

@@ -91,3 +91,16 @@ def ledgers_say_done_too_early() -> None:
         await save(self, dataclasses.replace(ledger, leaves=leaves))
 
     ServerStateStore.save_ledger = early  # type: ignore[method-assign]
+
+
+def told_before_it_is_written() -> None:
+    """Postgres is told at once of what has not been written yet."""
+    apply = StreamSession._apply
+
+    async def early(self: StreamSession, batch: Batch) -> None:
+        if batch.end_lsn is not None:
+            self.positions.applied = max(self.positions.applied, batch.end_lsn)
+            await self._confirm()
+        await apply(self, batch)
+
+    StreamSession._apply = early  # type: ignore[method-assign]

@@ -33,6 +33,7 @@ from tests.support.qdrant_control import QdrantTarget
 from tests.support.sql_load import KEYS, ROWS, SEQUENCES, TABLE, SqlLoad
 
 _NOTES: Final = "notes"
+_ROWS: Final = 200
 #: How long a life may take to come to its failpoint while rows are changed.
 _PATIENCE_SECONDS: Final = 20.0
 #: How long after it began to stream a pipeline whose copy was to crash is given up on as done.
@@ -71,14 +72,24 @@ class CrashSeries:
         self._choose = random.Random(self.seed)
         self._load = SqlLoad.create(self.database)
         self.database.execute(
-            f"CREATE TABLE {_NOTES} (id bigint PRIMARY KEY, note text, free vector);"
-            f"INSERT INTO {_NOTES} SELECT i, 'n', '[1,2,3]' FROM generate_series(1, 30) i"
+            f"CREATE TABLE {_NOTES} (id bigint PRIMARY KEY, note text, pad text, free vector);"
+            f"ALTER TABLE {_NOTES} ALTER pad SET STORAGE PLAIN;"
+            f"INSERT INTO {_NOTES} SELECT i, 'n', repeat('x', 2400), '[1,2,3]'"
+            f" FROM generate_series(1, {_ROWS}) i"
         )
+        # With an estimate of its rows it is cut into several chunks.
+        self.database.execute(f"ANALYZE {_NOTES}")
         self._new_pipeline()
 
     def run(self, crashes: int) -> None:
-        """Crash so often; raises AssertionError for what is not equal afterwards, and if the
+        """Crash so often at each; raises AssertionError for what is not equal afterwards, and if a
         failpoint is not reached."""
+        try:
+            self._run(crashes)
+        finally:
+            self._load.close()
+
+    def _run(self, crashes: int) -> None:
         if not self._copying:
             self._settle()
         while left := [one for one in self.failpoints if self.crashes[one.name] < crashes]:
@@ -90,7 +101,6 @@ class CrashSeries:
                     + self._log().read_text()[-3000:]
                 )
         self._settle()
-        self._load.close()
 
     @property
     def _copying(self) -> bool:
@@ -112,8 +122,8 @@ class CrashSeries:
             while (code := life.exit_code(0.03)) is None:
                 now = time.monotonic()
                 assert now < deadline, f"{failpoint.name} was not reached\n{life.log()}"
+                self._change()
                 if not self._copying:
-                    self._change()
                     if failpoint.passes > 1:
                         self._do(failpoint.needs)
                 elif streams is None:
@@ -183,7 +193,8 @@ class CrashSeries:
                 TableSettings(name=_NOTES, collection=f"{_NOTES}_{name}", dimensions={"free": 3}),
             ],
             pipeline=PipelineSettings(name=name, batch_rows=20, dead_letter_limit=100_000),
-            migration=MigrationSettings(num_workers=1, chunk_rows=100, window_seconds=0.5),
+            # A window takes a chunk at the least, and these not more.
+            migration=MigrationSettings(num_workers=1, chunk_rows=100, window_seconds=0.001),
         )
 
     # -- changes
@@ -197,7 +208,7 @@ class CrashSeries:
         self._number += 1
         self.database.execute(
             f"UPDATE {_NOTES} SET note = %s WHERE id = %s",
-            (f"n{self._number}", self._choose.randint(1, 30)),
+            (f"n{self._number}", self._choose.randint(1, _ROWS)),
         )
 
     def _do(self, needs: str) -> None:
@@ -218,14 +229,16 @@ class CrashSeries:
 
     def _refill(self) -> None:
         self.database.execute(
-            f"INSERT INTO {_NOTES} SELECT i, 'again', '[1,2,3]' FROM generate_series(1, 9) i"
-            " ON CONFLICT DO NOTHING"
+            f"INSERT INTO {_NOTES} (id, note, free) SELECT i, 'again', '[1,2,3]'"
+            " FROM generate_series(1, 9) i ON CONFLICT DO NOTHING"
         )
 
     def _poison(self) -> None:
         """A row that cannot be written; the one before last is mended or deleted."""
         last = _POISON + self._number
-        self.database.execute(f"INSERT INTO {_NOTES} VALUES (%s, 'poison', '[1]')", (last,))
+        self.database.execute(
+            f"INSERT INTO {_NOTES} (id, note, free) VALUES (%s, 'poison', '[1]')", (last,)
+        )
         mend = self._choose.choice(
             (
                 f"UPDATE {_NOTES} SET free = '[3,2,1]' WHERE id < %s AND vector_dims(free) = 1",

@@ -24,8 +24,9 @@ READY_SECONDS = 60.0
 def toml_value(value: object) -> str:
     """A value in TOML (JSON's strings, numbers, booleans and arrays are TOML's too)."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value)
+        return "{" + ", ".join(f"{toml_value(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
+    # TOML has no surrogates.
+    return json.dumps(value, ensure_ascii=False)
 
 
 def write_config(

@@ -31,8 +31,7 @@ def least_privileged(
 ) -> CdcRole:
     """Run the script for these tables as the superuser; it makes the publication, too.
 
-    PUBLIC loses CONNECT on the database and what it may do in schema ``public``, so that the grants
-    are proved.
+    PUBLIC loses CONNECT on the database, so that the grant is proved.
     """
     name = name or f"least_{next(_numbers)}_{secrets.token_hex(3)}"
     settings = Settings.model_validate(
@@ -47,7 +46,6 @@ def least_privileged(
     with database.connect() as connection:
         place = sql.Identifier(database.name)
         connection.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(place))
-        connection.execute("REVOKE ALL ON SCHEMA public FROM PUBLIC")
         database.drop_later(name)
         connection.execute(script.encode())
         connection.execute(

@@ -99,8 +99,13 @@ class Scene:
         return self.life.database
 
     def execute(self, *statements: str) -> None:
-        """In one transaction."""
-        self.database.execute("BEGIN; " + "; ".join(statements) + "; COMMIT")
+        """In one transaction; one that meets a writer in a deadlock is begun again."""
+        while True:
+            try:
+                self.database.execute("BEGIN; " + "; ".join(statements) + "; COMMIT")
+            except psycopg.errors.DeadlockDetected:
+                continue
+            return
 
     def table(self, name: str = "docs") -> dict[str, Any]:
         tables = self.life.pipeline.board.snapshot()["tables"]
@@ -140,7 +145,10 @@ class Scene:
 
     async def wait_copied(self, copies: float, table: str = "docs") -> None:
         """Until the table was read again so often, and is followed."""
-        await self.life.wait(lambda: self.copies(table) >= copies, "the copy")
+        try:
+            await self.life.wait(lambda: self.copies(table) >= copies, "the copy")
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.table(table)}") from error
         await self.wait_streaming(table)
 
     async def wait_streaming(self, table: str = "docs") -> None:
@@ -149,7 +157,8 @@ class Scene:
         assert relations is not None
 
         def done() -> bool:
-            marked = relations.stale or relations.unswept
+            oid = relations.oids.get(f"public.{table}")
+            marked = oid in relations.stale | relations.unswept
             return self.table(table)["state"] == "streaming" and not marked
 
         await self.life.wait(done, f"{table} in step")

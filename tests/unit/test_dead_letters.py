@@ -334,10 +334,10 @@ async def test_a_table_that_is_read_as_a_whole_is_left_alone() -> None:
     await bench.office.open()
     bench.stale = {1}
     assert await bench.keys() == []
-    assert bench.retries.requests() == []
+    # But for a last look before the pipeline stops.
+    assert [request.keys for request in bench.retries.requests()] == [(("1",),)]
     bench.stale = set()
     assert await bench.keys() == ["1"]
-    assert [request.keys for request in bench.retries.requests()] == [(("1",),)]
 
 
 async def test_letters_without_a_key_or_a_table_are_left_alone() -> None:
