@@ -24,7 +24,7 @@ class SourceSettings(_Section):
 
     url: SecretStr = Field(
         description="Connection string (URI or key=value); libpq's PG* variables fill what it "
-        "leaves out.",
+        "leaves out. Of several hosts the primary is used.",
         examples=["postgresql://cdc_sync@localhost:5432/app"],
     )
     password: SecretStr | None = Field(

@@ -80,7 +80,10 @@ _SIGNS = """
              string_agg(concat(c.oid, ' ', c.xmin, ' ', n.xmin, ' ',
                                (SELECT string_agg(a.xmin::text, ',' ORDER BY a.attnum)
                                   FROM pg_catalog.pg_attribute a
-                                 WHERE a.attrelid = c.oid AND a.attnum > 0)),
+                                 WHERE a.attrelid = c.oid AND a.attnum > 0), ' ',
+                               (SELECT string_agg(concat(i.indexrelid, ' ', i.xmin), ','
+                                                  ORDER BY i.indexrelid)
+                                  FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid)),
                         ';' ORDER BY c.oid)))
       FROM tree t
       LEFT JOIN pg_catalog.pg_class c ON c.oid = t.oid

@@ -175,7 +175,9 @@ async def _tell(pipeline: Pipeline, notifier: Notifier) -> None:
     while True:
         board = pipeline.board
         state = board.snapshot()["state"]
-        if not ready and all(check.ok for check in board.readiness()):
+        # A stopped table is no reason to end a daemon that has just started.
+        checks = [check for check in board.readiness() if check.name != "tables"]
+        if not ready and all(check.ok for check in checks):
             ready = True
             notifier.ready()
         notifier.status(str(state))

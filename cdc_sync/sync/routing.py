@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError, SourceError
+from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError, ProtocolError, SourceError
 from cdc_sync.mapping.ids import compile_point_id
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.planner import PlanOptions, replan
@@ -76,7 +76,13 @@ class Binding:
         return self.only is None or row[self.only[0]] in self.only[1]
 
     def arrange(self, row: Row) -> Row:
-        """Return the tuple in plan order."""
+        """Return the tuple in plan order. Raises :class:`ProtocolError` for one of other width than
+        its Relation message."""
+        if len(row) != len(self.relation.columns):
+            raise ProtocolError(
+                f"a tuple of {len(row)} values for the relation {self.relation.namespace}."
+                f"{self.relation.name} of {len(self.relation.columns)} columns"
+            )
         order = self.order
         return row if order is None else [row[i] for i in order]
 

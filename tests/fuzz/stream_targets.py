@@ -198,8 +198,6 @@ def run_gather(data: bytes) -> bool:
     )
     try:
         for frame in _frames_of(data):
-            if other_width(frame, gatherer):
-                return False
             gatherer.feed(frame)
             assert gatherer.buffered_bytes <= len(data)
             while gatherer.full:
@@ -208,23 +206,6 @@ def run_gather(data: bytes) -> bool:
         return False
     _write(gatherer.take())
     return True
-
-
-def other_width(frame: bytes, gatherer: Gatherer) -> bool:
-    """Whether the frame is a change whose tuples have not as many values as their Relation message
-    has columns: the gatherer relies on the server for that."""
-    try:
-        message = Decoder().decode(frame, XLOG_HEADER_BYTES)
-    except ProtocolError:
-        return False
-    if not isinstance(message, m.Insert | m.Update | m.Delete):
-        return False
-    binding = gatherer.bindings.get(message.relation)
-    old = None if isinstance(message, m.Insert) else message.old
-    new = None if isinstance(message, m.Delete) else message.new
-    return isinstance(binding, Binding) and any(
-        row is not None and len(row) != len(binding.relation.columns) for row in (old, new)
-    )
 
 
 def _route(relation: m.Relation) -> Binding | None:

@@ -295,11 +295,6 @@ def test_a_row_of_a_copy_in_many_pieces_is_put_together_once() -> None:
     assert check("copy", run, stream, measure=False)
 
 
-@pytest.mark.xfail(
-    raises=(IndexError, ValueError),
-    strict=True,
-    reason="sync/routing.py: Binding.arrange takes tuples of any number of values",
-)
 @pytest.mark.parametrize("values", [1, 2])
 def test_a_tuple_of_other_width_than_its_relation_is_a_protocol_error(values: int) -> None:
     stream = Stream()

@@ -89,12 +89,16 @@ class Odd:
 
     def entry(self, qdrant: QdrantTarget, name: str) -> dict[str, object]:
         """Its settings; the filter and the new name of a field are odd, too."""
+        rename = {self.text: odd(name, "r")}
+        if "/" in name:
+            # Qdrant keeps a vector in a directory of its name.
+            rename[self.vector] = odd(name, "v").replace("/", "|")
         return {
             "name": self.sql,
             "collection": qdrant.new_collection_name(),
             "columns": [self.key, self.text, self.vector],
             "where": f"{quoted(self.key)} < 900",
-            "rename": {self.text: odd(name, "r")},
+            "rename": rename,
         }
 
 

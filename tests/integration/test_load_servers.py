@@ -265,6 +265,7 @@ async def test_a_window_that_is_ahead_of_the_stream_converges(
 
 
 @pytest.mark.requirement("R77")
+@pytest.mark.slow
 async def test_windows_under_writers_that_do_not_wait_for_the_disk(
     lazy: Database, qdrant: QdrantTarget
 ) -> None:

@@ -183,7 +183,13 @@ def by_window(events: Sequence[Event]) -> list[int]:
 
 
 @pytest.mark.requirement("R70", "R80")
-@pytest.mark.parametrize("hastened", [False, True], ids=["by_itself", "hastened"])
+@pytest.mark.parametrize(
+    "hastened",
+    [
+        pytest.param(False, id="by_itself"),
+        pytest.param(True, id="hastened", marks=pytest.mark.slow),
+    ],
+)
 async def test_the_slot_keeps_less_than_twice_what_a_window_writes(
     database18: Database,
     qdrant: QdrantTarget,
@@ -374,6 +380,7 @@ async def test_a_long_copy_under_writers_does_not_cost_the_slot(
     assert all(by_window(events))
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("R80")
 async def test_a_chunk_that_takes_too_long_is_given_up_and_made_smaller(
     limited: Database, qdrant: QdrantTarget, caplog: pytest.LogCaptureFixture

@@ -33,7 +33,7 @@ from tests.support.qdrant_control import QdrantTarget
 from tests.support.sql_load import KEYS, ROWS, SEQUENCES, TABLE, SqlLoad
 
 _NOTES: Final = "notes"
-_ROWS: Final = 200
+_ROWS: Final = 150
 #: How long a life may take to come to its failpoint while rows are changed.
 _PATIENCE_SECONDS: Final = 20.0
 #: How long after it began to stream a pipeline whose copy was to crash is given up on as done.

@@ -38,7 +38,7 @@ Break = Callable[[], None]
 @dataclass(frozen=True)
 class PipelineStatus:
     """``looks``: how often the monitor has compared the tables with the catalog and found nothing
-    to do."""
+    to do. ``stopped``: error and remedy of tables that are stopped, by name."""
 
     state: str
     applied: int
@@ -46,6 +46,7 @@ class PipelineStatus:
     stale: frozenset[int]
     looks: int
     schema_changes: dict[str, float]
+    stopped: dict[str, tuple[str, str]]
 
     def settled(self, lsn: int, looks: int) -> bool:
         """Whether everything before the position is confirmed, the catalog was found unchanged so
@@ -255,4 +256,15 @@ def _status(pipeline: Pipeline, looks: int) -> PipelineStatus:
         stale=frozenset(relations.stale) if relations is not None else frozenset(),
         looks=looks,
         schema_changes=changes,
+        stopped=_stopped(pipeline),
     )
+
+
+def _stopped(pipeline: Pipeline) -> dict[str, tuple[str, str]]:
+    tables = pipeline.board.snapshot()["tables"]
+    assert isinstance(tables, list)
+    return {
+        table["name"]: (table["error"], table["remedy"])
+        for table in tables
+        if table["state"] == "stopped"
+    }
