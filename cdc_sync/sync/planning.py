@@ -434,6 +434,11 @@ def stale_fingerprint(planned: PlannedTable) -> str:
     return f"{_configuration(planned)}:stale:"
 
 
+def is_recorded_stale(recorded: str) -> bool:
+    """Whether the record itself says that the collection must be filled again."""
+    return recorded == as_stale(recorded)
+
+
 def as_stale(recorded: str) -> str:
     """A fingerprint on record, as that of a collection that must be filled again."""
     return f"{recorded.partition(':')[0]}:stale:"

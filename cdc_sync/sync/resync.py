@@ -47,7 +47,7 @@ from cdc_sync.qdrant.sink import CollectionState, Sink, TableState
 from cdc_sync.sync.backfill import Backfill, Retry
 from cdc_sync.sync.gather import Batch
 from cdc_sync.sync.opening import opening
-from cdc_sync.sync.planning import Unplanned
+from cdc_sync.sync.planning import Unplanned, is_recorded_stale
 from cdc_sync.sync.recent_transactions import RecentTransactions
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.replanning import (
@@ -99,6 +99,8 @@ class Resync:
         self._records = records
         self._recorded: set[int] = set()
         self._uncopied: set[str] = set()
+        #: Tables of which points may be there, be they copied or not.
+        self._touched: set[str] = set()
         self._barriers: dict[int, _Barrier] = {}
         self._next_try = 0.0
         self._replanner = Replanner(settings)
@@ -168,6 +170,7 @@ class Resync:
             await self._records.stopped(name)
         self._relations.compare(state)
         self._uncopied = {table.table for table in state.tables if not table.copied}
+        self._touched = {t.table for t in state.tables if is_recorded_stale(t.plan_fingerprint)}
         for planned in self._relations.tables:
             if planned.name in self._uncopied:
                 self._relations.mark(planned, "not copied yet")
@@ -179,6 +182,9 @@ class Resync:
                 # Its copy was completed, and put on record so.
                 await self._sink.state.drop_ledger(ledger.pipeline, ledger.table)
         self._backfill.take_up(ledger for ledger in ledgers if ledger.table in names)
+        for planned in self._relations.tables:
+            if self.stopped.holds(planned.name):
+                await self._backfill.restart(planned)
 
     async def note(self, batch: Batch) -> None:
         """Mark tables which the batch is going to write by other columns than they were copied by,
@@ -232,8 +238,8 @@ class Resync:
                 await self._backfill.restart(planned)
                 self._before[table] = planned
                 self._relations.mark(planned, "stopped")
-                self._recorded.add(planned.plan.oid)
             await self._records.stopped(table)
+            self._touched.add(table)
         if planned is not None:
             self._barriers.pop(planned.plan.oid, None)
         self.stopped.stop(table, error)
@@ -486,10 +492,10 @@ class Resync:
             # that it was read by others.
             await self._record_stale(planned)
         # Rows deleted while their changes were not followed are found by the sweep; nothing was
-        # there before a first copy.
+        # there before a first copy, unless the table has stopped before it.
         await self._backfill.begin(
             planned,
-            sweep=not first or self._settings.migration.adopt or self.stopped.holds(planned.name),
+            sweep=not first or self._settings.migration.adopt or planned.name in self._touched,
             repair=first and self._settings.migration.adopt,
         )
 

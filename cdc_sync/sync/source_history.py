@@ -14,7 +14,7 @@ import asyncio
 import time
 
 from cdc_sync.config import Settings
-from cdc_sync.errors import ErrorKind, SourceError
+from cdc_sync.errors import ErrorKind, SinkError, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.postgres.connect import connect
@@ -24,6 +24,7 @@ from cdc_sync.postgres.replication import ReplicationConnection
 from cdc_sync.postgres.watch import SourcePosition
 from cdc_sync.qdrant.sink import SourceMark, StateStore
 from cdc_sync.sync.relations import Relations
+from cdc_sync.sync.retry import is_transient
 
 log = get_logger(__name__)
 
@@ -89,8 +90,16 @@ class SourceHistory:
             publications=self._settled(relations),
         )
         self._saved_at = time.monotonic()
-        if mark != self._saved:
+        if mark == self._saved:
+            return
+        try:
             await self._store.save_mark(mark)
+        except SinkError as error:
+            if is_transient(error):
+                raise
+            # The stream does not depend on it, and will meet what is wrong if it is more than that.
+            log.warning("mark_refused", kind=error.kind.value, error=error.message)
+        else:
             self._saved = mark
 
     async def forget(self) -> None:

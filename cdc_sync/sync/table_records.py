@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
+from cdc_sync.errors import StateError
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.qdrant.sink import PipelineState, StateStore, TableState
 from cdc_sync.sync.planning import as_stale, fingerprint, stale_fingerprint
@@ -37,7 +38,13 @@ class TableRecords:
         await self._change(planned, plan_fingerprint=stale_fingerprint(planned))
 
     async def stopped(self, table: str) -> None:
-        """The table of this name has stopped, so it must be copied again."""
+        """The table of this name has stopped, so it must be copied again. Raises
+        :class:`StateError` when there is no record to say so in."""
+        if await self.load() is None:
+            raise StateError(
+                f"the record of pipeline {self._pipeline!r} is gone",
+                "Restore it from a backup, or copy anew with --migration.restart.",
+            )
         await self._update(
             lambda tables: tuple(
                 dataclasses.replace(t, plan_fingerprint=as_stale(t.plan_fingerprint))

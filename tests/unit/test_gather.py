@@ -6,14 +6,14 @@ import struct
 
 import pytest
 
-from cdc_sync.errors import ProtocolError
+from cdc_sync.errors import MappingError, ProtocolError
 from cdc_sync.mapping.plan import ColumnPlan, IdScheme, TablePlan
 from cdc_sync.mapping.planner import PlanOptions
 from cdc_sync.mapping.table import Column, PgType, Table
 from cdc_sync.pgoutput import messages as m
 from cdc_sync.rows import UNCHANGED, Row
 from cdc_sync.sync.gather import Batch, Gatherer
-from cdc_sync.sync.routing import Binding, PlannedTable, bind
+from cdc_sync.sync.routing import Binding, PlannedTable, Unusable, bind
 from tests.support import frames
 
 OID = 4711
@@ -286,3 +286,65 @@ def test_a_batch_is_sealed_at_its_byte_limit() -> None:
         sizes.append(stream.take().bytes)
     assert len(sizes) >= 2
     assert all(size < (1 << 16) + 11_000 for size in sizes)
+
+
+class Stopping(Stream):
+    """A table that cannot be bound until :attr:`generation` is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generation = 0
+        self.error = MappingError("no")
+        self.gatherer = Gatherer(
+            self.route, batch_rows=4, batch_bytes=1 << 20, generation=lambda: self.generation
+        )
+
+    def route(self, relation: m.Relation) -> Binding | Unusable | None:
+        if relation.oid != OID:
+            return None
+        return route(relation) if self.generation else Unusable("public.t", self.error)
+
+
+def test_changes_that_cannot_be_bound_are_dropped_and_told_of() -> None:
+    """The batch says so: it must not be confirmed before the table is on record as stale, and its
+    transactions count as applied."""
+    stream = Stopping()
+    stream.transaction(100, RELATION, m.Insert(OID, row(1)), m.Delete(OID, row(2), True), xid=9)
+    stream.transaction(200, m.Truncate(False, False, (OID,)), xid=10)
+    batch = stream.take()
+    assert not batch.empty
+    assert batch.tables == {}
+    assert batch.truncates == ()
+    assert batch.unusable["public.t"].changes == 3
+    assert batch.unusable["public.t"].unusable.error is stream.error
+    assert batch.xids == [9, 10]
+    assert batch.end_lsn == 208
+
+
+def test_many_dropped_changes_are_batches_too() -> None:
+    stream = Stopping()
+    stream.transaction(100, RELATION, *(m.Insert(OID, row(value)) for value in range(9)))
+    assert stream.gatherer.full
+    ends = []
+    while stream.gatherer.ready:
+        batch = stream.take()
+        assert "public.t" in batch.unusable
+        ends.append(batch.end_lsn)
+    assert ends == [None, None, 108]
+
+
+def test_a_relation_is_bound_again_when_it_may_be_bound_otherwise() -> None:
+    """Its message comes once; the other relation's stays as it was until a change of it comes."""
+    stream = Stopping()
+    stream.transaction(100, RELATION, m.Insert(OID, row(1)))
+    stream.generation = 1
+    stream.transaction(200, m.Insert(OID, row(2)))
+    batch = stream.take()
+    assert pending(batch) == {2: row(2)}
+    assert batch.unusable["public.t"].changes == 1
+
+
+def test_a_change_of_an_unknown_relation_is_no_part_of_the_protocol() -> None:
+    stream = Stopping()
+    with pytest.raises(ProtocolError, match="before its Relation message"):
+        stream.transaction(100, m.Insert(OID, row(1)))

@@ -7,13 +7,11 @@ returns what it did, in a few words, and has the site undo it later.
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, get_args
 
 import psutil
@@ -22,6 +20,7 @@ import psycopg
 from cdc_sync.demo.embedded import StopMode
 from tests.faults.campaign.load import TABLES, NotPossibleError
 from tests.faults.campaign.site import LET_GO_SECONDS, STATE_EXIT, CampaignError, SinkName, Site
+from tests.support.full_disk import fill_disk
 from tests.support.proxy import Direction
 from tests.support.qdrant_faults import RANDOM_KINDS
 
@@ -104,7 +103,7 @@ def workers_killed(site: Site, choose: random.Random) -> str:
     all_of_them = choose.random() < 0.3
     if not site.keeper.workers():
         site.load.request_resync(site.pipeline, choose.choice(TABLES))
-    deadline = time.monotonic() + 4
+    deadline = time.monotonic() + 6
     while not (workers := site.keeper.workers()):
         if time.monotonic() > deadline:
             raise NotPossibleError("nothing is copied")
@@ -381,39 +380,28 @@ def half_open(site: Site, choose: random.Random) -> str:
 # -- our own records
 
 
-@event(times=2, sink="edge")
+@event(times=3, sink="edge")
 def disk_full(site: Site, choose: random.Random) -> str:
     """Whoever writes a record is told by the kernel that there is no space left."""
     site.postgres()
     state = site.edge_directory / "state"
     if not state.is_dir():
         raise NotPossibleError("there are no records yet")
-    blocked = [
-        directory / f"{site.pipeline}.json.new"
-        for name in ("pipelines", "ledgers", "dead_letters")
-        if (directory := state / name).is_dir()
-    ]
-    seconds = choose.uniform(1, 4)
-    for path in blocked:
-        _block(path)
+    seconds = choose.uniform(2, 8)
+    blocks = fill_disk(state, site.pipeline)
     site.keeper.excused.add(STATE_EXIT)
 
     def free() -> None:
-        for path in blocked:
+        for path in blocks:
             path.unlink(missing_ok=True)
         # It may be about to end.
-        site.later(1.0, "records can be written", lambda: site.keeper.excused.discard(STATE_EXIT))
+        over = lambda: site.keeper.excused.discard(STATE_EXIT)  # noqa: E731
+        site.later(4.0, "records can be written", over, at_the_end=False)
 
     site.later(seconds, "space on the disk", free)
     # Something to put on record.
     site.load.request_resync(site.pipeline, choose.choice(TABLES))
     return f"for {seconds:.1f} s"
-
-
-def _block(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-    os.symlink("/dev/full", path)
 
 
 @event(sink="server")

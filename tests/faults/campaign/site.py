@@ -209,7 +209,7 @@ class Site:
                 "num_workers": 2,
                 "window_seconds": 1.0,
                 "chunk_rows": 100,
-                "batch_delay": 40,
+                "batch_delay": 120,
             },
         )
         self.keeper = Keeper(self.daemon, log)
