@@ -163,7 +163,7 @@ _POLICIES: Final[dict[ErrorKind, Policy]] = {
     ErrorKind.COLLECTION_MISSING: Policy(
         Retry.MANUAL,
         ExitCode.DATA,
-        "The collection was removed; copy anew with --migration.restart.",
+        "The collection was removed; a running pipeline makes it again and copies the table.",
     ),
     ErrorKind.DEAD_LETTER_LIMIT: Policy(
         Retry.MANUAL,

@@ -14,6 +14,7 @@ from cdc_sync.mapping.plan import ColumnPlan, TablePlan
 from cdc_sync.postgres.connect import PgConnection, result_error, translate
 from cdc_sync.postgres.identifiers import qualified, quote_ident
 from cdc_sync.postgres.snapshot import TransactionSnapshot, begin_snapshot, run_command, select_list
+from cdc_sync.postgres.written import write_out
 from cdc_sync.rows import RawValue, Row, TextValue, Unchanged
 
 _CHUNK_KEYS: Final = 500
@@ -82,6 +83,8 @@ def fetch_rows(
         ]
     finally:
         _end(conn)
+    # Nothing is given away that a crash of the server could still undo.
+    write_out(conn)
     return rows
 
 

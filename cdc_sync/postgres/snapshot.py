@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Self
@@ -23,6 +22,7 @@ from cdc_sync.postgres.identifiers import qualified, quote_ident, quote_literal
 from cdc_sync.postgres.pg_types import sends_binary
 from cdc_sync.postgres.slot import read_slot
 from cdc_sync.postgres.watch import definitions
+from cdc_sync.postgres.written import write_out
 
 __all__ = [
     "SnapshotHolder",
@@ -40,8 +40,6 @@ __all__ = [
 _SNAPSHOT_ID: Final = re.compile(r"[0-9A-F]+-[0-9A-F]+-[0-9]+")
 _LOCKING: Final = "locking the tables"
 _BEGIN: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
-#: How long to wait for the WAL writer; ``wal_writer_delay`` is 10 seconds at the most.
-_WRITTEN_SECONDS: Final = 30.0
 
 
 class SnapshotGoneError(SourceError):
@@ -193,7 +191,7 @@ class SnapshotHolder:
                 snapshot = _current(conn)
                 if snapshot_id is None:
                     _check_primary(conn)
-                    _write_out(other)
+                    write_out(other)
             result = run_command(conn, "SELECT pg_export_snapshot()", "exporting the snapshot")
             exported = result.get_value(0, 0)
             assert exported is not None
@@ -313,44 +311,6 @@ def _check_primary(conn: PgConnection) -> None:
             "Let every connection of source.url lead to the primary; with several hosts add "
             "target_session_attrs=primary.",
         )
-
-
-def _write_out(other: PgConnection) -> None:
-    """Have everything committed so far written to the server's disk.
-
-    With ``synchronous_commit = off`` a transaction is visible before that, and a crash of the
-    server undoes it: the stream never brings it, so what was copied of it would stay for good. Our
-    own commit waits for the WAL before it, and for no standby.
-    """
-    try:
-        other.execute("SET synchronous_commit = local")
-        other.execute("SELECT pg_logical_emit_message(true, 'cdc_sync snapshot', '')")
-    except psycopg.errors.InsufficientPrivilege:
-        _wait_written(other)
-    except psycopg.Error as exc:
-        raise translate(exc, "having the WAL written") from exc
-
-
-def _wait_written(other: PgConnection) -> None:
-    """The same for a role that may not write such a message: a transaction that only takes an id
-    has the WAL writer write up to its commit, in its own time (``wal_writer_delay``)."""
-    deadline = time.monotonic() + _WRITTEN_SECONDS
-    written = "SELECT pg_current_wal_flush_lsn() >= %s::pg_lsn"
-    try:
-        taken = other.execute("SELECT pg_current_wal_insert_lsn()::text, pg_current_xact_id()")
-        row = taken.fetchone()
-        assert row is not None
-        while other.execute(written, row[:1]).fetchone() != (True,):
-            if time.monotonic() > deadline:
-                raise SourceError(
-                    ErrorKind.SOURCE_UNAVAILABLE,
-                    f"the server has not written its WAL within {_WRITTEN_SECONDS:g} s",
-                    "Let the role of cdc-sync execute pg_logical_emit_message, which has it "
-                    "written at once.",
-                )
-            time.sleep(0.02)
-    except psycopg.Error as exc:
-        raise translate(exc, "waiting for the WAL to be written") from exc
 
 
 def _rewritten(table: Table, reason: str) -> TableRewrittenError:

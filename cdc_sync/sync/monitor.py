@@ -4,6 +4,7 @@ few seconds."""
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ class SourceMonitor:
         relations: Relations,
         server: ServerInfo,
         on_look: Callable[[SourcePosition, dict[int, str]], None],
-        on_tables: Callable[[Mapping[str, CdcSyncError], Mapping[str, str]], None],
+        on_tables: Callable[[Mapping[str, CdcSyncError], Mapping[str, str], float], None],
         is_stopped: Callable[[str], bool],
     ) -> None:
         self._settings = settings
@@ -72,6 +73,7 @@ class SourceMonitor:
         try:
             while True:
                 try:
+                    began = time.monotonic()
                     look = await asyncio.to_thread(self._connection.run, self._look)
                 except SourceError as error:
                     if not is_transient(error):
@@ -79,7 +81,7 @@ class SourceMonitor:
                     log.debug("monitor_failed", kind=error.kind.value, error=error.message)
                 else:
                     self._publish(look.position)
-                    self._on_tables(look.errors, look.signs)
+                    self._on_tables(look.errors, look.signs, began)
                     self._on_look(look.position, look.found)
                 # Also while no session runs: what waits gets older.
                 publish_lag(self._positions, self._metrics, self._board)

@@ -203,8 +203,8 @@ class Relations:
         for leaf in [leaf for leaf, root in self._roots.items() if root == oid]:
             self._bindings.pop(leaf, None)
             del self._roots[leaf]
-        self.stale.discard(oid)
-        self.unswept.discard(oid)
+        for marked in (self.stale, self.unswept, self.unsent):
+            marked.discard(oid)
 
     def synced(self, planned: PlannedTable) -> None:
         """The table was read as a whole, by this plan."""

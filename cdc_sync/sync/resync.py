@@ -236,7 +236,8 @@ class Resync:
         if not self.stopped.holds(table):
             if planned is not None:
                 await self._backfill.restart(planned)
-                self._before[table] = planned
+                if error.kind is not ErrorKind.COLLECTION_MISMATCH:
+                    self._before[table] = planned
                 self._relations.mark(planned, "stopped")
             await self._records.stopped(table)
             self._touched.add(table)
@@ -252,11 +253,16 @@ class Resync:
         # Its collection may be of another plan.
         self._before.pop(table.name, None)
 
-    def found(self, errors: Mapping[str, CdcSyncError], signs: Mapping[str, str]) -> None:
+    def found(
+        self, errors: Mapping[str, CdcSyncError], signs: Mapping[str, str], began: float
+    ) -> None:
         """What the catalog shows: tables that cannot be followed, by name, and whatever tells
-        whether something has changed about a table."""
+        whether something has changed about a table. ``began``: when the look did, on the monotonic
+        clock; a table may have been mended and started since."""
         self.stopped.observe(signs)
-        self._found.update((n, e) for n, e in errors.items() if not self.stopped.holds(n))
+        for name, error in errors.items():
+            if not self.stopped.holds(name) and not self.stopped.has_started_since(name, began):
+                self._found[name] = error
 
     @property
     def wanted(self) -> bool:

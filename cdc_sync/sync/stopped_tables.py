@@ -89,6 +89,10 @@ class StoppedTables:
         """Whether the table is stopped."""
         return name in self._stopped
 
+    def has_started_since(self, name: str, moment: float) -> bool:
+        """Whether the table was stopped, and has started again after that moment."""
+        return self._started.get(name, moment) > moment
+
     def waits(self, name: str) -> bool:
         """Whether the table is stopped and could not be planned again yet."""
         stopped = self._stopped.get(name)

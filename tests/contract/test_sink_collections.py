@@ -9,7 +9,13 @@ import pytest
 from qdrant_client import models
 
 from cdc_sync.config import QdrantSettings
-from cdc_sync.errors import ConfigError, ErrorKind, SinkError, StateError
+from cdc_sync.errors import (
+    ConfigError,
+    DimensionMismatchError,
+    ErrorKind,
+    SinkError,
+    StateError,
+)
 from cdc_sync.mapping.plan import (
     ColumnPlan,
     Metric,
@@ -61,6 +67,24 @@ async def test_writing_to_a_missing_collection(sink: Sink, collection: str) -> N
         assert caught.value.kind is ErrorKind.COLLECTION_MISSING
 
 
+async def test_a_collection_is_dropped_and_made_anew(sink: Sink, collection: str) -> None:
+    key = rows.column("id", rows.INT8)
+    before = plan_of(collection, [key, rows.dense("v", 2)])
+    after = plan_of(collection, [key, rows.dense("v", 3)])
+    await sink.drop_collection(before)
+    await sink.ensure_collection(before)
+    await sink.writer(before).apply(upserts((1, [rows.int8(1), None])))
+    await sink.make_durable()
+    for _ in range(2):
+        await sink.drop_collection(after)
+    assert not (await sink.inspect(after)).exists
+    await sink.ensure_collection(after)
+    assert (await sink.inspect(after)).points == 0
+    await sink.writer(after).apply(upserts((2, [rows.int8(2), None])))
+    assert await sink.writer(after).count() == 1
+    await sink.make_durable()
+
+
 def _mismatches() -> dict[str, tuple[ColumnPlan, ColumnPlan, tuple[str, ...]]]:
     """What the collection has, what the plan wants, and what the error must name."""
     two = rows.dense("v", 2)
@@ -99,6 +123,7 @@ async def test_mismatch_is_an_error_and_changes_nothing(
             await call(wanted)
         error = caught.value
         assert error.kind is ErrorKind.COLLECTION_MISMATCH
+        assert isinstance(error, DimensionMismatchError) is (case == "size")
         for text in (collection, "public.items", *named):
             assert text in error.message
         assert "configuration" in error.remedy

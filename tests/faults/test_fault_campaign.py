@@ -8,13 +8,16 @@ with which round to begin, and TEST_FAULTS_WITH which events to have that are le
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
 import pytest
 
+from tests.faults.campaign.events import EVENTS
 from tests.faults.campaign.report import CampaignLog
 from tests.faults.campaign.rounds import Campaign, Runner, optional_events
+from tests.faults.campaign.schedule import Round, schedule
 from tests.support.fix_campaign import campaign_seed
 from tests.support.fix_postgres import PrivatePostgres
 
@@ -22,6 +25,20 @@ _SECONDS = float(os.environ.get("TEST_FAULTS_SECONDS") or "180")
 
 #: A half-open replication connection is noticed within twice of wal_sender_timeout.
 _POSTGRES = {"wal_sender_timeout": "4s", "max_connections": "200", "max_wal_size": "1GB"}
+
+
+def test_a_seed_gives_one_schedule() -> None:
+    def rounds(seed: int, *optional: str) -> list[Round]:
+        return list(itertools.islice(schedule(seed, frozenset(optional)), 40))
+
+    assert rounds(1) == rounds(1)
+    assert rounds(1) != rounds(2)
+    kinds = {planned.event.kind for one in rounds(1) for planned in one.events}
+    assert kinds == {one.kind for one in EVENTS.values() if not one.optional}
+    with_more = {p.event.kind for one in rounds(1, "slot_dropped") for p in one.events}
+    assert with_more == EVENTS.keys()
+    for one in rounds(1):
+        assert all(one.sink in planned.event.sinks for planned in one.events)
 
 
 @pytest.mark.slow

@@ -185,6 +185,24 @@ async def test_dimension_changed_with_rebuild_of_a_shared_collection(
         assert qdrant.client().count(name).count > 2
 
 
+async def test_vector_column_dropped_and_added_again(
+    database18: Database, qdrant: QdrantTarget
+) -> None:
+    """A collection keeps its vectors, so the table stops until it has the column again."""
+    async with scene(settings_for(database18, qdrant), database18, qdrant) as play:
+        with Load(database18), Load(database18, "others"):
+            play.execute(*BEFORE, "ALTER TABLE docs DROP COLUMN emb", *AFTER)
+            await play.wait_stopped("vector 'emb'", "not in the plan")
+            play.execute(
+                "DELETE FROM docs WHERE id = 10",
+                f"ALTER TABLE docs ADD COLUMN emb vector({DIM})",
+                "DELETE FROM docs WHERE id = 11",
+            )
+            await play.wait_copied(1)
+        database18.execute(f"UPDATE docs SET emb = array_fill(3, ARRAY[{DIM}])::vector")
+        await play.assert_settled()
+
+
 # -- enums
 
 

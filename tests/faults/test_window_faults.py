@@ -73,6 +73,7 @@ def assert_resumed(synced: Synced) -> None:
     assert count(seen, "copy_restarted") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("R7")
 @pytest.mark.parametrize("workers", [2, 1], ids=["processes", "in_process"])
 def test_qdrant_goes_away_in_the_middle_of_a_window(
@@ -154,6 +155,7 @@ def test_a_network_that_swallows_everything_in_the_middle_of_a_window(
     assert_resumed(synced)
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("R7")
 @pytest.mark.parametrize("workers", [2, 1], ids=["processes", "in_process"])
 def test_a_fast_shutdown_in_the_middle_of_a_healthy_window(

@@ -119,8 +119,10 @@ def test_the_script_is_printed(database18: Database, check: Command) -> None:
         f'GRANT CONNECT ON DATABASE "{database18.name}" TO "cdc_sync";',
         'GRANT USAGE ON SCHEMA "app" TO "cdc_sync";',
         'GRANT SELECT ON "app"."docs" TO "cdc_sync";',
-        'CREATE PUBLICATION "cdc_sync" FOR TABLE ONLY "app"."docs"'
-        " WITH (publish_via_partition_root = true);",
+        (
+            'CREATE PUBLICATION "cdc_sync" FOR TABLE ONLY "app"."docs"'
+            " WITH (publish_via_partition_root = true);"
+        ),
     ]
     assert not re.search("SUPERUSER|CREATEDB|CREATEROLE|BYPASSRLS|ALL ", "\n".join(statements))
     # For a name of one's own, without what is there already, for the connected role by default.
@@ -145,7 +147,7 @@ async def test_row_level_security(
     role = least_privileged(database18, [entry])
     database18.execute(
         "ALTER TABLE docs ENABLE ROW LEVEL SECURITY;"
-        "CREATE POLICY some ON docs USING (tenant = 'tenant 1')"
+        "CREATE POLICY tenants ON docs USING (tenant = 'tenant 1')"
     )
     code, output = check(role.url, entry, "--json")
     (error,) = errors(output)
@@ -190,9 +192,10 @@ async def test_columns_that_are_not_taken_cannot_be_read(
     options: dict[str, object] = {how: entry[how]}
     role = least_privileged(database18, [entry], publication="least")
     with psycopg.connect(role.url, autocommit=True) as connection:
-        for denied in ("SELECT secret FROM docs", "SELECT * FROM docs", "LOCK docs"):
+        for denied in ("SELECT secret FROM docs", "SELECT * FROM docs", "BEGIN; LOCK docs"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 connection.execute(denied)
+            connection.execute("ROLLBACK")
     settings = pipeline_settings(database18, qdrant, entry, pg_url=role.url)
     source = settings.source.model_copy(update={"publication": "least"})
     settings = settings.model_copy(update={"source": source})

@@ -20,13 +20,14 @@ from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.postgres import snapshot as snapshots
 from cdc_sync.postgres.catalog import find_table
 from cdc_sync.postgres.connect import PgConnection, connect
+from cdc_sync.postgres.refetch import fetch_rows
 from cdc_sync.postgres.snapshot import SnapshotHolder
 from tests.support.fix_postgres import Database, DatabaseFactory, PrivatePostgres
 from tests.support.ledger_log import events_of
 from tests.support.pipeline_task import pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
 from tests.support.row_writers import RowWriters
-from tests.support.source_tables import source_settings
+from tests.support.source_tables import raw_plan, source_settings
 from tests.support.windows import (
     DONE,
     EUCLID,
@@ -311,9 +312,26 @@ async def test_nothing_is_copied_that_a_crash_may_undo(
 async def test_without_a_wait_for_the_disk_it_would_be(
     lazy: Database, qdrant: QdrantTarget, windows: Windows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshots, "_write_out", lambda _: None)
+    monkeypatch.setattr(snapshots, "write_out", lambda _: None)
     with pytest.raises(AssertionError, match=rf"\b{SECOND + 1}\b"):
         await crash_after_a_window(lazy, qdrant, windows, SECOND)
+
+
+@pytest.mark.requirement("R77", "R84")
+def test_nothing_is_read_again_that_a_crash_may_undo(lazy: Database) -> None:
+    source = source_settings(lazy.url)
+    with connect(source) as connection:
+        plan = raw_plan(find_table(connection, "public.docs"))
+        with lazy.connect() as writer:
+            writer.execute("SET synchronous_commit = off")
+            writer.execute("UPDATE docs SET note = 'late' WHERE id = 7")
+            end = writer.execute("SELECT pg_current_wal_insert_lsn()").fetchone()
+        assert end is not None
+        flushed = "SELECT pg_current_wal_flush_lsn() >= %s::pg_lsn"
+        assert lazy.execute(flushed, end) == [(False,)]
+        rows = fetch_rows(connection, plan, [((7).to_bytes(8, "big"),)], xids=())
+    assert any(value == b"late" for value in rows[0])
+    assert lazy.execute(flushed, end) == [(True,)]
 
 
 @pytest.mark.requirement("R77")

@@ -326,10 +326,13 @@ def test_a_new_enum_value_is_written(follow: Follow) -> None:
     followed = follow()
     followed.execute("ALTER TYPE mood ADD VALUE 'calm' BEFORE 'sad'")
     followed.execute("UPDATE docs SET feeling = 'calm' WHERE id = 1")
-    followed.execute("ALTER TYPE mood RENAME VALUE 'sad' TO 'low'")
-    followed.execute("UPDATE docs SET feeling = 'low' WHERE id = 2")
     followed.assert_equal()
     assert set(followed.pipeline.status().schema_changes.values()) == {0.0}
+    # One that is renamed may stand in rows that exist.
+    followed.execute("ALTER TYPE mood RENAME VALUE 'calm' TO 'low'")
+    followed.execute("UPDATE docs SET feeling = 'low' WHERE id = 2")
+    followed.assert_equal()
+    assert followed.pipeline.status().schema_changes["resynced"] == 1
 
 
 def test_rolled_back_changes_leave_no_trace(follow: Follow) -> None:

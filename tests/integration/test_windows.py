@@ -76,7 +76,7 @@ def test_many_windows_under_writers(
     events = logged_events(daemon.log_path)
     synced.assert_equal()
     assert count(events, "window_closed") >= 6
-    assert check_ledger(events).chunks["public.items"] >= 16
+    assert check_ledger(events).chunks["public.items"] >= 10
 
 
 # -- R69

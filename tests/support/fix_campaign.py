@@ -25,6 +25,7 @@ def pytest_configure() -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Show the seed if the campaign was run."""
-    reports = [report for found in terminalreporter.stats.values() for report in found]
+    stats = terminalreporter.stats
+    reports = [*stats.get("passed", ()), *stats.get("failed", ()), *stats.get("error", ())]
     if any("test_fault_campaign[" in getattr(report, "nodeid", "") for report in reports):
         terminalreporter.write_line(f"fault campaign: {SEED}={campaign_seed()}")

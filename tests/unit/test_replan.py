@@ -8,8 +8,8 @@ import pytest
 
 from cdc_sync.errors import MappingError
 from cdc_sync.mapping.plan import IdScheme
-from cdc_sync.mapping.planner import PlanOptions, build_plan, replan
-from cdc_sync.mapping.table import PgType
+from cdc_sync.mapping.planner import DimensionChangedError, PlanOptions, build_plan, replan
+from cdc_sync.mapping.table import PgType, redefined
 from tests.support.mapping_types import array, core, pgvector
 from tests.unit.test_planner import COLUMNS, column_of, index, table, vector_of
 
@@ -85,3 +85,32 @@ def test_new_columns_that_cannot_be_mapped_are_refused() -> None:
         replan(namespaced, [*NAMES, ("_table", core("text"))], PlanOptions(namespace="n"))
     plan = replan(BEFORE, [*NAMES, ("raw", core("bytea"))], PlanOptions(skip_bytea=True))
     assert plan == BEFORE
+
+
+@pytest.mark.parametrize(
+    ("after", "changed"),
+    [
+        ("c.s.v.1=a,2=b", False),
+        ("c.s.v.1=a,2=b,3=c", False),  # a label was added
+        ("c.s.v.1=a,2=x", True),  # one was renamed
+        ("c.s.v.", False),  # no column has the type any more, which the columns say
+        ("d.s.v.1=a,2=b", True),
+        ("c.t.v.1=a,2=b", False),  # VACUUM FULL
+        ("c.s.w.1=a,2=b", False),  # SET DEFAULT
+        ("c.t.w.1=a,2=b", True),  # computed anew
+    ],
+)
+def test_what_redefines_a_table(after: str, changed: bool) -> None:
+    assert redefined("c.s.v.1=a,2=b", after) is changed
+    if not changed:
+        # What was recorded before labels were.
+        assert not redefined("c.s.v", after)
+
+
+def test_a_dimension_that_changed_can_be_told_from_other_changes() -> None:
+    with pytest.raises(DimensionChangedError) as caught:
+        replan(BEFORE, [*NAMES[:2], ("embedding", pgvector("vector", 4))], PlanOptions())
+    assert "rebuild" in caught.value.remedy
+    with pytest.raises(MappingError) as other:
+        replan(BEFORE, [*NAMES[:2], ("embedding", pgvector("halfvec", 3))], PlanOptions())
+    assert not isinstance(other.value, DimensionChangedError)

@@ -234,6 +234,47 @@ def qdrant_killed_in_a_write(site: Site, choose: random.Random) -> str:
     return f"{'after' if applied else 'before'} it is applied, for {seconds:.1f} s at the most"
 
 
+@event(times=3, sink="server")
+def daemon_killed_while_qdrant_is_away(site: Site, choose: random.Random) -> str:
+    """With a batch in flight that is tried again and again."""
+    site.script()
+    assert site.qdrant is not None
+    seconds = choose.uniform(0.5, 3.5)
+    site.qdrant.kill()
+    _restart_later(site, seconds + choose.uniform(-0.3, 2))
+    _wait(site, seconds)
+    site.keeper.kill(choose.uniform(0, 1))
+    return f"after {seconds:.1f} s"
+
+
+@event(times=2, sink="server")
+def postgres_cut_while_qdrant_is_away(site: Site, choose: random.Random) -> str:
+    script, seconds = site.script(), choose.uniform(0.5, 3)
+    script.down()
+    site.later(seconds + 1, "qdrant answers", lambda: site.script().down(False))
+    _wait(site, seconds)
+    return f"{site.postgres_proxy.cut()} after {seconds:.1f} s"
+
+
+@event(times=3, sink="server")
+def daemon_killed_in_a_slow_write(site: Site, choose: random.Random) -> str:
+    """Every request takes long; what is under way is over before the daemon comes back."""
+    script, slow = site.script(), choose.uniform(0.2, 1)
+    script.slow("write", slow, times=30)
+    site.later(6, "qdrant is quick", lambda: site.script().clear())
+    seconds = choose.uniform(0.5, 3)
+    _wait(site, seconds)
+    site.keeper.kill(slow + 0.1)
+    return f"of {slow:.1f} s, after {seconds:.1f} s"
+
+
+def _wait(site: Site, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        site.tick()
+        time.sleep(0.03)
+
+
 @event(sink="server")
 def qdrant_unavailable(site: Site, choose: random.Random) -> str:
     script, seconds = site.script(), choose.uniform(0.5, 6)

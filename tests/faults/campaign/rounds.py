@@ -79,8 +79,10 @@ class Runner:
         site = self._site
         self._log.say(
             f"{planned.sink}{', new' if planned.fresh else ''}: {len(planned.events)} events"
-            f" in {planned.seconds:.1f} s"
+            + (", once it streams" if planned.calm else "")
         )
+        if planned.calm:
+            self._until_streaming(site)
         if site.qdrant is not None:
             site.qdrant.script.clear_log()
         site.load.start(planned.seed % 100_000)
@@ -111,16 +113,15 @@ class Runner:
         return site
 
     def _happen(self, site: Site, planned: Round) -> None:
-        started = time.monotonic()
         for one in planned.events:
-            self._wait(site, started + one.at)
+            self._wait(site, time.monotonic() + one.gap)
             try:
                 detail = one.event.strike(site, random.Random(one.seed))
             except NotPossibleError as error:
                 self._log.skip(one.event.kind, str(error))
             else:
                 self._log.event(one.event.kind, detail)
-        self._wait(site, started + planned.seconds)
+        self._wait(site, time.monotonic() + 1)
 
     @staticmethod
     def _wait(site: Site, until: float) -> None:
@@ -130,6 +131,12 @@ class Runner:
             site.tick()
 
     # -- the end of a round
+
+    def _until_streaming(self, site: Site) -> None:
+        deadline = time.monotonic() + _QUIET_SECONDS
+        with site.database.connect() as connection:
+            alive = _SignsOfLife(connection)
+            self._until(site, lambda: self._streams(site, alive), "streaming", deadline)
 
     def _quiet(self, site: Site) -> None:
         """Wait until everything that was committed is confirmed, and every table that has to be

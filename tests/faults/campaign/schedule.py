@@ -12,26 +12,28 @@ from tests.faults.campaign.site import SinkName
 
 #: Rounds with one site.
 _ROUNDS_A_SITE: Final = (2, 3, 4)
+_EVENTS: Final = (5, 12)
 _EDGE_PART: Final = 0.25
 
 
 @dataclass(frozen=True)
 class Planned:
-    """An event, so many seconds after the round's beginning; ``seed`` of its own choices."""
+    """An event, so many seconds after the one before; ``seed`` of its own choices."""
 
-    at: float
+    gap: float
     event: Event
     seed: int
 
 
 @dataclass(frozen=True)
 class Round:
-    """``fresh``: with a new site, whose first copy it sees. ``seed`` is that of its load."""
+    """``fresh``: with a new site. ``calm``: nothing happens before the daemon streams; else its
+    start and a first copy have their part. ``seed`` is that of the load."""
 
     number: int
     sink: SinkName
     fresh: bool
-    seconds: float
+    calm: bool
     seed: int
     events: tuple[Planned, ...]
 
@@ -46,13 +48,18 @@ def schedule(seed: int, optional: frozenset[str] = frozenset()) -> Iterator[Roun
         sinks: tuple[SinkName, SinkName] = ("server", "edge")
         sink = sinks[number] if number < 2 else sinks[choose.random() < _EDGE_PART]
         for turn in range(1 if number < 2 else choose.choice(_ROUNDS_A_SITE)):
-            seconds = choose.uniform(6, 14)
             events = tuple(
-                Planned(at, deck.draw(sink), choose.randrange(1 << 32))
-                for at in sorted(choose.uniform(0.1, seconds) for _ in range(choose.randint(5, 15)))
+                Planned(_gap(choose), deck.draw(sink), choose.randrange(1 << 32))
+                for _ in range(choose.randint(*_EVENTS))
             )
-            yield Round(number, sink, turn == 0, seconds, choose.randrange(1 << 32), events)
+            calm = turn > 0 or choose.random() < 0.5
+            yield Round(number, sink, turn == 0, calm, choose.randrange(1 << 32), events)
             number += 1
+
+
+def _gap(choose: random.Random) -> float:
+    """At once, soon, or when the daemon has got over the last one."""
+    return choose.choice((0.0, choose.uniform(0.2, 1), choose.uniform(1, 3), choose.uniform(3, 5)))
 
 
 class _Deck:
