@@ -34,7 +34,7 @@ fuzz: $(VENV)/.fuzz
 # For DURATION seconds, drawn from SEED (another one each time); ROUND=n begins with that round.
 faults: $(VENV)/.dev
 	TEST_FAULTS_SECONDS=$(DURATION) TEST_FAULTS_SEED=$(SEED) TEST_FAULTS_ROUND=$(ROUND) \
-	TEST_FAULTS_WITH=$(WITH) $(BIN)/python -m pytest -s tests/faults/test_fault_campaign.py $(ARGS)
+	TEST_FAULTS_WITH=$(WITH) TEST_FAULTS_ONLY=$(ONLY) $(BIN)/python -m pytest -s tests/faults/test_fault_campaign.py $(ARGS)
 
 # Those libraries warn about each other.
 libraries: $(VENV)/.libraries

@@ -189,7 +189,7 @@ class Backfill:
         await self._save(ledgers)
         self._finished = 0
         log.debug("window_opened", tables=[planned.name for planned in tables])
-        watch = self._retained.watch(window, holder, [planned.name for planned in tables])
+        watch = self._retained.watch(window, holder)
         try:
             if not await _while_watched(self._copy(tables, holder.snapshot_id, window), watch):
                 self._cut_short(ledgers)

@@ -191,7 +191,9 @@ def is_named(configured: str, name: str) -> bool:
         parts = parse_name(configured)
     except ValueError:
         parts = (configured,)
-    return name == ".".join(parts[-2:]) or name.partition(".")[2] == parts[0]
+    short = name.partition(".")[2]
+    # A name may stand verbatim too, where it means no other table.
+    return name == ".".join(parts[-2:]) or short in (".".join(parts), configured)
 
 
 def recorded_as(configured: str, known: Sequence[TableState]) -> TableState | None:

@@ -331,12 +331,12 @@ class Resync:
 
     async def _look_at_stopped(self) -> None:
         """Stop what was found unusable, and plan again what may start again."""
-        for oid in self._relations.unsent:
-            if self._barriers.pop(oid, None) is None:
-                continue
+        for oid in list(self._relations.unsent):
+            self._barriers.pop(oid, None)
+            name = self._relations.name(oid)
+            planned = self._relations.find(name)
             # What is under way may have missed changes.
-            planned = self._relations.find(self._relations.name(oid))
-            if planned is not None and self._backfill.has_begun(planned.name):
+            if planned and self._backfill.has_begun(name) and not self.stopped.holds(name):
                 await self._backfill.once_more(planned)
         while self._found:
             name, error = self._found.popitem()

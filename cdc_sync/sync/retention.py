@@ -98,6 +98,8 @@ class RetainedWal:
         # Looks are made in threads, of which a cancelled one goes on.
         self._lock = threading.Lock()
         self._waiting: _Waiting | None = None
+        #: Tables whose entry on the board says why they wait.
+        self._shown: set[str] = set()
         #: Bytes that were written during the last window, and the seconds it took.
         self._written = 0
         self._window_seconds = 0.0
@@ -107,10 +109,10 @@ class RetainedWal:
 
     # -- while a window is open
 
-    async def watch(self, window: WindowTime, holder: SnapshotHolder, tables: list[str]) -> None:
+    async def watch(self, window: WindowTime, holder: SnapshotHolder) -> None:
         """Look until cancelled: publish what is kept, and end the window's time when that is too
         much. Raises :class:`WindowCutError`, and :class:`SourceError` when the server is gone."""
-        self._open(tables)
+        self._open()
         started, first = time.monotonic(), None
         taken = time.time()
         try:
@@ -215,15 +217,18 @@ class RetainedWal:
         )
 
     def _show(self, tables: Iterable[str], reason: str | None) -> None:
+        tables = set(tables)
+        for table in self._shown - tables:
+            self._board.table(table).update(waiting=None)
         for table in tables:
             self._board.table(table).update(waiting=reason)
+        self._shown = tables
 
-    def _open(self, tables: Iterable[str]) -> None:
-        self._show(tables, None)
+    def _open(self) -> None:
+        self._show((), None)
         if self._waiting is not None:
             seconds = time.monotonic() - self._waiting.since
             log.info("copy_goes_on", waited=duration_text(seconds))
-            self._show(self._waiting.tables, None)
         self._waiting = None
 
     # -- the connection

@@ -3,7 +3,8 @@ once everything is quiet both sides are equal.
 
 TEST_FAULTS_SECONDS says how long new rounds begin (default 180), TEST_FAULTS_SEED with which seed
 (default: another each time, shown in the test's id and at the end of the run), TEST_FAULTS_ROUND
-with which round to begin, and TEST_FAULTS_WITH which events to have that are left out otherwise.
+with which round to begin, TEST_FAULTS_WITH which events to have that are left out otherwise, and
+TEST_FAULTS_ONLY which to have alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 
 from tests.faults.campaign.events import EVENTS
 from tests.faults.campaign.report import CampaignLog
-from tests.faults.campaign.rounds import Campaign, Runner, optional_events
+from tests.faults.campaign.rounds import Campaign, Runner, event_names
 from tests.faults.campaign.schedule import Round, schedule
 from tests.support.fix_campaign import campaign_seed
 from tests.support.fix_postgres import PrivatePostgres
@@ -46,11 +47,12 @@ def test_a_seed_gives_one_schedule() -> None:
 @pytest.mark.parametrize("seed", [campaign_seed()])
 def test_fault_campaign(seed: int, private_postgres: PrivatePostgres, tmp_path: Path) -> None:
     first = int(os.environ.get("TEST_FAULTS_ROUND") or "0")
-    optional = optional_events(os.environ.get("TEST_FAULTS_WITH", ""))
+    optional = event_names(os.environ.get("TEST_FAULTS_WITH", ""))
+    only = event_names(os.environ.get("TEST_FAULTS_ONLY", ""))
     log = CampaignLog(seed, tmp_path / "campaign.log")
     log.say(f"{_SECONDS:g} seconds; again: make faults DURATION={_SECONDS:g} SEED={seed}")
     runner = Runner(
-        Campaign(seed, _SECONDS, tmp_path, first, optional), private_postgres(_POSTGRES), log
+        Campaign(seed, _SECONDS, tmp_path, first, optional, only), private_postgres(_POSTGRES), log
     )
     try:
         runner.run()

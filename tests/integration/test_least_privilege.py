@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Mapping
@@ -66,13 +67,16 @@ async def test_everything_runs_as_this_role(
 ) -> None:
     """On every version: copy, stream, second look, resync, truncation, and no DDL in all of it."""
     database = protocol_database
+    by_list, partitions = "", ""
+    if database.major >= 15:  # before, partitioned tables are not followed
+        by_list = " PARTITION BY LIST (part)"
+        partitions = "".join(
+            f"CREATE TABLE app.docs{n} PARTITION OF app.docs FOR VALUES IN ({n});" for n in (1, 2)
+        )
     database.execute(
         "CREATE SCHEMA app; CREATE SCHEMA audit; CREATE TABLE audit.ddl (tag text);"
         "CREATE TABLE app.docs (id int, part int, body text, note text, PRIMARY KEY (id, part))"
-        " PARTITION BY LIST (part);"
-        "CREATE TABLE app.docs1 PARTITION OF app.docs FOR VALUES IN (1);"
-        "CREATE TABLE app.docs2 PARTITION OF app.docs FOR VALUES IN (2);"
-        "ALTER TABLE app.docs1 ALTER body SET STORAGE EXTERNAL;"
+        f"{by_list}; ALTER TABLE app.docs ALTER body SET STORAGE EXTERNAL; {partitions}"
         "INSERT INTO app.docs SELECT n, 1 + n % 2, repeat('x', 9000), 'note'"
         "  FROM generate_series(1, 60) n"
     )
@@ -102,7 +106,8 @@ async def test_everything_runs_as_this_role(
                 (json.dumps({"resync": request}),),
             )
         await life.assert_equal()
-        database.execute("TRUNCATE app.docs")
+        # It may wait for a lock of the second look, which goes on meanwhile.
+        await asyncio.to_thread(database.execute, "TRUNCATE app.docs")
         database.execute("INSERT INTO app.docs VALUES (1, 1, 'one', NULL)")
         await life.assert_equal()
         await life.stop()
@@ -149,7 +154,7 @@ async def test_row_level_security(
         "ALTER TABLE docs ENABLE ROW LEVEL SECURITY;"
         "CREATE POLICY tenants ON docs USING (tenant = 'tenant 1')"
     )
-    code, output = check(role.url, entry, "--json")
+    code, output = await asyncio.to_thread(check, role.url, entry, "--json")
     (error,) = errors(output)
     assert code == PERMISSION
     assert "row level security applies" in error["message"]
@@ -168,7 +173,7 @@ async def test_row_level_security(
         pytest.raises(psycopg.errors.InsufficientPrivilege),
     ):
         connection.execute("SELECT * FROM public.docs")
-    _, script = check(role.url, entry, "--sql")
+    _, script = await asyncio.to_thread(check, role.url, entry, "--sql")
     assert '--   "public"."docs"' in script
     database18.execute(script)
     async with running(settings, database18, qdrant) as life:

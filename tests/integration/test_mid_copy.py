@@ -175,6 +175,29 @@ async def test_a_table_that_is_dropped_in_mid_copy(
             pass
 
 
+async def test_what_was_copied_of_a_table_that_stops_in_mid_copy_does_not_count(
+    database18: Database, qdrant: QdrantTarget, windows: Windows
+) -> None:
+    """Rows of a chunk that was done are deleted while the table is stopped."""
+    create_paged(database18, ROWS)
+    settings = docs_settings(database18, qdrant)
+    name = settings.source.publication
+    async with first_window(database18, qdrant, settings) as life:
+        board = life.pipeline.board.table("public.docs")
+        collection = settings.tables[0].collection
+        assert collection is not None
+        copied = [point.id for point in qdrant.client().scroll(collection, limit=20)[0]]
+        database18.execute(f"ALTER PUBLICATION {name} DROP TABLE docs")
+        await life.wait(lambda: board.state == "stopped", "the stop")
+        database18.execute("DELETE FROM docs WHERE id = ANY (%s)", (copied,))
+        database18.execute("UPDATE docs SET note = 'unseen' WHERE id % 3 = 0")
+        database18.execute(f"ALTER PUBLICATION {name} ADD TABLE docs")
+        windows.limit = 1_000
+        await life.wait_streaming()
+        await life.wait(lambda: board.state == "streaming", "the table")
+        await life.assert_equal()
+
+
 # -- tables that join
 
 

@@ -41,6 +41,7 @@ class Campaign:
     directory: Path
     first_round: int = 0
     optional: frozenset[str] = frozenset()
+    only: frozenset[str] = frozenset()
 
 
 class Runner:
@@ -59,7 +60,7 @@ class Runner:
         """Rounds until the time is up; at least one."""
         campaign = self._campaign
         try:
-            for planned in schedule(campaign.seed, campaign.optional):
+            for planned in schedule(campaign.seed, campaign.optional, campaign.only):
                 if planned.number < campaign.first_round:
                     continue
                 self._log.round = planned.number
@@ -218,7 +219,7 @@ def _caught_up(connection: psycopg.Connection[tuple[object, ...]], slot: str) ->
     return reached
 
 
-def optional_events(names: str) -> frozenset[str]:
+def event_names(names: str) -> frozenset[str]:
     """Names of events as given, separated by commas; raises ValueError for one there is not."""
     wanted = frozenset(name for name in names.split(",") if name)
     unknown = wanted - EVENTS.keys()

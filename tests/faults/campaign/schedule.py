@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,16 +39,26 @@ class Round:
     events: tuple[Planned, ...]
 
 
-def schedule(seed: int, optional: frozenset[str] = frozenset()) -> Iterator[Round]:
-    """The rounds of a seed, without end. ``optional``: events that come only if they are named."""
+def schedule(
+    seed: int, optional: frozenset[str] = frozenset(), only: frozenset[str] = frozenset()
+) -> Iterator[Round]:
+    """The rounds of a seed, without end. ``optional``: events that come only if they are named;
+    ``only``: none but these, if there are any, and so only for sinks that know some of them."""
     choose = random.Random(seed)
-    deck = _Deck(choose, optional)
+    wanted = [
+        one
+        for one in EVENTS.values()
+        if (one.kind in only if only else not one.optional or one.kind in optional)
+    ]
+    deck = _Deck(choose, wanted)
+    both: tuple[SinkName, ...] = ("server", "edge")
+    known = [sink for sink in both if any(sink in one.sinks for one in wanted)]
     number = 0
-    while True:
-        # The first site is one of each, so that short campaigns see both.
-        sinks: tuple[SinkName, SinkName] = ("server", "edge")
-        sink = sinks[number] if number < 2 else sinks[choose.random() < _EDGE_PART]
-        for turn in range(1 if number < 2 else choose.choice(_ROUNDS_A_SITE)):
+    for site in itertools.count():
+        # The first two are one of each, so that short campaigns see both.
+        edge = site == 1 if site < 2 else choose.random() < _EDGE_PART
+        sink = known[-1] if edge else known[0]
+        for turn in range(2 if site < 2 else choose.choice(_ROUNDS_A_SITE)):
             events = tuple(
                 Planned(_gap(choose), deck.draw(sink), choose.randrange(1 << 32))
                 for _ in range(choose.randint(*_EVENTS))
@@ -66,14 +77,9 @@ class _Deck:
     """Every event as often as it is to come, in random order, again and again: even a short
     campaign has some of everything."""
 
-    def __init__(self, choose: random.Random, optional: frozenset[str]) -> None:
+    def __init__(self, choose: random.Random, wanted: Sequence[Event]) -> None:
         self._choose = choose
-        self._all = [
-            one
-            for one in EVENTS.values()
-            for _ in range(one.times)
-            if not one.optional or one.kind in optional
-        ]
+        self._all = [one for one in wanted for _ in range(one.times)]
         self._left: list[Event] = []
 
     def draw(self, sink: SinkName) -> Event:
