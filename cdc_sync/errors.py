@@ -53,6 +53,7 @@ class ErrorKind(enum.Enum):
     SOURCE_SETTING = "source_setting"
     SOURCE_CHANGED = "source_changed"
     SOURCE_REWOUND = "source_rewound"
+    TABLE_LOCKED = "table_locked"
     TABLE_UNUSABLE = "table_unusable"
     PUBLICATION_UNUSABLE = "publication_unusable"
     SLOT_ACTIVE = "slot_active"
@@ -108,6 +109,11 @@ _POLICIES: Final[dict[ErrorKind, Policy]] = {
         ExitCode.DATA,
         "Changes were undone behind our back: let it copy anew by itself (source.on_slot_lost), or "
         "copy anew with --migration.restart.",
+    ),
+    ErrorKind.TABLE_LOCKED: Policy(
+        Retry.TIMED,
+        ExitCode.TEMPORARY,
+        "Somebody has locked the table, or waits to; it goes on by itself once that is over.",
     ),
     ErrorKind.TABLE_UNUSABLE: Policy(
         Retry.MANUAL, ExitCode.CONFIG, "Change the table, or its entry in the configuration."

@@ -561,7 +561,7 @@ def _check_same_vector(where: str, before: ColumnPlan, vector: VectorPlan, type_
     if vector.size is not None and size is not None and size != vector.size:
         raise DimensionChangedError(
             f"{where} now has {size} dimensions, the vector in the collection has {vector.size}",
-            f"{remedy} Or let the collection be made anew: on_dimension_change = \"rebuild\".",
+            f'{remedy} Or let the collection be made anew: on_dimension_change = "rebuild".',
         )
 
 

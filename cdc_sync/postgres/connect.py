@@ -270,7 +270,7 @@ _KINDS: Final[dict[str, ErrorKind]] = {
     "53": ErrorKind.SOURCE_UNAVAILABLE,
     "53400": ErrorKind.SOURCE_SETTING,
     "55006": ErrorKind.SLOT_ACTIVE,
-    "55P03": ErrorKind.SOURCE_UNAVAILABLE,
+    "55P03": ErrorKind.TABLE_LOCKED,
     "57": ErrorKind.SOURCE_UNAVAILABLE,
     "58": ErrorKind.SOURCE_UNAVAILABLE,
 }

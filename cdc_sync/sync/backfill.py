@@ -21,11 +21,11 @@ from cdc_sync.errors import CdcSyncError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
-from cdc_sync.postgres.connect import connect
+from cdc_sync.postgres.connect import connect, set_lock_timeout
 from cdc_sync.postgres.snapshot import SnapshotHolder, import_snapshot, key_query
 from cdc_sync.qdrant.sink import Changes, Sink, TableLedger
 from cdc_sync.rows import PointId
-from cdc_sync.sync.copying import ChunkResult, CopyTask
+from cdc_sync.sync.copying import LOCK_SECONDS, ChunkResult, CopyTask
 from cdc_sync.sync.dead_letters import DeadLetterOffice
 from cdc_sync.sync.executors import ChunkExecutor, open_executor
 from cdc_sync.sync.ledger import Ledger
@@ -348,6 +348,7 @@ class Backfill:
         )
         try:
             await asyncio.to_thread(import_snapshot, connection, snapshot)
+            await asyncio.to_thread(set_lock_timeout, connection, LOCK_SECONDS)
             while not ledger.complete:
                 part, parts = ledger.record.swept, ledger.record.buckets
                 orphans = await self._retry(

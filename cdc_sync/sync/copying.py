@@ -18,7 +18,7 @@ from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError
 from cdc_sync.mapping.ids import compile_point_id
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.table import Leaf
-from cdc_sync.postgres.connect import PgConnection, connect
+from cdc_sync.postgres.connect import PgConnection, connect, set_lock_timeout
 from cdc_sync.postgres.snapshot import copy_query, copy_rows, import_snapshot
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Applied, Changes, Sink, TableWriter
@@ -28,6 +28,8 @@ from cdc_sync.sync.repairing import repairing
 from cdc_sync.sync.retry import retrying
 from cdc_sync.sync.writing import writing
 
+#: How long a lock on a table may be waited for in a window.
+LOCK_SECONDS = 2.0
 #: Told of every retry: the error, and the seconds until the next try.
 OnRetry = Callable[[CdcSyncError, float], None]
 
@@ -198,9 +200,7 @@ class _Batch:
         self._on_retry(error, seconds)
 
 
-def _upserts(
-    rows: list[Row], point_id: Callable[[Row], PointId]
-) -> tuple[Changes, list[Refusal]]:
+def _upserts(rows: list[Row], point_id: Callable[[Row], PointId]) -> tuple[Changes, list[Refusal]]:
     changes = Changes()
     unmappable: list[Refusal] = []
     for row in rows:
@@ -296,6 +296,9 @@ def _import(task: CopyTask) -> PgConnection:
     connection = connect(task.source, application_name="cdc_sync copy", autocommit=False)
     try:
         import_snapshot(connection, task.snapshot)
+        # Somebody may wait for a lock that the holder of the snapshot keeps until the window ends,
+        # and who asks for one of the same table now waits behind him: for ever, and unseen.
+        set_lock_timeout(connection, LOCK_SECONDS)
     except BaseException:
         connection.close()
         raise

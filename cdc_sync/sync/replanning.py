@@ -19,6 +19,7 @@ from cdc_sync.postgres.connect import PgConnection, connect, set_lock_timeout
 from cdc_sync.postgres.publication import Publication, add_to_publication, read_publication
 from cdc_sync.postgres.watch import table_signs
 from cdc_sync.qdrant.sink import TableState
+from cdc_sync.sync.copying import LOCK_SECONDS
 from cdc_sync.sync.planning import (
     as_recorded,
     check_followed,
@@ -34,10 +35,6 @@ from cdc_sync.sync.stopped_tables import concerns_one_table
 
 log = get_logger(__name__)
 
-#: How long a lock on a table may be waited for, with the stream at rest.
-LOCK_SECONDS = 2.0
-_LOCK_NOT_AVAILABLE = "55P03"
-
 
 class WindowPostponedError(Exception):
     """No window can be opened now; the stream goes on meanwhile."""
@@ -49,7 +46,7 @@ def unless_locked() -> Iterator[None]:
     try:
         yield
     except SourceError as error:
-        if getattr(error.__cause__, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+        if error.kind is not ErrorKind.TABLE_LOCKED:
             raise
         raise WindowPostponedError("a table is locked") from error
 

@@ -45,13 +45,13 @@ from cdc_sync.postgres.watch import (
 )
 from cdc_sync.qdrant.sink import CollectionState, Sink, TableState
 from cdc_sync.sync.backfill import Backfill, Retry
+from cdc_sync.sync.copying import LOCK_SECONDS
 from cdc_sync.sync.gather import Batch
 from cdc_sync.sync.opening import opening
 from cdc_sync.sync.planning import Unplanned, is_recorded_stale
 from cdc_sync.sync.recent_transactions import RecentTransactions
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.replanning import (
-    LOCK_SECONDS,
     Replanner,
     WindowPostponedError,
     unless_locked,
@@ -411,7 +411,9 @@ class Resync:
                 self._relations.reading(planned)
                 self.stopped.start(planned.name)
                 self._before.pop(planned.name, None)
-            completed = await self._backfill.window(tables, holder)
+            # Whoever waits for a lock of ours has the workers wait behind him.
+            with unless_locked():
+                completed = await self._backfill.window(tables, holder)
         finally:
             await asyncio.to_thread(holder.close)
         for planned in completed:

@@ -54,9 +54,7 @@ def start_stream(
         timeline = check_history(connection, mark, applied)
         # Of a table that could not be planned it is not known.
         binary = not plan.stopped and _can_be_binary(tables)
-        connection.start(
-            source.slot, source.publication, options=StreamOptions(binary=binary)
-        )
+        connection.start(source.slot, source.publication, options=StreamOptions(binary=binary))
     except BaseException:
         connection.close()
         raise

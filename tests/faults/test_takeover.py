@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fault_cases import twin
 from tests.support.daemon import Daemon
+from tests.support.fault_cases import twin
 from tests.support.fix_pipeline import SyncTable
 from tests.support.fix_postgres import Database
 from tests.support.workload import Writer, create_everything_table, load

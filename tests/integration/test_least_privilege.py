@@ -99,14 +99,19 @@ async def test_everything_runs_as_this_role(
         database.execute("UPDATE app.docs SET part = 2 WHERE id = 2")
         database.execute("DELETE FROM app.docs WHERE id = 3")
         await life.assert_equal()
+        left = [point.id for point in qdrant.client().scroll(entry["collection"], limit=5)[0]]
+        qdrant.client().delete(entry["collection"], left, wait=True)
         request = {"pipeline": settings.pipeline.name, "table": "app.docs"}
         with psycopg.connect(role.url, autocommit=True) as connection:
             connection.execute(
                 "SELECT pg_logical_emit_message(true, 'cdc_sync', %s)",
                 (json.dumps({"resync": request}),),
             )
+        await life.wait(
+            lambda: qdrant.client().count(entry["collection"]).count == 59, "the second look"
+        )
         await life.assert_equal()
-        # It may wait for a lock of the second look, which goes on meanwhile.
+        # It may wait for the lock of the second look, which ends meanwhile.
         await asyncio.to_thread(database.execute, "TRUNCATE app.docs")
         database.execute("INSERT INTO app.docs VALUES (1, 1, 'one', NULL)")
         await life.assert_equal()

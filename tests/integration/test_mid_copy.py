@@ -187,12 +187,15 @@ async def test_what_was_copied_of_a_table_that_stops_in_mid_copy_does_not_count(
         collection = settings.tables[0].collection
         assert collection is not None
         copied = [point.id for point in qdrant.client().scroll(collection, limit=20)[0]]
+        resync = life.pipeline._resync
+        assert resync is not None
         database18.execute(f"ALTER PUBLICATION {name} DROP TABLE docs")
+        await life.wait(lambda: bool(resync._found), "the look")
+        windows.limit = 1_000
         await life.wait(lambda: board.state == "stopped", "the stop")
         database18.execute("DELETE FROM docs WHERE id = ANY (%s)", (copied,))
         database18.execute("UPDATE docs SET note = 'unseen' WHERE id % 3 = 0")
         database18.execute(f"ALTER PUBLICATION {name} ADD TABLE docs")
-        windows.limit = 1_000
         await life.wait_streaming()
         await life.wait(lambda: board.state == "streaming", "the table")
         await life.assert_equal()

@@ -154,8 +154,8 @@ class Runner:
             done = lambda: alive() and not site.reader.wanted  # noqa: E731
             self._until(site, done, "tables that are read again", deadline)
         self._log.say("caught up")
-        if site.reader.tracebacks:
-            raise CampaignError("the daemon logged:\n" + "\n".join(site.reader.tracebacks[:3]))
+        if site.reader.bugs:
+            raise CampaignError("the daemon logged:\n" + "\n".join(site.reader.bugs[:3]))
 
     @staticmethod
     def _streams(site: Site, alive: Callable[[], bool]) -> bool:

@@ -32,6 +32,7 @@ LET_GO_SECONDS: Final = 4.0
 _DRAIN_SECONDS: Final = 5.0
 #: What the daemon ends with when its own records cannot be written.
 STATE_EXIT: Final = 65
+_BUGS: Final = (b"Report this with the trace", b"never retrieved", b"Fatal Python error")
 _WANTED: Final = ("resync_wanted", "sweep_wanted")
 _COMPLETED: Final = ("resync_completed", "sweep_completed", "table_copied")
 
@@ -123,7 +124,7 @@ class LogReader:
         self._offset = 0
         self._rest = b""
         self.wanted: set[str] = set()
-        self.tracebacks: list[str] = []
+        self.bugs: list[str] = []
 
     def read(self) -> None:
         """Take in what has been written since."""
@@ -138,8 +139,9 @@ class LogReader:
             self._line(line)
 
     def _line(self, line: bytes) -> None:
-        if b"Traceback" in line:
-            self.tracebacks.append(line.decode(errors="replace")[:2000])
+        # Not every traceback: at this level of logging, what ends it as it should has one too.
+        if any(mark in line for mark in _BUGS):
+            self.bugs.append(line.decode(errors="replace")[:2000])
         if not any(
             word in line for word in (b"_wanted", b"_completed", b"table_copied", b'"state"')
         ):
