@@ -7,10 +7,13 @@ that matters is pinned here.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import socket
+import threading
+from collections.abc import Iterator
 from typing import Any, Final, TypeAlias
 
 import psycopg
@@ -96,6 +99,10 @@ _REFUSALS: Final[tuple[tuple[str, ErrorKind, str | None], ...]] = (
 )
 
 
+#: How long a question may take that the server answers at once.
+PATIENCE_SECONDS: Final = 60.0
+
+
 def connect(
     source: SourceSettings,
     *,
@@ -118,7 +125,8 @@ def connect(
     except psycopg.Error as exc:
         raise _refused(exc, parameters) from None
     try:
-        _pin_session(connection)
+        with answering(connection, source.connect_timeout_seconds):
+            _pin_session(connection)
     except BaseException:
         connection.close()
         raise
@@ -208,6 +216,22 @@ def interrupt(connection: PgConnection) -> None:
             held.shutdown(socket.SHUT_RDWR)
     except (OSError, psycopg.Error):
         pass  # It has just been closed.
+
+
+@contextlib.contextmanager
+def answering(connection: PgConnection, seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
+    """Do something short, and :func:`interrupt` it if it takes longer.
+
+    Behind a proxy or a firewall a connection may be open on our side only, which TCP does not
+    notice while the proxy answers it: a question would then be waited on for ever.
+    """
+    timer = threading.Timer(seconds, interrupt, [connection])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def result_error(connection: PgConnection, result: pq.abc.PGresult) -> psycopg.Error:

@@ -24,6 +24,7 @@ from cdc_sync.pgoutput.envelope import encode_status, postgres_time
 from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.postgres.connect import (
     PgConnection,
+    answering,
     connect,
     pooler_suspected,
     result_error,
@@ -119,8 +120,9 @@ class ReplicationConnection:
 
     def _query(self, command: str, doing: str) -> list[tuple[Any, ...]]:
         try:
-            cursor = self._conn.execute(command.encode())
-            return cursor.fetchall() if cursor.description else []
+            with answering(self._conn):
+                cursor = self._conn.execute(command.encode())
+                return cursor.fetchall() if cursor.description else []
         except psycopg.errors.SyntaxError as exc:
             raise pooler_suspected(doing) from exc
         except psycopg.Error as exc:

@@ -21,7 +21,7 @@ from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SinkError, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.pgoutput.lsn import Lsn
-from cdc_sync.postgres.connect import connect
+from cdc_sync.postgres.connect import answering, connect
 from cdc_sync.postgres.publication import add_to_publication, create_publication
 from cdc_sync.postgres.replication import CreatedSlot, ReplicationConnection
 from cdc_sync.postgres.slot import SlotInfo, drop_slot, read_slot
@@ -176,7 +176,7 @@ class FirstCopy:
         return None
 
     def _read_slot(self) -> SlotInfo | None:
-        with connect(self.settings.source) as connection:
+        with connect(self.settings.source) as connection, answering(connection):
             return read_slot(connection, self.settings.source.slot)
 
     # -- the first window

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from cdc_sync.config import SourceSettings
 from cdc_sync.errors import SourceError
-from cdc_sync.postgres.connect import PgConnection, connect
+from cdc_sync.postgres.connect import PgConnection, answering, connect
 
 T = TypeVar("T")
 
@@ -31,7 +31,8 @@ class KeptConnection:
                 try:
                     if self._connection is None:
                         self._connection = connect(self._source, application_name=self._name)
-                    return work(self._connection)
+                    with answering(self._connection):
+                        return work(self._connection)
                 except SourceError:
                     self._close()
                     raise

@@ -24,7 +24,7 @@ from cdc_sync.errors import ErrorKind, SinkError, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
-from cdc_sync.postgres.connect import connect
+from cdc_sync.postgres.connect import answering, connect
 from cdc_sync.postgres.exclusive import lock_pipeline
 from cdc_sync.postgres.preflight import preflight_source
 from cdc_sync.postgres.slot import read_slot
@@ -375,7 +375,7 @@ class Pipeline:
             raise
 
     def _read_plan(self, owned: bool, state: PipelineState | None) -> PipelinePlan:
-        with connect(self.settings.source) as connection:
+        with connect(self.settings.source) as connection, answering(connection):
             plan = plan_pipeline(connection, self.settings, owned=owned, state=state)
             preflight_source(
                 connection,

@@ -35,7 +35,7 @@ from cdc_sync.errors import (
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
-from cdc_sync.postgres.connect import connect
+from cdc_sync.postgres.connect import answering, connect
 from cdc_sync.postgres.snapshot import SnapshotHolder, TableRewrittenError
 from cdc_sync.postgres.watch import (
     SourcePosition,
@@ -135,7 +135,10 @@ class Resync:
         Called again with the slot in hand: another process may have applied transactions in
         between.
         """
-        with connect(self._settings.source, application_name="cdc_sync watch") as connection:
+        with (
+            connect(self._settings.source, application_name="cdc_sync watch") as connection,
+            answering(connection),
+        ):
             horizon = transaction_horizon(connection)
             if self.recent is None:
                 self.recent = RecentTransactions(horizon)
@@ -384,7 +387,10 @@ class Resync:
     def _barrier(self, oid: int) -> _Barrier:
         """Where the stream has to be before the table is read. The definition first: what it was
         changed by before is then below the position."""
-        with connect(self._settings.source, application_name="cdc_sync watch") as connection:
+        with (
+            connect(self._settings.source, application_name="cdc_sync watch") as connection,
+            answering(connection),
+        ):
             definition = definitions(connection, [oid]).get(oid, "")
             position = source_position(connection, self._settings.source.slot)
             if oid in self._relations.unsent:

@@ -26,7 +26,7 @@ from cdc_sync.errors import SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
-from cdc_sync.postgres.connect import PgConnection, connect
+from cdc_sync.postgres.connect import PgConnection, answering, connect
 from cdc_sync.postgres.slot import blocking_transactions
 from cdc_sync.postgres.snapshot import SnapshotHolder
 from cdc_sync.postgres.watch import (
@@ -244,7 +244,9 @@ class RetainedWal:
 
     def _read(self, connection: PgConnection) -> tuple[SourcePosition, WalLimits]:
         try:
-            return source_position(connection, self._settings.source.slot), wal_limits(connection)
+            with answering(connection):
+                slot = self._settings.source.slot
+                return source_position(connection, slot), wal_limits(connection)
         except SourceError:
             self._disconnect()
             raise

@@ -17,7 +17,7 @@ from cdc_sync.config import Settings
 from cdc_sync.errors import ErrorKind, SinkError, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.pgoutput.lsn import Lsn
-from cdc_sync.postgres.connect import connect
+from cdc_sync.postgres.connect import answering, connect
 from cdc_sync.postgres.publication import publication_identities
 from cdc_sync.postgres.refetch import widen_xid
 from cdc_sync.postgres.replication import ReplicationConnection
@@ -133,7 +133,10 @@ class SourceHistory:
 
     def _read_identities(self, oids: list[int]) -> dict[int, str]:
         source = self._settings.source
-        with connect(source, application_name="cdc_sync watch") as connection:
+        with (
+            connect(source, application_name="cdc_sync watch") as connection,
+            answering(connection),
+        ):
             return publication_identities(connection, source.publication, oids)
 
 

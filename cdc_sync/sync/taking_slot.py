@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cdc_sync.config import SourceSettings
 from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.mapping.values import needs_text
-from cdc_sync.postgres.connect import connect
+from cdc_sync.postgres.connect import answering, connect
 from cdc_sync.postgres.replication import ReplicationConnection, StreamOptions
 from cdc_sync.postgres.slot import read_slot
 from cdc_sync.postgres.watch import source_position
@@ -71,12 +71,12 @@ def _can_be_binary(tables: Sequence[PlannedTable]) -> bool:
 
 def confirmed_position(source: SourceSettings) -> int:
     """Where the slot stands; it moves no more by others once this process has it."""
-    with connect(source) as connection:
+    with connect(source) as connection, answering(connection):
         slot = read_slot(connection, source.slot)
     return int(slot.confirmed_flush_lsn or 0) if slot is not None else 0
 
 
 def server_position(source: SourceSettings) -> int:
     """The end of the server's WAL."""
-    with connect(source) as connection:
+    with connect(source) as connection, answering(connection):
         return int(source_position(connection, source.slot).current)
