@@ -33,19 +33,21 @@ def create(database: Database) -> None:
     )
 
 
+LAST = f"docs_{LEAVES - 1}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "statement",
+    ("phase", "statement"),
     [
-        "TRUNCATE docs",
-        f"TRUNCATE docs_{LEAVES - 1}",
-        "ALTER TABLE docs ADD COLUMN n int DEFAULT 5",
-        f"VACUUM FULL docs_{LEAVES - 1}",
+        ("first copy", f"TRUNCATE {LAST}"),
+        ("first copy", "ALTER TABLE docs ADD COLUMN n int DEFAULT 5"),
+        ("resync", "TRUNCATE docs"),
+        ("resync", f"VACUUM FULL {LAST}"),
     ],
 )
-@pytest.mark.parametrize("phase", ["first copy", "resync"])
 async def test_a_lock_that_is_waited_for_while_a_window_is_open(
-    database18: Database, qdrant: QdrantTarget, statement: str, phase: str
+    database18: Database, qdrant: QdrantTarget, phase: str, statement: str
 ) -> None:
     create(database18)
     settings = pipeline_settings(

@@ -243,6 +243,7 @@ def test_next_start_removes_what_a_killed_owner_and_watchdog_left() -> None:
 def test_interrupt_of_the_owner_does_not_reach_the_server() -> None:
     code = """
         try:
+            print("waiting", flush=True)
             time.sleep(100)
         except KeyboardInterrupt:
             print("interrupted", server.running, flush=True)
@@ -250,8 +251,9 @@ def test_interrupt_of_the_owner_does_not_reach_the_server() -> None:
     """
     with _owner(code) as owner:
         *_, url = _report(owner)
-        os.killpg(owner.pid, signal.SIGINT)
         assert owner.stdout is not None
+        assert owner.stdout.readline() == "waiting\n"
+        os.killpg(owner.pid, signal.SIGINT)
         assert owner.stdout.readline() == "interrupted True\n"
         with psycopg.connect(url) as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)

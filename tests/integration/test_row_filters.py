@@ -457,7 +457,7 @@ def test_a_lock_on_the_table_is_waited_for_shortly(
             table = find_table(connection, "docs")
             with pytest.raises(SourceError) as caught:
                 resolve_filter(connection, table, ["id"], "live", None, None, server)
-            assert caught.value.kind is ErrorKind.SOURCE_UNAVAILABLE
+            assert caught.value.kind is ErrorKind.TABLE_LOCKED
             blocker.rollback()
             assert resolve_filter(connection, table, ["id"], "live", None, None, server) == "live"
             assert read_publication(connection, "pub") is None
