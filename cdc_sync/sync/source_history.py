@@ -41,7 +41,7 @@ class SourceHistory:
         self._timeline = 0
         self._position: SourcePosition | None = None
         self._saved: SourceMark | None = None
-        self._saved_at = -_SAVE_SECONDS
+        self._saved_at = time.monotonic()
         self._last_xid: int | None = None
         #: How the publication was last seen, by table.
         self._seen: dict[str, str] = {}

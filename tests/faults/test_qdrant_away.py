@@ -140,7 +140,7 @@ def qdrant_away(
     assert "slot_let_go" in daemon.log()
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(240)
 @pytest.mark.requirement("R7")
 def test_qdrant_away_for_a_while(

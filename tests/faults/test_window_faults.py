@@ -73,9 +73,16 @@ def assert_resumed(synced: Synced) -> None:
     assert count(seen, "copy_restarted") == 0
 
 
+#: In worker processes; in the daemon's own is for the campaign.
+WORKERS = [
+    pytest.param(2, id="processes"),
+    pytest.param(1, id="in_process", marks=pytest.mark.campaign),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.requirement("R7")
-@pytest.mark.parametrize("workers", [2, 1], ids=["processes", "in_process"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_qdrant_goes_away_in_the_middle_of_a_window(
     private_postgres: PrivatePostgres,
     database18_factory: DatabaseFactory,
@@ -117,7 +124,7 @@ def test_qdrant_goes_away_in_the_middle_of_a_window(
 
 @pytest.mark.slow
 @pytest.mark.requirement("R7")
-@pytest.mark.parametrize("workers", [2, 1], ids=["processes", "in_process"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_network_that_swallows_everything_in_the_middle_of_a_window(
     private_postgres: PrivatePostgres,
     database18_factory: DatabaseFactory,
@@ -157,7 +164,7 @@ def test_a_network_that_swallows_everything_in_the_middle_of_a_window(
 
 @pytest.mark.slow
 @pytest.mark.requirement("R7")
-@pytest.mark.parametrize("workers", [2, 1], ids=["processes", "in_process"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_fast_shutdown_in_the_middle_of_a_healthy_window(
     private_postgres: PrivatePostgres,
     database18_factory: DatabaseFactory,

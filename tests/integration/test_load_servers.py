@@ -309,6 +309,7 @@ async def test_nothing_is_copied_that_a_crash_may_undo(
     await crash_after_a_window(lazy, qdrant, windows, SECOND)
 
 
+@pytest.mark.campaign
 async def test_without_a_wait_for_the_disk_it_would_be(
     lazy: Database, qdrant: QdrantTarget, windows: Windows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,7 +184,13 @@ def by_window(events: Sequence[Event]) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.requirement("R70", "R80")
-@pytest.mark.parametrize("hastened", [False, True], ids=["by_itself", "hastened"])
+@pytest.mark.parametrize(
+    "hastened",
+    [
+        pytest.param(False, id="by_itself"),
+        pytest.param(True, id="hastened", marks=pytest.mark.campaign),
+    ],
+)
 async def test_the_slot_keeps_less_than_twice_what_a_window_writes(
     database18: Database,
     qdrant: QdrantTarget,
@@ -370,7 +376,8 @@ async def test_a_long_copy_under_writers_does_not_cost_the_slot(
         await life.assert_equal()
     events = events_of(caplog.records)
     assert "lost" not in writer.statuses
-    assert max(writer.retained) < 64 * MB
+    # A segment more than is counted against the slot may be there.
+    assert max(writer.retained) < (64 + 16) * MB
     assert count(events, "window_ended_early") >= 2
     assert count(events, "copy_started") == 1
     assert check_ledger(events).faults == []

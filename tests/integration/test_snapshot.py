@@ -186,7 +186,7 @@ def test_a_table_that_stays_locked(database18: Database) -> None:
         conn.execute("LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
         with pytest.raises(SourceError, match="locking the tables") as caught:
             SnapshotHolder.fresh(settings(database18), [table], lock_timeout_seconds=0.2)
-        assert caught.value.kind is ErrorKind.SOURCE_UNAVAILABLE
+        assert caught.value.kind is ErrorKind.TABLE_LOCKED
         conn.rollback()
 
 

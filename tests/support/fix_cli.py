@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
 import pytest
 
+from cdc_sync.ops.logging import EventHandler
 from cdc_sync.ops.redaction import forget_secrets
+
+
+@pytest.fixture(autouse=True)
+def _log_handlers_end_with_their_test() -> Iterator[None]:
+    """A command that ran in this process has left one, to a stream that is closed by now."""
+    yield
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if isinstance(handler, EventHandler):
+            root.removeHandler(handler)
+            handler.close()
 
 
 @pytest.fixture

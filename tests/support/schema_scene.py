@@ -208,4 +208,6 @@ async def scene(
 ) -> AsyncIterator[Scene]:
     """Run a pipeline until it streams; it ends abruptly."""
     async with running(settings, database, qdrant) as life:
+        # A stopped table that nothing is seen to have changed about is tried again after a minute.
+        life.patience_seconds = 100.0
         yield Scene(life)
