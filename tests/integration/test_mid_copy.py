@@ -183,6 +183,8 @@ async def test_what_was_copied_of_a_table_that_stops_in_mid_copy_does_not_count(
     settings = docs_settings(database18, qdrant)
     name = settings.source.publication
     async with first_window(database18, qdrant, settings) as life:
+        # Of a stopped table that is tried again.
+        life.patience_seconds = 100.0
         board = life.pipeline.board.table("public.docs")
         collection = settings.tables[0].collection
         assert collection is not None
