@@ -43,7 +43,7 @@ def crash_loop(
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.requirement("R41", "R42")
-@pytest.mark.parametrize("target", ["server", "edge"])
+@pytest.mark.parametrize("target", ["server", pytest.param("edge", marks=pytest.mark.campaign)])
 def test_a_few_kills(database18: Database, sync_table: SyncTable, target: str) -> None:
     crash_loop(database18, sync_table, target, kills=6, seed=1, rows=1_000)
 

@@ -304,7 +304,7 @@ def test_a_fast_shutdown_is_not_held_up_by_a_row_that_must_be_read_again(
     synced.assert_equal()
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.requirement("R7")
 def test_a_fast_shutdown_is_not_held_up_by_a_table_that_is_read_again(
     private_postgres: PrivatePostgres,

@@ -122,7 +122,7 @@ def test_qdrant_goes_away_in_the_middle_of_a_window(
     assert_resumed(synced)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.requirement("R7")
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_network_that_swallows_everything_in_the_middle_of_a_window(

@@ -384,7 +384,7 @@ async def test_a_long_copy_under_writers_does_not_cost_the_slot(
     assert all(by_window(events))
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.requirement("R80")
 async def test_a_chunk_that_takes_too_long_is_given_up_and_made_smaller(
     limited: Database, qdrant: QdrantTarget, caplog: pytest.LogCaptureFixture
