@@ -215,10 +215,7 @@ class FirstCopy:
         stale = self._stale(plan, state)
         # Before the slot is there: whoever goes on with it reads the tables again.
         await self._until(lambda: self.sink.state.save(stale))
-        for ledger in await self._until(lambda: self.sink.state.ledgers(state.pipeline)):
-            await self._until(
-                lambda table=ledger.table: self.sink.state.drop_ledger(state.pipeline, table)  # type: ignore[misc]
-            )
+        await self._until(self._drop_ledgers)
         owned = await self._until(lambda: asyncio.to_thread(self._prepare_source, plan, state))
         # What was known of the source does not hold for what comes from the new slot.
         await self._until(self._history.forget)
@@ -284,10 +281,13 @@ class FirstCopy:
         pipeline = self.settings.pipeline.name
         letters = await self.sink.state.dead_letters(pipeline)
         await self.sink.state.release(pipeline, [(letter.table, letter.key) for letter in letters])
-        for ledger in await self.sink.state.ledgers(pipeline):
-            await self.sink.state.drop_ledger(pipeline, ledger.table)
+        await self._drop_ledgers()
         await self._history.forget()
         await self._dead_letters.open()
+
+    async def _drop_ledgers(self) -> None:
+        for ledger in await self.sink.state.ledgers(self.settings.pipeline.name):
+            await self.sink.state.drop_ledger(ledger.pipeline, ledger.table)
 
     async def _check_collections(
         self, tables: Sequence[PlannedTable], state: PipelineState | None

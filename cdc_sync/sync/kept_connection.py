@@ -40,6 +40,11 @@ class KeptConnection:
             if self._ended:
                 self.end()
 
+    def rest(self) -> None:
+        """Close it until it is needed again; waits for who uses it."""
+        with self._lock:
+            self._close()
+
     def end(self) -> None:
         """It is not needed any more. Does not wait."""
         self._ended = True

@@ -32,6 +32,7 @@ from cdc_sync.sync.resync_request import (
     read_key,
     recorded_names,
     recorded_pipeline,
+    say_when_done,
     sink_unless_held,
     usable_slot,
 )
@@ -228,13 +229,7 @@ def _announce(
     rows = sum(len(request.keys or ()) for request in requests)
     tables = ", ".join(dict.fromkeys(request.table for request in requests))
     say(f"asked pipeline {settings.pipeline.name} to read {rows} rows of {tables} again, at {lsn}")
-    if slot.active:
-        say(f"it is done once slot {slot.name} has confirmed that position")
-    else:
-        say(
-            f"nothing streams from slot {slot.name} at the moment: the request waits in the WAL "
-            "until cdc-sync run does"
-        )
+    say_when_done(slot, say)
 
 
 async def _report(settings: Settings, letters: Sequence[DeadLetter], say: Say) -> int:

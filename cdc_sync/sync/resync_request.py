@@ -334,6 +334,17 @@ def key_batches(keys: Sequence[Key]) -> Iterator[tuple[Key, ...]]:
         yield tuple(batch)
 
 
+def say_when_done(slot: SlotInfo, say: Callable[[str], None]) -> None:
+    """Say when a request that is in the WAL by now will be done."""
+    if slot.active:
+        say(f"it is done once slot {slot.name} has confirmed that position")
+    else:
+        say(
+            f"nothing streams from slot {slot.name} at the moment: the request waits in the WAL "
+            "until cdc-sync run does"
+        )
+
+
 def _announce(
     settings: Settings,
     asked: Asked,
@@ -346,13 +357,7 @@ def _announce(
     rows = sum(len(request.keys or ()) for request in requests)
     what = f"{tables} as a whole" if asked.whole else f"{rows} rows of {tables}"
     say(f"asked pipeline {settings.pipeline.name} to read {what} again, at {lsn}")
-    if slot.active:
-        say(f"it is done once slot {slot.name} has confirmed that position")
-    else:
-        say(
-            f"nothing streams from slot {slot.name} at the moment: the request waits in the WAL "
-            "until cdc-sync run does"
-        )
+    say_when_done(slot, say)
     event = "resync_completed" if asked.whole else "rows_reread"
     say(
         f"to watch: events resync_requested, {event} and request_refused in its log; "

@@ -15,7 +15,6 @@ window wrote; then the slot never keeps as much as two windows write.
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from cdc_sync.errors import SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
-from cdc_sync.postgres.connect import PgConnection, answering, connect
+from cdc_sync.postgres.connect import PgConnection
 from cdc_sync.postgres.slot import blocking_transactions
 from cdc_sync.postgres.snapshot import SnapshotHolder
 from cdc_sync.postgres.watch import (
@@ -36,6 +35,7 @@ from cdc_sync.postgres.watch import (
     source_position,
     wal_limits,
 )
+from cdc_sync.sync.kept_connection import KeptConnection
 from cdc_sync.sync.progress import duration_text, size_text
 
 log = get_logger(__name__)
@@ -94,9 +94,7 @@ class RetainedWal:
         self._settings = settings
         self._metrics = metrics
         self._board = board
-        self._connection: PgConnection | None = None
-        # Looks are made in threads, of which a cancelled one goes on.
-        self._lock = threading.Lock()
+        self._connection = KeptConnection(settings.source, "cdc_sync watch")
         self._waiting: _Waiting | None = None
         #: Tables whose entry on the board says why they wait.
         self._shown: set[str] = set()
@@ -234,52 +232,29 @@ class RetainedWal:
     # -- the connection
 
     def _look(self) -> tuple[SourcePosition, WalLimits]:
-        with self._lock:
-            try:
-                return self._read(self._connected())
-            except SourceError:
-                # It may be this connection only that was lost.
-                self._disconnect()
-                return self._read(self._connected())
+        try:
+            return self._connection.run(self._read)
+        except SourceError:
+            # It may be this connection only that was lost.
+            return self._connection.run(self._read)
 
     def _read(self, connection: PgConnection) -> tuple[SourcePosition, WalLimits]:
-        try:
-            with answering(connection):
-                slot = self._settings.source.slot
-                return source_position(connection, slot), wal_limits(connection)
-        except SourceError:
-            self._disconnect()
-            raise
+        slot = self._settings.source.slot
+        return source_position(connection, slot), wal_limits(connection)
 
     def _hasten(self) -> None:
-        with self._lock:
-            log_standby_snapshot(self._connected())
+        self._connection.run(log_standby_snapshot)
 
     def _why_stuck(self) -> str:
-        with self._lock:
-            holders = blocking_transactions(self._connected())
+        holders = self._connection.run(blocking_transactions)
         if not holders:
             return "no open transaction is to be seen that holds it"
         more = f" and {len(holders) - 3} more" if len(holders) > 3 else ""
         return f"open transactions hold it: {'; '.join(holders[:3])}{more}"
 
-    def _connected(self) -> PgConnection:
-        if self._connection is None:
-            self._connection = connect(self._settings.source, application_name="cdc_sync watch")
-        return self._connection
-
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
     async def close(self) -> None:
         """Close the connection, and forget the last window; may be used again."""
-        await asyncio.to_thread(self._close)
-
-    def _close(self) -> None:
-        with self._lock:
-            self._disconnect()
+        await asyncio.to_thread(self._connection.rest)
         self._written = 0
 
 

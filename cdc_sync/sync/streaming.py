@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import SourceError
@@ -44,8 +43,6 @@ from cdc_sync.sync.trials import Trials
 from cdc_sync.sync.watchdog import Watchdog
 
 log = get_logger(__name__)
-
-T = TypeVar("T")
 
 #: A session that ends sooner is a failed try.
 _SHORT_SESSION_SECONDS = 10.0
