@@ -106,6 +106,11 @@ class QdrantSettings(_Section):
     )
     request_points: int = Field(256, ge=1, description="Points a request, at most.")
     request_bytes: int = Field(4 << 20, ge=1 << 10, description="Bytes a request, about.")
+    max_row_bytes: int = Field(
+        64 << 20,
+        ge=8 << 20,
+        description="Bytes of the largest row that is written; a larger one is a dead letter.",
+    )
     ca_file: str | None = Field(
         None,
         description="PEM file with the certificate authority to trust instead of the system's.",
@@ -342,8 +347,26 @@ class MigrationSettings(_Section):
     )
 
 
+class VerifySettings(_Section):
+    """The verification that goes on beside the stream, without end. Off by default: it reads every
+    row and every point again and again, which both sides pay for."""
+
+    continuous: bool = Field(
+        False, description="Verify all tables again and again while the pipeline streams."
+    )
+    rows_per_second: float = Field(
+        200.0, gt=0, description="Rows and points looked at a second, at most."
+    )
+    pause_seconds: float = Field(
+        3600.0, ge=0, description="Rest between the end of one pass and the next."
+    )
+    repair: bool = Field(
+        False, description="Have rows and points that differ read again, by the pipeline itself."
+    )
+
+
 class HttpSettings(_Section):
-    """The HTTP endpoint: /metrics, /livez, /readyz, /status."""
+    """The HTTP endpoint: a status page, /metrics, /livez, /readyz, /status."""
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
@@ -371,5 +394,6 @@ class Settings(_Section):
     tables: list[TableSettings] = Field(min_length=1, description="The tables to keep in step.")
     pipeline: PipelineSettings = Field(default_factory=PipelineSettings)
     migration: MigrationSettings = Field(default_factory=MigrationSettings)
+    verify: VerifySettings = Field(default_factory=VerifySettings)
     http: HttpSettings = Field(default_factory=HttpSettings)
     log: LogSettings = Field(default_factory=LogSettings)

@@ -64,6 +64,7 @@ class ErrorKind(enum.Enum):
     SINK_UNAVAILABLE = "sink_unavailable"
     SINK_UNKNOWN = "sink_unknown"
     SINK_RATE_LIMITED = "sink_rate_limited"
+    SINK_FULL = "sink_full"
     SINK_REFUSED = "sink_refused"
     SINK_AUTH = "sink_auth"
     COLLECTION_MISMATCH = "collection_mismatch"
@@ -152,6 +153,12 @@ _POLICIES: Final[dict[ErrorKind, Policy]] = {
     ),
     ErrorKind.SINK_RATE_LIMITED: Policy(
         Retry.TIMED, ExitCode.UNAVAILABLE, "Qdrant limits the rate; raise the limit or wait."
+    ),
+    ErrorKind.SINK_FULL: Policy(
+        Retry.TIMED,
+        ExitCode.UNAVAILABLE,
+        "Raise the limit that the message names (strict mode of the collection, or the node's "
+        "quota), or make room; it goes on by itself then.",
     ),
     ErrorKind.SINK_REFUSED: Policy(
         Retry.NEVER, ExitCode.DATA, "Qdrant refuses the point; correct the row or the collection."

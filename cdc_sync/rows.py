@@ -35,6 +35,9 @@ class Unchanged(enum.Enum):
 
 UNCHANGED: Final = Unchanged.UNCHANGED
 
+#: A row of more bytes takes long to encode, and is worth to be handled by itself.
+LARGE_ROW_BYTES: Final = 1 << 20
+
 RawValue: TypeAlias = bytes | Unchanged | None
 Row: TypeAlias = list[RawValue]
 

@@ -43,6 +43,17 @@ class Group(TyperGroup):
             self.add_help_option = True
 
 
+class VerifyGroup(Group):
+    """The commands of ``verify``, which can be left out: then it is about the data."""
+
+    # As above.
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Parse the command line, with the command that is meant if none is given."""
+        if not args or args[0] not in self.commands:
+            args = ["data", *args]
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="cdc-sync",
     cls=Group,
@@ -55,6 +66,9 @@ app = typer.Typer(
 config_app = typer.Typer(cls=Group, help="Write and show the configuration.", rich_markup_mode=None)
 dlq_app = typer.Typer(
     cls=Group, help="Show rows that could not be written, try them again.", rich_markup_mode=None
+)
+verify_app = typer.Typer(
+    cls=VerifyGroup, help="Compare tables with their collections.", rich_markup_mode=None
 )
 
 

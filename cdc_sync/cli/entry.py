@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import typer
 
-from cdc_sync.cli.app import Invocation, app, config_app, dlq_app
+from cdc_sync.cli.app import Invocation, app, config_app, dlq_app, verify_app
+from cdc_sync.cli.baseline import baseline
 from cdc_sync.cli.check import check
 from cdc_sync.cli.config_init import config_init
 from cdc_sync.cli.config_show import config_show
@@ -27,7 +28,10 @@ from cdc_sync.cli.options import SwitchCommand
 from cdc_sync.cli.plan import plan
 from cdc_sync.cli.resync import resync
 from cdc_sync.cli.run import run
+from cdc_sync.cli.status import status
 from cdc_sync.cli.uninstall import uninstall
+from cdc_sync.cli.verify import verify_data
+from cdc_sync.cli.verify_search import verify_search
 from cdc_sync.cli.version import version
 from cdc_sync.errors import CdcSyncError, ExitCode
 
@@ -38,12 +42,17 @@ app.command(cls=SwitchCommand)(run)
 app.command(cls=MigrateCommand, context_settings={"help_option_names": ["--help", "-h"]})(migrate)
 app.command(cls=SwitchCommand)(plan)
 app.command(cls=SwitchCommand)(resync)
+app.command(cls=SwitchCommand)(baseline)
+verify_app.command("data", cls=SwitchCommand)(verify_data)
+verify_app.command("search", cls=SwitchCommand)(verify_search)
+app.add_typer(verify_app, name="verify")
 dlq_app.command("list", cls=SwitchCommand)(dlq_list)
 dlq_app.command("show", cls=SwitchCommand)(dlq_show)
 dlq_app.command("retry", cls=SwitchCommand)(dlq_retry)
 dlq_app.command("drop", cls=SwitchCommand)(dlq_drop)
 app.add_typer(dlq_app, name="dlq")
 app.command(cls=SwitchCommand)(check)
+app.command()(status)
 app.command(cls=SwitchCommand)(uninstall)
 app.command()(demo)
 app.command()(version)

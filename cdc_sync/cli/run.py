@@ -35,7 +35,11 @@ def run(loaded: LoadedSettings, restart: Restart = False) -> int:
     with ended_by_sigterm():
         from cdc_sync.sync.daemon import run_pipeline
 
-        return run_pipeline(loaded.settings, restart=restart)
+        if not loaded.settings.verify.continuous:
+            return run_pipeline(loaded.settings, restart=restart)
+        from cdc_sync.verify.continuous import verify_continuously
+
+        return run_pipeline(loaded.settings, restart=restart, beside=verify_continuously)
 
 
 @contextlib.contextmanager

@@ -17,13 +17,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 
-from cdc_sync.mapping.plan import Datatype, Metric, TablePlan, VectorKind, VectorPlan
+from cdc_sync.errors import MappingError
+from cdc_sync.mapping.decoding import JsonValue
+from cdc_sync.mapping.plan import ColumnPlan, Datatype, Metric, TablePlan, VectorKind, VectorPlan
 from cdc_sync.mapping.python import PythonCodec
 from cdc_sync.mapping.vectors import (
     Floats,
@@ -33,7 +36,7 @@ from cdc_sync.mapping.vectors import (
     VectorReader,
     compile_vector,
 )
-from cdc_sync.rows import UNCHANGED, Row, TextValue
+from cdc_sync.rows import UNCHANGED, RawValue, Row, TextValue
 
 #: A vector as Qdrant returns it: float32 components of shape (n,) for dense ones, (rows, n) for
 #: multivectors; or a sparse vector, its indices in any order.
@@ -52,14 +55,30 @@ _LENGTH_ROUNDING: Final = 1e-4
 
 _Match: TypeAlias = Callable[[VectorData, StoredArray], bool]
 _DenseMatch: TypeAlias = Callable[[Floats, Floats], bool]
+#: Many raw values beside as many stored vectors: where it is certain that they are the same.
+_Together: TypeAlias = Callable[
+    [Sequence[RawValue], Sequence[StoredArray | None]], npt.NDArray[np.bool_]
+]
+
+
+class ComparedVector(NamedTuple):
+    """A vector of a row (None: the row has none) beside the stored one (None: the point has
+    none)."""
+
+    plan: VectorPlan
+    wanted: VectorData | None
+    stored: StoredArray | None
+    equal: bool
 
 
 class _Vector(NamedTuple):
     position: int
+    plan: VectorPlan
     name: str
     binary: VectorReader
     text: VectorReader
     match: _Match
+    together: _Together | None
 
 
 class PointComparison:
@@ -70,9 +89,11 @@ class PointComparison:
         self._vectors = [
             _Vector(
                 position,
+                column.vector,
                 column.vector.name,
                 *compile_vector(plan.qualified_name, column),
                 _matcher(column.vector),
+                _together(column),
             )
             for position, column in enumerate(plan.columns)
             if column.vector is not None
@@ -89,21 +110,78 @@ class PointComparison:
         wanted = self._codec.payload(row)
         return self._same_vectors(row, vectors) and same_json(wanted, payload)
 
+    def equal_all(
+        self,
+        rows: Sequence[Row],
+        points: Sequence[tuple[Mapping[str, object], Mapping[str, StoredArray]]],
+    ) -> list[bool]:
+        """As :meth:`equal` for many rows with their points' payload and vectors, which is faster;
+        but False for a row that has no point."""
+        close = self._close(rows, [vectors for _, vectors in points])
+        equal = []
+        for row, (payload, vectors), is_close in zip(rows, points, close, strict=True):
+            try:
+                if is_close:
+                    equal.append(same_json(self._codec.payload(row), payload))
+                else:
+                    equal.append(self.equal(row, payload, vectors))
+            except MappingError:
+                equal.append(False)
+        return equal
+
+    def _close(
+        self, rows: Sequence[Row], stored: Sequence[Mapping[str, StoredArray]]
+    ) -> npt.NDArray[np.bool_]:
+        """For which rows it is certain at a glance that all vectors are as stored."""
+        close = np.array([len(vectors) == len(self._vectors) for vectors in stored], dtype=np.bool_)
+        for vector in self._vectors:
+            if vector.together is None or not close.any():
+                return np.zeros(len(rows), dtype=np.bool_)
+            places = np.flatnonzero(close).tolist()
+            values = [rows[place][vector.position] for place in places]
+            found = [stored[place].get(vector.name) for place in places]
+            close[places] = vector.together(values, found)
+        return close
+
+    def payload(self, row: Row) -> dict[str, JsonValue]:
+        """The payload that the row's point must have. Errors as of :meth:`equal`."""
+        return self._codec.payload(row)
+
+    def vectors(self, row: Row, stored: Mapping[str, StoredArray]) -> list[ComparedVector]:
+        """Compare each vector of the plan; stored ones that the plan does not know are left out.
+        Errors as of :meth:`equal`."""
+        compared = []
+        for vector in self._vectors:
+            wanted, found = _wanted(vector, row), stored.get(vector.name)
+            equal = wanted is None and found is None
+            if wanted is not None and found is not None:
+                equal = vector.match(wanted, found)
+            compared.append(ComparedVector(vector.plan, wanted, found, equal))
+        return compared
+
+    def matches(self, plan: VectorPlan, wanted: VectorData, stored: StoredArray) -> bool:
+        """Whether a vector of the plan is stored as ``stored`` where it is ``wanted``."""
+        return next(one.match for one in self._vectors if one.plan == plan)(wanted, stored)
+
     def _same_vectors(self, row: Row, stored: Mapping[str, StoredArray]) -> bool:
         same = True
         count = 0
-        for position, name, binary, text, match in self._vectors:
-            value = row[position]
-            if value is None:
-                continue
-            assert value is not UNCHANGED, "only rows known in full can be compared"
-            data = text(value) if isinstance(value, TextValue) else binary(value)
+        for vector in self._vectors:
+            data = _wanted(vector, row)
             if data is None:
                 continue
             count += 1
-            found = stored.get(name)
-            same = same and found is not None and match(data, found)
+            found = stored.get(vector.name)
+            same = same and found is not None and vector.match(data, found)
         return same and count == len(stored)
+
+
+def _wanted(vector: _Vector, row: Row) -> VectorData | None:
+    value = row[vector.position]
+    if value is None:
+        return None
+    assert value is not UNCHANGED, "only rows known in full can be compared"
+    return vector.text(value) if isinstance(value, TextValue) else vector.binary(value)
 
 
 # -- payloads
@@ -224,3 +302,63 @@ def _same_direction(wanted: Floats, stored: Floats, *, half: bool) -> bool:
 
 def _same_components(wanted: Floats, stored: Floats, *, half: bool) -> bool:
     return bool(np.array_equal(_rounded(wanted) if half else wanted, stored))
+
+
+# -- many vectors at once
+
+#: How components stand in the binary format, behind a header of two 16-bit integers.
+_COMPONENTS: Final = {"vector": ">f4", "halfvec": ">f2"}
+_HEADER_BYTES: Final = 4
+
+
+def _together(column: ColumnPlan) -> _Together | None:
+    """The comparison of many dense vectors of one dimension; None for other columns."""
+    plan, type_ = column.vector, column.type.base
+    if (
+        plan is None
+        or plan.kind is not VectorKind.DENSE
+        or plan.size is None
+        or plan.datatype not in (Datatype.FLOAT32, Datatype.FLOAT16)
+        or not type_.is_pgvector
+        or type_.name not in _COMPONENTS
+    ):
+        return None
+    components = np.dtype(_COMPONENTS[type_.name])
+    return functools.partial(_same_together, plan=plan, components=components, size=plan.size)
+
+
+def _same_together(
+    values: Sequence[RawValue],
+    stored: Sequence[StoredArray | None],
+    *,
+    plan: VectorPlan,
+    components: np.dtype[np.floating],
+    size: int,
+) -> npt.NDArray[np.bool_]:
+    width = _HEADER_BYTES + size * components.itemsize
+    whole = all(
+        type(value) is bytes
+        and len(value) == width
+        and isinstance(found, np.ndarray)
+        and found.shape == (size,)
+        for value, found in zip(values, stored, strict=True)
+    )
+    if not whole:
+        return np.zeros(len(values), dtype=np.bool_)
+    raw = np.frombuffer(b"".join(values), np.uint8).reshape(len(values), width)  # type: ignore[arg-type]
+    wanted = raw[:, _HEADER_BYTES:].copy().view(components).astype(np.float32)
+    found = np.stack(stored)  # type: ignore[arg-type]
+    half = plan.datatype is Datatype.FLOAT16
+    if plan.metric is not Metric.COSINE:
+        same = (_rounded(wanted) if half else wanted) == found
+        return np.asarray(same.all(axis=1))
+    wide = wanted.astype(np.float64)
+    lengths = np.einsum("ij,ij->i", wide, wide)
+    # Short ones are looked at one by one.
+    long = lengths > _SHORT * (1 + _LENGTH_ROUNDING)
+    wide /= np.sqrt(np.where(long, lengths, 1.0))[:, np.newaxis]
+    margin = np.abs(wide) * _COSINE_PART + _COSINE_LEAST
+    low, high = (wide - margin).astype(np.float32), (wide + margin).astype(np.float32)
+    if half:
+        low, high = _rounded(low), _rounded(high)
+    return np.asarray(long & ((low <= found) & (found <= high)).all(axis=1))

@@ -1,4 +1,5 @@
-"""The HTTP endpoint: ``/metrics``, ``/livez``, ``/readyz``, ``/status``, in a thread of its own.
+"""The HTTP endpoint: the status page, ``/metrics``, ``/livez``, ``/readyz``, ``/status``, in a
+thread of its own.
 
 It answers from memory only, so it keeps answering while the event loop is stuck or Postgres and
 Qdrant are away; that is what lets ``/livez`` tell one from the other. Clients cannot wait each
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from types import TracebackType
 from typing import Final, Self
@@ -27,6 +29,7 @@ from cdc_sync.config import HttpSettings
 from cdc_sync.errors import ConfigError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
+from cdc_sync.ops.page import NOTHING_ALLOWED, status_page
 from cdc_sync.ops.status import Check, StatusBoard
 
 log = get_logger(__name__)
@@ -36,8 +39,17 @@ MAX_CONNECTIONS: Final = 64
 _READ_SECONDS: Final = 5.0
 _REAP_SECONDS: Final = 0.1
 _JSON: Final = "application/json"
+_HTML: Final = "text/html; charset=utf-8"
 
-Response = tuple[HTTPStatus, str, bytes]
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What is answered; ``policy`` is the Content-Security-Policy."""
+
+    status: HTTPStatus
+    content_type: str
+    body: bytes
+    policy: str = NOTHING_ALLOWED
 
 
 class HttpServer:
@@ -112,6 +124,7 @@ class _Endpoints:
         self._board = board
         self._metrics = metrics
         self._paths: dict[str, Callable[[str], Response]] = {
+            "/": lambda _: _page(),
             "/metrics": self._exposition,
             "/livez": lambda _: _checks(self._board.liveness()),
             "/readyz": lambda _: _checks(self._board.readiness()),
@@ -131,7 +144,12 @@ class _Endpoints:
 
     def _exposition(self, accept: str) -> Response:
         encode, content_type = choose_encoder(accept)
-        return HTTPStatus.OK, content_type, encode(self._metrics.registry)
+        return Response(HTTPStatus.OK, content_type, encode(self._metrics.registry))
+
+
+def _page() -> Response:
+    page = status_page()
+    return Response(HTTPStatus.OK, _HTML, page.body, page.policy)
 
 
 def _checks(checks: Sequence[Check]) -> Response:
@@ -141,7 +159,7 @@ def _checks(checks: Sequence[Check]) -> Response:
 
 
 def _json(status: HTTPStatus, body: object) -> Response:
-    return status, _JSON, orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE)
+    return Response(status, _JSON, orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE))
 
 
 # -- how
@@ -173,16 +191,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Say nothing: a line a probe would drown the rest."""
 
     def _answer(self, response: Response) -> None:
-        status, content_type, body = response
-        self.send_response(status)
-        if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        self.send_response(response.status)
+        if response.status is HTTPStatus.METHOD_NOT_ALLOWED:
             self.send_header("Allow", "GET, HEAD")
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", response.content_type)
+        self.send_header("Content-Length", str(len(response.body)))
         self.send_header("Cache-Control", "no-store")
+        self.send_header("Content-Security-Policy", response.policy)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(response.body)
 
 
 class _Server(http.server.ThreadingHTTPServer):

@@ -8,9 +8,9 @@ On a terminal an event is an aligned line, elsewhere a JSON object: ``time`` (UT
 Records of other libraries take the same way, with their message as the event.
 
 - :func:`log_context` adds fields to whatever is logged inside it, across awaits.
-- The same event about the same table more than :data:`REPEATS_A_MINUTE` times a minute is counted
-  instead of written; a ``log_repeats_suppressed`` event says how many. Whoever asks for debug
-  events gets all of those.
+- The same event about the same table and of the same kind more than :data:`REPEATS_A_MINUTE` times
+  a minute is counted instead of written; a ``log_repeats_suppressed`` event says how many. Whoever
+  asks for debug events gets all of those.
 - Secrets are masked (see ``redaction.py``), values of fields included. Rows never belong into a
   field.
 
@@ -45,6 +45,7 @@ LogValue = str | int | float | bool | None | BaseException | object
 REPEATS_A_MINUTE: Final = 20
 _WINDOW_SECONDS: Final = 60.0
 _EVENT_WIDTH: Final = 28
+_OWN: Final = "cdc_sync"
 _RESERVED: Final = frozenset({"time", "level", "logger", "event", "exception"})
 
 #: Other libraries that say too much at our level. Below WARNING the HTTP ones also write headers,
@@ -120,10 +121,16 @@ def log_context(**fields: LogValue) -> Iterator[None]:
         _context.reset(token)
 
 
-def configure_logging(settings: LogSettings, stream: TextIO | None = None) -> None:
+def configure_logging(
+    settings: LogSettings,
+    stream: TextIO | None = None,
+    *,
+    recent: logging.Handler | None = None,
+) -> None:
     """Send everything logged in this process to ``stream`` (default: stderr).
 
-    Replaces what an earlier call set up.
+    ``recent`` gets our own events of level info and above too, even where less is written. Replaces
+    what an earlier call set up.
     """
     target = sys.stderr if stream is None else stream
     handler = EventHandler(target)
@@ -135,9 +142,20 @@ def configure_logging(settings: LogSettings, stream: TextIO | None = None) -> No
             old.close()
     root.addHandler(handler)
     root.setLevel(settings.level.upper())
+    handler.setLevel(root.level)
+    _keep_recent(recent, root.level)
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)
+
+
+def _keep_recent(recent: logging.Handler | None, level: int) -> None:
+    own = logging.getLogger(_OWN)
+    for old in own.handlers[:]:
+        own.removeHandler(old)
+    own.setLevel(logging.NOTSET if recent is None else min(level, logging.INFO))
+    if recent is not None:
+        own.addHandler(recent)
 
 
 def _formatter(settings: LogSettings, stream: TextIO) -> logging.Formatter:
@@ -150,7 +168,7 @@ def _formatter(settings: LogSettings, stream: TextIO) -> logging.Formatter:
 # -- formatters
 
 
-def _fields(record: logging.LogRecord) -> dict[str, object]:
+def record_fields(record: logging.LogRecord) -> dict[str, object]:
     """Context and fields of a record; a field named like one of ours gets an underscore."""
     own = getattr(record, "event_fields", None)
     merged = {**_context.get(), **(own if isinstance(own, Mapping) else {})}
@@ -193,7 +211,8 @@ def _text(value: object) -> str:
     return redact(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
-def _event(record: logging.LogRecord) -> str:
+def event_name(record: logging.LogRecord) -> str:
+    """The event of a record; of another library's, its message."""
     try:
         return _text(record.getMessage())
     except (TypeError, ValueError, KeyError):
@@ -209,8 +228,10 @@ def _trace(record: logging.LogRecord) -> str | None:
     return _text("\n".join(parts)) if parts else None
 
 
-def _time(record: logging.LogRecord) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+def rfc3339(seconds: float) -> str:
+    """A Unix time as all of our JSON has it: UTC, milliseconds."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class JsonFormatter(logging.Formatter):
@@ -218,11 +239,11 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, object] = {
-            "time": _time(record).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "time": rfc3339(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "event": _event(record),
-            **_fields(record),
+            "event": event_name(record),
+            **record_fields(record),
         }
         if trace := _trace(record):
             entry["exception"] = trace
@@ -249,12 +270,13 @@ class ConsoleFormatter(logging.Formatter):
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        clock = _time(record).astimezone().strftime("%H:%M:%S.%f")[:-3]
+        moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC).astimezone()
+        clock = moment.strftime("%H:%M:%S.%f")[:-3]
         level = f"{record.levelname.lower():<8}"
-        event = _one_line(_event(record))
+        event = _one_line(event_name(record))
         fields = [
             f"{self._paint(_DIM, key + '=')}{_console_value(value)}"
-            for key, value in _fields(record).items()
+            for key, value in record_fields(record).items()
         ]
         padded = f"{event:<{_EVENT_WIDTH}}" if fields else event
         head = f"{self._paint(_DIM, clock)} {self._paint(_COLOURS.get(record.levelno, ''), level)}"
@@ -287,9 +309,13 @@ def _one_line(text: str) -> str:
 # -- repeats
 
 
+#: Event, table, kind, level.
+_Key = tuple[str, str, str, int]
+
+
 @dataclass(slots=True)
 class _Window:
-    """A minute of one event about one table."""
+    """A minute of one event about one table, of one kind."""
 
     opened: float
     logger: str
@@ -299,22 +325,23 @@ class _Window:
 
 
 class RepeatLimiter:
-    """Counts repeats of an event about a table (field ``table``).
+    """Counts repeats of an event about a table (field ``table``), of a kind (field ``kind``).
 
     Not thread-safe: the lock of the handler guards it.
     """
 
     def __init__(self, limit: int = REPEATS_A_MINUTE) -> None:
         self._limit = limit
-        self._windows: dict[tuple[str, str, int], _Window] = {}
+        self._windows: dict[_Key, _Window] = {}
 
     def admit(self, record: logging.LogRecord, now: float) -> bool:
         """Whether to write the record. ``now`` is monotonic, in seconds."""
         if record.levelno <= logging.DEBUG:
             return True
         own = getattr(record, "event_fields", None)
-        table = {**_context.get(), **(own if isinstance(own, Mapping) else {})}.get("table", "")
-        key = (str(record.msg), str(table), record.levelno)
+        merged = {**_context.get(), **(own if isinstance(own, Mapping) else {})}
+        about = (str(merged.get("table", "")), str(merged.get("kind", "")))
+        key = (str(record.msg), *about, record.levelno)
         window = self._windows.get(key)
         if window is None:
             window = self._windows[key] = _Window(now, record.name, record.levelno)
@@ -323,6 +350,11 @@ class RepeatLimiter:
             return True
         window.suppressed += 1
         return False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something was suppressed that has not been told yet."""
+        return any(window.suppressed for window in self._windows.values())
 
     def due(self, now: float, *, everything: bool = False) -> list[logging.LogRecord]:
         """Summaries of windows that have ended, which are then forgotten."""
@@ -336,20 +368,21 @@ class RepeatLimiter:
         return [_summary(key, window) for key, window in ended if window.suppressed]
 
 
-def _summary(key: tuple[str, str, int], window: _Window) -> logging.LogRecord:
-    event, table, level = key
+def _summary(key: _Key, window: _Window) -> logging.LogRecord:
+    event, table, kind, level = key
     record = logging.LogRecord(
         window.logger, level, __file__, 0, "log_repeats_suppressed", None, None
     )
     fields: dict[str, object] = {"repeated_event": event, "count": window.suppressed}
-    record.event_fields = {**fields, "table": table} if table else fields
+    about = {name: value for name, value in (("table", table), ("kind", kind)) if value}
+    record.event_fields = {**fields, **about}
     return record
 
 
 class EventHandler(logging.Handler):
     """Writes records, whatever their origin, and summaries of repeats.
 
-    A summary is written with the first record after its minute, or when the handler is closed.
+    A summary is written when its minute is over, or when the handler is closed.
     """
 
     def __init__(self, stream: TextIO, limiter: RepeatLimiter | None = None) -> None:
@@ -357,23 +390,44 @@ class EventHandler(logging.Handler):
         self._stream = stream
         self._limiter = limiter or RepeatLimiter()
         self._clock = time.monotonic
+        self._timer: threading.Timer | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             now = self._clock()
-            for summary in self._limiter.due(now):
-                self._write(summary)
+            self._summarise(now)
             if self._limiter.admit(record, now):
                 self._write(record)
+            else:
+                self._summarise_later()
         except Exception:  # noqa: BLE001 - logging's contract: report to stderr, never to the caller
             self.handleError(record)
 
     def close(self) -> None:
         # ValueError, OSError: the stream may be closed already.
         with self.lock or threading.RLock(), contextlib.suppress(ValueError, OSError):
-            for summary in self._limiter.due(self._clock(), everything=True):
-                self._write(summary)
+            if self._timer is not None:
+                self._timer.cancel()
+            self._summarise(self._clock(), everything=True)
         super().close()
+
+    def _summarise(self, now: float, *, everything: bool = False) -> None:
+        for summary in self._limiter.due(now, everything=everything):
+            self._write(summary)
+
+    def _summarise_later(self) -> None:
+        """Whatever is suppressed is told even if nothing more is logged."""
+        if self._timer is None:
+            self._timer = threading.Timer(_WINDOW_SECONDS, self._on_timer)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _on_timer(self) -> None:
+        with self.lock or threading.RLock(), contextlib.suppress(ValueError, OSError):
+            self._timer = None
+            self._summarise(self._clock())
+            if self._limiter.waiting:
+                self._summarise_later()
 
     def _write(self, record: logging.LogRecord) -> None:
         self._stream.write(self.format(record) + "\n")

@@ -24,7 +24,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cdc_sync import __version__
@@ -51,6 +51,7 @@ SinkOperation = Literal[
     "upsert", "delete", "update_batch", "set_payload", "get", "scroll", "count", "query", "other",
 ]  # fmt: skip
 SinkOutcome = Literal["ok", "error", "timeout"]
+SlowdownCause = Literal["deadline", "slow", "rate_limit", "batch_limit", "message_size"]
 Trigger = Literal["timer", "requested", "progress"]
 WalStatus = Literal["reserved", "extended", "unreserved", "lost"]
 CheckpointOutcome = Literal["ok", "error"]
@@ -112,6 +113,28 @@ class OptionalGauge(Collector):
         return [GaugeMetricFamily(self._name, self._help)]
 
 
+class MirroredCounter(Collector):
+    """A counter that somebody else keeps, shown as it was last read; nothing before that."""
+
+    def __init__(self, name: str, help_text: str) -> None:
+        self._name = name
+        self._help = help_text
+        self._value: float | None = None
+
+    def set(self, value: float | None) -> None:
+        """Set the value; None takes the sample away."""
+        self._value = value
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(self._name, self._help)
+        if (value := self._value) is not None:
+            family.add_metric([], value)
+        return [family]
+
+    def describe(self) -> Iterable[Metric]:
+        return [CounterMetricFamily(self._name, self._help)]
+
+
 class _Factory:
     """Creates metrics and keeps a list of them."""
 
@@ -132,6 +155,12 @@ class _Factory:
         gauge = OptionalGauge(PREFIX + name, help_text)
         self._registry.register(gauge)
         return gauge
+
+    def mirrored_counter(self, name: str, help_text: str) -> MirroredCounter:
+        self._add(f"{name}_total", "counter", (), help_text)
+        counter = MirroredCounter(PREFIX + name, help_text)
+        self._registry.register(counter)
+        return counter
 
     def histogram(
         self, name: str, help_text: str, buckets: Sequence[float], labels: Sequence[str] = ()
@@ -267,7 +296,7 @@ class Metrics:
 
     def _create_slot(self) -> None:
         make = self._factory
-        self.slot_active = make.gauge("slot_active", "1 while the slot has a consumer.")
+        self.slot_active = make.optional_gauge("slot_active", "1 while the slot has a consumer.")
         self.slot_retained_wal_bytes = make.optional_gauge(
             "slot_retained_wal_bytes", "WAL the slot keeps on the server."
         )
@@ -277,6 +306,12 @@ class Metrics:
         self.slot_wal_status = _bound(
             make.gauge("slot_wal_status", "1 for the slot's wal_status.", ("status",)), WalStatus
         )
+        self.slot_spilled_bytes = make.mirrored_counter(
+            "slot_spilled_bytes", "Bytes of transactions that decoding wrote to the server's disk."
+        )
+        self.slot_spilled_transactions = make.mirrored_counter(
+            "slot_spilled_transactions", "Transactions that decoding wrote to the server's disk."
+        )
 
     def _create_lag(self) -> None:
         make = self._factory
@@ -284,7 +319,7 @@ class Metrics:
             make.gauge("lag_bytes", "WAL between stages; the sum is the whole lag.", ("stage",)),
             LagStage,
         )
-        self.lag_seconds = make.gauge(
+        self.lag_seconds = make.optional_gauge(
             "lag_seconds", "Age of the oldest commit not yet applied; 0 when caught up."
         )
         self.end_to_end_latency_seconds = make.histogram(
@@ -359,6 +394,17 @@ class Metrics:
         self.orphans = make.counter(
             "orphans", "Points found without a row, after a copy.", ("table",)
         )
+        # Nothing before a table has been verified: a zero would read as a fact.
+        self.verify_mismatches = make.gauge(
+            "verify_mismatches",
+            "Rows and points that differ, by the continuous verification.",
+            ("table", "kind"),
+        )
+        self.verify_last_success_timestamp_seconds = make.gauge(
+            "verify_last_success_timestamp_seconds",
+            "Unix time at which the last pass over the table ended.",
+            ("table",),
+        )
         self.rows_reread = make.counter(
             "rows_reread", "Rows read again because it was asked for.", ("table", "result")
         )
@@ -398,6 +444,15 @@ class Metrics:
         }
         self.sink_in_flight_requests = make.gauge(
             "sink_in_flight_requests", "Requests Qdrant has not answered."
+        )
+        self.sink_window_points = make.gauge(
+            "sink_window_points",
+            "Points that may be in flight together; no sample before the first slowdown.",
+            ("collection",),
+        )
+        self.sink_slowdowns = _bound(
+            make.counter("sink_slowdowns", "Times that less was sent at once.", ("cause",)),
+            SlowdownCause,
         )
 
     def _create_snapshot(self) -> None:

@@ -8,21 +8,33 @@ known yet is null.
     {
       "format": 1,
       "pipeline": {"name": "default", "slot": "cdc_sync", "publication": "cdc_sync"},
+      "time": "2026-01-01T12:00:00.100Z",                          of this answer
       "state": "streaming",
       "state_since": "2026-01-01T12:00:00.000Z",
       "message": null,                 why, in a sentence, when the state does not say it
+      "summary": {"severity": "ok", "title": "In step", "text": "Every committed change ...",
+                  "progress": null},   of a copy, from 0 to 1
+      "attention": [{"severity": "warning", "title": "Dead letters", "text": "1 row ...",
+                     "remedy": "cdc-sync dlq list", "since": null}],       worst first
       "alive": true, "ready": true,    what /livez and /readyz answer
       "source": {"up": true, "error": null, "since": "..."},       up is null before the first try
       "sink": {"up": true, "error": null, "since": "..."},
+      "slowed": [{"collection": "items", "points": 64, "cause": "rate_limit", "since": "..."}],
       "positions": {"server": "0/3000060", "received": "0/3000060",
                     "applied": "0/3000028", "acknowledged": "0/3000028"},
       "lag": {"bytes": 56, "seconds": 0.0},
+      "lag_history": {"interval_seconds": 5.0, "bytes": [56], "seconds": [0.0]},
+      "slot": {"active": true, "wal_status": "reserved", "retained_bytes": 3000, "risk": "low",
+               "limit_bytes": 1073741824, "seen": "..."},      null until Postgres has shown it
+      "dead_letters": {"pending": 0, "limit": 1000},
       "tables": [{"name": "public.items", "collection": "items", "state": "streaming",
                   "rows_copied": 400, "rows_estimated": 400, "rows_exact": true,
                   "bytes_copied": 1638400, "copy_seconds": 0.4, "retries": 0,
                   "changes_applied": 12, "dead_letters": 0, "waiting": null,
                   "error": null, "remedy": null}],
       "tasks": [{"name": "stream", "heartbeat_age_seconds": 0.4}],
+      "events": [{"time": "...", "since": "...", "count": 1, "level": "info",
+                  "event": "streaming_started", "fields": {"slot": "cdc_sync"}}],  newest first
       "versions": {"cdc_sync": "0.1.0", "python": "3.11.7",
                    "postgres": "16.3", "qdrant": "1.20.0"},
       "started": "2026-01-01T11:59:00.000Z", "uptime_seconds": 60.1
@@ -32,12 +44,13 @@ The state is starting, standby, snapshotting, catching_up, streaming, draining o
 is pending, copying, catching_up, streaming, stopped or failed; the others go on while one is
 stopped, and its ``error`` and ``remedy`` say why. ``rows_exact`` says that ``rows_estimated``
 was counted; ``copy_seconds`` runs while the table is copied; ``waiting`` says why nothing of it is
-copied just now.
+copied just now. ``slowed`` are collections of which less is sent at once than configured, since
+Qdrant takes no more: so many points together, and why. Severities are ok, busy, warning and
+critical; the slot's risk is unknown, unlimited, low, raised, high or lost.
 """
 
 from __future__ import annotations
 
-import datetime
 import platform
 import threading
 import time
@@ -46,32 +59,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypedDict, Unpack, get_args
 
+from prometheus_client import Gauge
+
 from cdc_sync import __version__
-from cdc_sync.ops.metrics import Metrics, State, TablePhase
+from cdc_sync.ops.attention import Facts, Notice, SlotFacts, Summary, assess
+from cdc_sync.ops.lag_history import LagHistory
+from cdc_sync.ops.logging import rfc3339
+from cdc_sync.ops.metrics import Metrics, State, TablePhase, WalStatus
+from cdc_sync.ops.recent_events import RecentEvents
 from cdc_sync.ops.redaction import redact
+from cdc_sync.ops.table_status import TableStatus
 from cdc_sync.pgoutput.lsn import Lsn
 
 #: A loop that has not turned for so long is stuck.
 HEARTBEAT_LIMIT_SECONDS: Final = 60.0
 
 _WORKING: Final = frozenset({"snapshotting", "catching_up", "streaming"})
-
-
-class TableChanges(TypedDict, total=False):
-    """What :meth:`TableStatus.update` takes."""
-
-    collection: str
-    state: TablePhase
-    rows_copied: int
-    rows_estimated: int | None
-    rows_exact: bool
-    bytes_copied: int
-    retries: int
-    changes_applied: int
-    dead_letters: int
-    waiting: str | None
-    error: str | None
-    remedy: str | None
 
 
 class Positions(TypedDict, total=False):
@@ -98,102 +101,8 @@ class _End:
         self.error = None if up or error is None else redact(error)
 
     def to_json(self) -> dict[str, object]:
-        since = None if self.since is None else _timestamp(self.since)
+        since = None if self.since is None else rfc3339(self.since)
         return {"up": self.up, "error": self.error, "since": since}
-
-
-@dataclass(slots=True)
-class _Fields:
-    """Everything about one table that the status shows."""
-
-    collection: str | None = None
-    state: TablePhase = "pending"
-    rows_copied: int = 0
-    rows_estimated: int | None = None
-    rows_exact: bool = False
-    bytes_copied: int = 0
-    retries: int = 0
-    changes_applied: int = 0
-    dead_letters: int = 0
-    waiting: str | None = None
-    error: str | None = None
-    remedy: str | None = None
-
-
-class TableStatus:
-    """One table on the board. Made by :meth:`StatusBoard.table`."""
-
-    def __init__(
-        self,
-        name: str,
-        lock: threading.Lock,
-        changed: Callable[[], None],
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.name = name
-        self._lock = lock
-        self._changed = changed
-        self._monotonic = monotonic
-        self._fields = _Fields()
-        self._copy_started: float | None = None
-        self._copy_ended: float | None = None
-
-    @property
-    def state(self) -> TablePhase:
-        """Where the table is in its life."""
-        return self._fields.state
-
-    def update(self, **changes: Unpack[TableChanges]) -> None:
-        """Set the fields given; the others stay."""
-        with self._lock:
-            before = self._fields.state
-            for name, value in changes.items():
-                setattr(self._fields, name, redact(value) if isinstance(value, str) else value)
-            if "state" in changes:
-                self._time_copy(before)
-                self._changed()
-
-    def add(
-        self,
-        *,
-        rows_copied: int = 0,
-        bytes_copied: int = 0,
-        retries: int = 0,
-        changes_applied: int = 0,
-        dead_letters: int = 0,
-    ) -> None:
-        """Add to the counts."""
-        with self._lock:
-            self._fields.rows_copied += rows_copied
-            self._fields.bytes_copied += bytes_copied
-            self._fields.retries += retries
-            self._fields.changes_applied += changes_applied
-            self._fields.dead_letters += dead_letters
-
-    def to_json(self) -> dict[str, object]:
-        """The table's entry; called under the board's lock."""
-        fields = self._fields
-        names = _Fields.__dataclass_fields__
-        entry = {"name": self.name, **{name: getattr(fields, name) for name in names}}
-        times = self.copy_times()
-        return {**entry, "copy_seconds": round(times[1] - times[0], 3) if times else None}
-
-    def _time_copy(self, before: TablePhase) -> None:
-        """From the first chunk to the last, the stream's turns between them included."""
-        now = self._fields.state
-        if now == "copying":
-            if before not in ("copying", "catching_up") or self._copy_started is None:
-                self._copy_started = self._monotonic()
-            self._copy_ended = None
-        elif before == "copying":
-            self._copy_ended = self._monotonic()
-
-    def copy_times(self) -> tuple[float, float] | None:
-        """When the copy began and ended, or now, on the board's clock; called under its lock."""
-        if self._copy_started is None:
-            return None
-        ended = self._monotonic() if self._copy_ended is None else self._copy_ended
-        return self._copy_started, ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +133,8 @@ class _Facts:
     positions: Positions = field(default_factory=lambda: Positions())
     lag_bytes: int | None = None
     lag_seconds: float | None = None
+    slot: SlotFacts | None = None
+    dead_letter_limit: int | None = None
     versions: dict[str, str | None] = field(default_factory=dict)
 
 
@@ -241,9 +152,11 @@ class StatusBoard:
         slot: str = "",
         publication: str = "",
         metrics: Metrics | None = None,
+        events: RecentEvents | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lock = threading.Lock()
+        self._events = events
         self._metrics = metrics
         self._monotonic = monotonic
         self._started = time.time()
@@ -254,7 +167,10 @@ class StatusBoard:
             "postgres": None, "qdrant": None,
         }  # fmt: skip
         self._tables: dict[str, TableStatus] = {}
+        self._slowed: dict[str, dict[str, object]] = {}
         self._heartbeats: dict[str, float] = {}
+        self._beats: dict[str, Gauge] = {}
+        self._lag_history = LagHistory()
         if metrics is not None:
             metrics.set_state("starting")
 
@@ -284,6 +200,16 @@ class StatusBoard:
         if self._metrics is not None:
             self._metrics.sink_up.set(up)
 
+    def set_pace(self, collection: str, points: int, cause: str | None) -> None:
+        """Say how many points of a collection may be in flight together, and why not as many as
+        configured (None: as many)."""
+        with self._lock:
+            since = self._slowed.pop(collection, {}).get("since", rfc3339(time.time()))
+            if cause is not None:
+                self._slowed[collection] = {
+                    "collection": collection, "points": points, "cause": cause, "since": since,
+                }  # fmt: skip
+
     def set_versions(self, *, postgres: str | None = None, qdrant: str | None = None) -> None:
         """Set the versions of the servers, once known."""
         with self._lock:
@@ -300,8 +226,42 @@ class StatusBoard:
         with self._lock:
             self._facts.lag_bytes = lag_bytes
             self._facts.lag_seconds = seconds
-        if self._metrics is not None and seconds is not None:
+            self._lag_history.add(self._monotonic(), lag_bytes=lag_bytes, seconds=seconds)
+        if self._metrics is not None:
             self._metrics.lag_seconds.set(seconds)
+
+    def set_slot(
+        self,
+        *,
+        active: bool,
+        wal_status: WalStatus | None,
+        retained_bytes: int | None,
+        safe_bytes: int | None,
+    ) -> None:
+        """Set what Postgres shows of the slot. ``retained_bytes``: None where there is no such
+        slot, or it is lost; ``safe_bytes``: None without ``max_slot_wal_keep_size``."""
+        slot = SlotFacts(active, wal_status, retained_bytes, safe_bytes, time.time())
+        with self._lock:
+            self._facts.slot = slot
+        if self._metrics is not None:
+            self._metrics.slot_active.set(1 if active else 0)
+            self._metrics.set_wal_status(wal_status)
+            self._metrics.slot_retained_wal_bytes.set(retained_bytes)
+            self._metrics.slot_safe_wal_bytes.set(safe_bytes)
+
+    def slot_unknown(self) -> None:
+        """Say that Postgres could not be asked. The last answer stays, with its time; a metric has
+        none."""
+        if self._metrics is not None:
+            self._metrics.slot_active.set(None)
+            self._metrics.set_wal_status(None)
+            self._metrics.slot_retained_wal_bytes.set(None)
+            self._metrics.slot_safe_wal_bytes.set(None)
+
+    def set_dead_letter_limit(self, limit: int) -> None:
+        """Say beyond how many dead letters the pipeline stops."""
+        with self._lock:
+            self._facts.dead_letter_limit = limit
 
     def table(self, name: str) -> TableStatus:
         """The entry of a table (``schema.table``), made at the first call."""
@@ -317,13 +277,19 @@ class StatusBoard:
         """Say that a loop has turned. A loop that has said so once must go on, or be retired."""
         with self._lock:
             self._heartbeats[task] = self._monotonic()
-        if self._metrics is not None:
-            self._metrics.loop_heartbeat_timestamp_seconds.labels(task).set(time.time())
+        if self._metrics is None:
+            return
+        beat = self._beats.get(task)
+        if beat is None:
+            beat = self._metrics.loop_heartbeat_timestamp_seconds.labels(task)
+            self._beats[task] = beat
+        beat.set(time.time())
 
     def retire(self, task: str) -> None:
         """Say that a loop has ended as it should."""
         with self._lock:
             known = self._heartbeats.pop(task, None) is not None
+            self._beats.pop(task, None)
         if known and self._metrics is not None:
             self._metrics.loop_heartbeat_timestamp_seconds.remove(task)
 
@@ -338,6 +304,19 @@ class StatusBoard:
             self._facts.stuck = None if message is None else redact(message)
 
     # -- the readers' side
+
+    @property
+    def standby_seconds(self) -> float:
+        """For how long another process has had the slot; 0 while none has."""
+        with self._lock:
+            facts = self._facts
+            return max(0.0, time.time() - facts.state_since) if facts.state == "standby" else 0.0
+
+    @property
+    def source_up(self) -> bool:
+        """Whether Postgres answered when it was last asked."""
+        with self._lock:
+            return self._facts.source.up is True
 
     @property
     def both_up(self) -> bool:
@@ -359,6 +338,7 @@ class StatusBoard:
         """Everything, as ``/status`` shows it (see the module)."""
         with self._lock:
             facts, now = self._facts, self._monotonic()
+            summary, notices = self._assess()
             positions = {
                 "server": _lsn(facts.positions.get("server")),
                 "received": _lsn(facts.positions.get("received")),
@@ -368,22 +348,33 @@ class StatusBoard:
             return {
                 "format": 1,
                 "pipeline": dict(facts.pipeline),
+                "time": rfc3339(time.time()),
                 "state": facts.state,
-                "state_since": _timestamp(facts.state_since),
+                "state_since": rfc3339(facts.state_since),
                 "message": facts.message,
+                "summary": summary.to_json(),
+                "attention": [notice.to_json() for notice in notices],
                 "alive": all(check.ok for check in self._liveness()),
                 "ready": all(check.ok for check in self._readiness()),
                 "source": facts.source.to_json(),
                 "sink": facts.sink.to_json(),
+                "slowed": list(self._slowed.values()),
                 "positions": positions,
                 "lag": {"bytes": facts.lag_bytes, "seconds": facts.lag_seconds},
+                "lag_history": self._lag_history.to_json(now),
+                "slot": None if facts.slot is None else facts.slot.to_json(),
+                "dead_letters": {
+                    "pending": self._dead_letters(),
+                    "limit": facts.dead_letter_limit,
+                },
                 "tables": [table.to_json() for table in self._tables.values()],
                 "tasks": [
                     {"name": task, "heartbeat_age_seconds": round(now - beat, 3)}
                     for task, beat in self._heartbeats.items()
                 ],
+                "events": [] if self._events is None else self._events.newest_first(),
                 "versions": dict(facts.versions),
-                "started": _timestamp(self._started),
+                "started": rfc3339(self._started),
                 "uptime_seconds": round(now - self._started_monotonic, 3),
             }
 
@@ -397,6 +388,31 @@ class StatusBoard:
         return round(max(end for _, end in times) - min(start for start, _ in times), 3)
 
     # -- under the lock
+
+    def _assess(self) -> tuple[Summary, list[Notice]]:
+        facts = self._facts
+        dead = [check for check in self._liveness() if not check.ok]
+        reason = "; ".join(check.message or check.name for check in dead)
+        return assess(
+            Facts(
+                state=facts.state,
+                state_since=facts.state_since,
+                message=facts.message,
+                not_alive=reason or None,
+                source=facts.source,
+                sink=facts.sink,
+                slot=facts.slot,
+                tables={name: table.facts for name, table in self._tables.items()},
+                dead_letters=self._dead_letters(),
+                dead_letter_limit=facts.dead_letter_limit,
+                lag_seconds=facts.lag_seconds,
+                slowed=list(self._slowed.values()),
+                now=time.time(),
+            )
+        )
+
+    def _dead_letters(self) -> int:
+        return sum(table.facts.dead_letters for table in self._tables.values())
 
     def _liveness(self) -> list[Check]:
         error = self._facts.supervisor_error
@@ -443,8 +459,3 @@ def _end_check(name: str, end: _End) -> Check:
 
 def _lsn(position: int | None) -> str | None:
     return None if position is None else str(Lsn(position))
-
-
-def _timestamp(seconds: float) -> str:
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -26,6 +26,8 @@ _MAX_ROW_BYTES: Final = 1 << 30
 _MAX_EXTENSION_BYTES: Final = 1 << 16
 _TRAILER: Final = -1
 _POLL_MILLISECONDS: Final = 1000
+#: Bytes a batch of rows, about: the last row of a batch may go beyond it.
+BATCH_BYTES: Final = 4 << 20
 
 _count_at = cast("Callable[[bytes, int], tuple[int]]", struct.Struct(">h").unpack_from)
 _size_at = cast("Callable[[bytes, int], tuple[int]]", struct.Struct(">i").unpack_from)
@@ -182,7 +184,7 @@ def copy_rows(
     text_columns: Sequence[bool],
     *,
     batch_rows: int = 1024,
-    batch_bytes: int = 4 << 20,
+    batch_bytes: int = BATCH_BYTES,
 ) -> Iterator[list[Row]]:
     """Run ``COPY (query) TO STDOUT`` and return its rows in batches of about that size, none empty.
 

@@ -16,7 +16,7 @@ from cdc_sync.mapping.ids import key_plan
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.table import Leaf, Table, redefined
 from cdc_sync.postgres.connect import PgConnection, connect, result_error, translate
-from cdc_sync.postgres.copy_binary import copy_rows
+from cdc_sync.postgres.copy_binary import BATCH_BYTES, copy_rows
 from cdc_sync.postgres.exclusive import lock_window
 from cdc_sync.postgres.identifiers import qualified, quote_ident, quote_literal
 from cdc_sync.postgres.pg_types import sends_binary
@@ -25,6 +25,7 @@ from cdc_sync.postgres.watch import definitions
 from cdc_sync.postgres.written import write_out
 
 __all__ = [
+    "BATCH_BYTES",
     "SnapshotHolder",
     "TableRewrittenError",
     "TransactionSnapshot",

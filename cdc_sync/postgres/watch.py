@@ -95,9 +95,11 @@ _POSITION = """
     SELECT pg_current_wal_flush_lsn()::text, s.restart_lsn::text, s.wal_status, s.safe_wal_size,
     s.active, (SELECT a.wait_event FROM pg_catalog.pg_stat_activity a WHERE a.pid = s.active_pid),
            pg_snapshot_xmin(now.snapshot)::text::int8, pg_snapshot_xmax(now.snapshot)::text::int8,
-           ARRAY(SELECT xid::text::int8 FROM pg_snapshot_xip(now.snapshot) xid)
+           ARRAY(SELECT xid::text::int8 FROM pg_snapshot_xip(now.snapshot) xid),
+           spilled.spill_bytes, spilled.spill_txns
       FROM (SELECT pg_current_snapshot() AS snapshot) now LEFT JOIN pg_catalog.pg_replication_slots
       s ON s.slot_name = %s
+      LEFT JOIN pg_catalog.pg_stat_replication_slots spilled ON spilled.slot_name = s.slot_name
 """
 
 
@@ -110,7 +112,9 @@ class SourcePosition:
     such slot. ``waiting``: what its walsender waits for, None while it works.
 
     ``xmin`` and ``xmax`` (64 bit): every transaction below the first is over, none at or above the
-    second had begun; ``running``: those in between that were not over.
+    second had begun; ``running``: those in between that were not over. ``spilled_bytes`` and
+    ``spilled_transactions``: what decoding has written to the server's disk, since its statistics
+    were last reset.
     """
 
     current: Lsn
@@ -122,6 +126,8 @@ class SourcePosition:
     xmin: int
     xmax: int
     running: frozenset[int]
+    spilled_bytes: int | None = None
+    spilled_transactions: int | None = None
 
     @property
     def retained_bytes(self) -> int | None:
@@ -231,7 +237,7 @@ def source_position(connection: PgConnection, slot: str) -> SourcePosition:
     except psycopg.Error as error:
         raise translate(error, "reading the slot's state") from error
     assert row is not None
-    current, restart, status, safe, active, waiting, xmin, xmax, running = row
+    current, restart, status, safe, active, waiting, xmin, xmax, running, *spilled = row
     return SourcePosition(
         Lsn.parse(current),
         Lsn.parse(restart) if restart is not None else None,
@@ -242,6 +248,7 @@ def source_position(connection: PgConnection, slot: str) -> SourcePosition:
         int(xmin),
         int(xmax),
         frozenset(int(xid) for xid in running),
+        *(None if number is None else int(number) for number in spilled),
     )
 
 

@@ -28,6 +28,7 @@ from cdc_sync.qdrant.deferral import (
     zeroed,
 )
 from cdc_sync.qdrant.differences import differences
+from cdc_sync.qdrant.reads import PointReads
 from cdc_sync.qdrant.rpc import (
     COLLECTION_INFO,
     COUNT,
@@ -41,6 +42,7 @@ from cdc_sync.qdrant.rpc import (
     sink_error,
 )
 
+_COUNTED_PAGE: Final = 10_000
 _DOT: Final = "Dot"
 _DOT_WITH_IDF: Final = "Dot with IDF"
 
@@ -153,6 +155,21 @@ def found_vectors(params: q.CollectionParams) -> dict[str, FoundVector]:
     return found
 
 
+def quantized_vectors(config: q.CollectionConfig) -> frozenset[str]:
+    """The names of the dense vectors that are kept quantized too."""
+    vectors = config.params.vectors_config
+    if vectors.WhichOneof("config") == "params":
+        named = {"": vectors.params}
+    else:
+        named = dict(vectors.params_map.map)
+    everywhere = config.HasField("quantization_config")
+    return frozenset(
+        name
+        for name, params in named.items()
+        if everywhere or params.HasField("quantization_config")
+    )
+
+
 def _found(params: q.VectorParams) -> FoundVector:
     multi = params.HasField("multivector_config")
     datatype = q.Datatype.Name(params.datatype).lower()
@@ -185,8 +202,33 @@ class Collections:
     async def count(self, name: str, condition: q.Filter | None = None) -> int:
         """Exact number of points, of those the condition selects."""
         request = q.CountPoints(collection_name=name, exact=True, filter=condition)
-        response = await self._rpc.request(COUNT, request.SerializeToString(), f"collection {name}")
-        return int(response.result.count)
+        try:
+            response = await self._rpc.call(COUNT, request.SerializeToString())
+            return int(response.result.count)
+        except RpcError as failure:
+            if failure.exact_forbidden:
+                return await self._count_ids(name, condition)
+            raise sink_error(failure, f"collection {name}") from failure
+
+    async def _count_ids(self, name: str, condition: q.Filter | None) -> int:
+        """Count by reading all ids, where strict mode forbids to be exact otherwise."""
+        reads = PointReads(self._rpc, name)
+        request = q.ScrollPoints(
+            collection_name=name,
+            filter=condition,
+            with_payload=q.WithPayloadSelector(enable=False),
+        )
+        count = 0
+        while True:
+            request.limit = _COUNTED_PAGE
+            try:
+                page = await reads.scroll(request, patient=True)
+            except RpcError as failure:
+                raise sink_error(failure, f"collection {name}") from failure
+            count += len(page.result)
+            if not page.HasField("next_page_offset"):
+                return count
+            request.offset.CopyFrom(page.next_page_offset)
 
     async def create(self, request: q.CreateCollection) -> bool:
         """Create a collection; False when another process was first."""

@@ -14,9 +14,10 @@ from cdc_sync.mapping.plan import Datatype, PayloadIndexType, TablePlan, VectorK
 from cdc_sync.qdrant.collections import FoundVector, absent, check, index_path, payload_indexes
 from cdc_sync.qdrant.edge_config import edge_config, edge_differences
 from cdc_sync.qdrant.edge_database import EdgeDatabase, first_line
+from cdc_sync.qdrant.edge_search import EdgeSearcher
 from cdc_sync.qdrant.edge_writer import EdgeWriter
 from cdc_sync.qdrant.file_state import FileStateStore
-from cdc_sync.qdrant.sink import CollectionState
+from cdc_sync.qdrant.sink import CollectionState, CollectionVectors
 
 _INDEX_TYPES: Final = {
     PayloadIndexType.KEYWORD: edge.PayloadSchemaType.Keyword,
@@ -112,6 +113,22 @@ class EdgeSink:
         points = self._database.shard(name).count(edge.CountRequest(exact=True))
         return CollectionState(True, points, edge_differences(plan, config))
 
+    async def vectors(self, plan: TablePlan) -> CollectionVectors | None:
+        """The vectors of the collection; None without one."""
+        return await self._database.run(self._vectors, plan.collection)
+
+    def _vectors(self, name: str) -> CollectionVectors | None:
+        if not self._database.exists(name):
+            return None
+        config = self._database.config(name)
+        everywhere = config.get("quantization_config") is not None
+        quantized = [
+            vector
+            for vector, params in _objects(config.get("vectors")).items()
+            if everywhere or params.get("quantization_config") is not None
+        ]
+        return CollectionVectors(found_vectors(config), frozenset(quantized))
+
     async def ensure_collection(
         self, plan: TablePlan, *, create: bool = True, defer_hnsw: bool = False
     ) -> tuple[str, ...]:
@@ -167,6 +184,10 @@ class EdgeSink:
     def writer(self, plan: TablePlan) -> EdgeWriter:
         """A writer for the plan's table."""
         return EdgeWriter(self._database, plan)
+
+    def searcher(self, plan: TablePlan) -> EdgeSearcher:
+        """A searcher of the plan's table."""
+        return EdgeSearcher(self._database, plan)
 
     async def make_durable(self) -> None:
         """Flush the shards that were written to."""

@@ -21,8 +21,16 @@ from cdc_sync.qdrant.records import (
     pipeline_state,
     source_mark,
     table_ledger,
+    table_verification,
+    verification_record,
 )
-from cdc_sync.qdrant.sink import DeadLetter, PipelineState, SourceMark, TableLedger
+from cdc_sync.qdrant.sink import (
+    DeadLetter,
+    PipelineState,
+    SourceMark,
+    TableLedger,
+    TableVerification,
+)
 
 
 class FileStateStore:
@@ -36,6 +44,7 @@ class FileStateStore:
         self._dead_letters = database.path / "state" / "dead_letters"
         self._ledgers = database.path / "state" / "ledgers"
         self._marks = database.path / "state" / "marks"
+        self._verifications = database.path / "state" / "verifications"
 
     async def load(self, pipeline: str) -> PipelineState | None:
         """The pipeline's record, or None."""
@@ -47,7 +56,8 @@ class FileStateStore:
         await self._database.run(self._write, path, pipeline_record(state))
 
     async def forget(self, pipeline: str) -> None:
-        """Remove the pipeline's record, its mark, its ledgers and its dead letters."""
+        """Remove the pipeline's record, its mark, its ledgers, its dead letters and what is known
+        of its verification."""
         await self._database.run(self._forget, pipeline)
 
     async def mark(self, pipeline: str) -> SourceMark | None:
@@ -70,6 +80,14 @@ class FileStateStore:
     async def drop_ledger(self, pipeline: str, table: str) -> None:
         """Remove a table's ledger."""
         await self._database.run(self._drop_ledger, pipeline, table)
+
+    async def verifications(self, pipeline: str) -> list[TableVerification]:
+        """How far the continuous verification is, by table."""
+        return await self._database.run(self._read_verifications, pipeline)
+
+    async def save_verification(self, verification: TableVerification) -> None:
+        """Keep how far it is."""
+        await self._database.run(self._save_verification, verification)
 
     async def park(self, letters: Sequence[DeadLetter]) -> None:
         """Keep dead letters."""
@@ -95,7 +113,13 @@ class FileStateStore:
 
     def _forget(self, pipeline: str) -> None:
         # The pipeline's own record goes last: it is what says that there may be more to remove.
-        for directory in (self._dead_letters, self._ledgers, self._marks, self._pipelines):
+        for directory in (
+            self._dead_letters,
+            self._ledgers,
+            self._marks,
+            self._verifications,
+            self._pipelines,
+        ):
             path = directory / f"{pipeline}.json"
             if path.exists():
                 path.unlink()
@@ -124,6 +148,22 @@ class FileStateStore:
     def _write_ledgers(self, pipeline: str, ledgers: Iterable[TableLedger]) -> None:
         records = [ledger_record(one) for one in sorted(ledgers, key=lambda one: one.table)]
         self._write(self._ledgers / f"{pipeline}.json", records)
+
+    def _read_verifications(self, pipeline: str) -> list[TableVerification]:
+        path = self._verifications / f"{pipeline}.json"
+        records = _read(path)
+        if records is None:
+            return []
+        if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
+            raise _damaged(path, "it is not a list of JSON objects")
+        return [table_verification(one, str(path)) for one in records]
+
+    def _save_verification(self, verification: TableVerification) -> None:
+        pipeline = verification.pipeline
+        kept = {one.table: one for one in self._read_verifications(pipeline)}
+        kept[verification.table] = verification
+        records = [verification_record(one) for _, one in sorted(kept.items())]
+        self._write(self._verifications / f"{pipeline}.json", records)
 
     def _park(self, letters: Sequence[DeadLetter]) -> None:
         for pipeline in {letter.pipeline for letter in letters}:

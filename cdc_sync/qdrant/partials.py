@@ -35,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from qdrant_client import grpc as q
@@ -43,8 +44,9 @@ from cdc_sync.errors import ErrorKind, MappingError, SinkError
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.wire import WireCodec
 from cdc_sync.qdrant import messages
+from cdc_sync.qdrant.large_rows import LargeRows, is_large
+from cdc_sync.qdrant.reads import PointReads
 from cdc_sync.qdrant.rpc import (
-    GET,
     SET_PAYLOAD,
     UPDATE_BATCH,
     Rpc,
@@ -91,19 +93,34 @@ def operations(batch: Sequence[Partial]) -> list[bytes]:
     return found
 
 
+def _encode(codec: WireCodec, id_: PointId, row: Row, kept: Mapping[str, bytes]) -> Partial:
+    return Partial(
+        id_,
+        codec.point_id(id_),
+        codec.payload_entries(row, 1, kept),
+        codec.vectors(row),
+        tuple(codec.null_vectors(row)),
+    )
+
+
 class PartialWriter:
     """Encodes and writes partial rows of one table."""
 
-    def __init__(self, rpc: Rpc, plan: TablePlan, codec: WireCodec) -> None:
+    def __init__(
+        self, rpc: Rpc, reads: PointReads, plan: TablePlan, codec: WireCodec, large: LargeRows
+    ) -> None:
         self._rpc = rpc
+        self._large = large
+        self._reads = reads
         self._plan = plan
         self._codec = codec
         self._target = f"collection {plan.collection}"
 
     async def encode(
-        self, rows: Sequence[tuple[PointId, Row]], lane: int
+        self, rows: Sequence[tuple[PointId, Row]], lane: int, *, large: bool = False
     ) -> tuple[list[Partial], list[PointId], list[tuple[PointId, str]]]:
-        """Encode rows, filling UNCHANGED payload fields from the stored payload.
+        """Encode rows, filling UNCHANGED payload fields from the stored payload. ``large``: some
+        row may be.
 
         Returns the partials, the ids that are missing in Qdrant (or lack a field they would have to
         keep), and refusals of the mapping.
@@ -121,21 +138,16 @@ class PartialWriter:
             if self._codec.has_unknown_object(row) or any(field not in there for field in fields):
                 missing.append(id_)
                 continue
+            kept = {field: there[field] for field in fields}
             try:
-                encoded.append(self._encode(id_, row, {field: there[field] for field in fields}))
+                if large and is_large(row):
+                    encode = partial(_encode, id_=id_, row=row, kept=kept)
+                    encoded.append(await self._large.encode(row, encode))
+                else:
+                    encoded.append(_encode(self._codec, id_, row, kept))
             except MappingError as exc:
                 refused.append((id_, exc.message))
         return encoded, missing, refused
-
-    def _encode(self, id_: PointId, row: Row, kept: Mapping[str, bytes]) -> Partial:
-        codec = self._codec
-        return Partial(
-            id_,
-            codec.point_id(id_),
-            codec.payload_entries(row, 1, kept),
-            codec.vectors(row),
-            tuple(codec.null_vectors(row)),
-        )
 
     async def write(self, batch: Sequence[Partial], lane: int) -> list[PointId]:
         """Write a batch and return the ids that are missing. Raises :class:`RpcError` and
@@ -207,9 +219,7 @@ class PartialWriter:
     async def _get(
         self, ids: Sequence[bytes], lane: int, *, with_payload: bool
     ) -> Sequence[q.RetrievedPoint]:
-        request = messages.get(self._plan.collection, ids, with_payload=with_payload)
         try:
-            answer = await self._rpc.call(GET, request, lane)
+            return await self._reads.get(ids, lane, with_payload=with_payload)
         except RpcError as failure:
             raise sink_error(failure, self._target) from failure
-        return list(answer.result)

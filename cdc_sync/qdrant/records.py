@@ -13,10 +13,12 @@ from cdc_sync.qdrant.sink import (
     BlockRange,
     DeadLetter,
     LeafLedger,
+    Mismatches,
     PipelineState,
     SourceMark,
     TableLedger,
     TableState,
+    TableVerification,
 )
 
 #: Version of the records written here. Older ones are read, newer ones refused.
@@ -202,6 +204,50 @@ def _block_range(record: object, where: str) -> BlockRange:
     if not isinstance(start, int) or not isinstance(end, int):
         raise _damaged(where, "done")
     return start, None if end < 0 else end
+
+
+def verification_record(verification: TableVerification) -> Record:
+    """The record of a table's continuous verification."""
+    return {
+        "version": VERSION,
+        "kind": "verification",
+        "pipeline": verification.pipeline,
+        "table": verification.table,
+        "leaf": verification.leaf,
+        "relfilenode": verification.relfilenode,
+        "block": verification.block,
+        "rows": verification.rows,
+        "found": dataclasses.asdict(verification.found),
+        "last": dataclasses.asdict(verification.last),
+        "completed": verification.completed,
+    }
+
+
+def table_verification(record: Mapping[str, object], where: str) -> TableVerification:
+    """The verification of a record read from ``where``. Raises :class:`StateError`."""
+    _check_version(record, where)
+    numbers = {
+        name: _number(record, name, where)
+        for name in ("leaf", "relfilenode", "block", "rows", "completed")
+    }
+    return TableVerification(
+        pipeline=_text(record, "pipeline", where),
+        table=_text(record, "table", where),
+        found=_mismatches(record, "found", where),
+        last=_mismatches(record, "last", where),
+        **numbers,
+    )
+
+
+def _mismatches(record: Mapping[str, object], name: str, where: str) -> Mismatches:
+    counts = record.get(name)
+    if not isinstance(counts, dict):
+        raise _damaged(where, name)
+    return Mismatches(
+        missing=_number(counts, "missing", where),
+        extra=_number(counts, "extra", where),
+        different=_number(counts, "different", where),
+    )
 
 
 def dead_letter(record: Mapping[str, object], where: str) -> DeadLetter:

@@ -20,7 +20,9 @@ from qdrant_client import grpc as q
 
 from cdc_sync.config import QdrantSettings
 from cdc_sync.errors import ErrorKind, SinkError, policy
+from cdc_sync.qdrant import answers
 from cdc_sync.qdrant.channel import credentials, handshake_failure, metadata
+from cdc_sync.qdrant.pace import Pace
 from cdc_sync.qdrant.sink import RequestObserver
 
 Response = TypeVar("Response")
@@ -67,10 +69,16 @@ UPDATE_COLLECTION: Final = Method(
 )
 
 _MAX_CHANNELS: Final = 4
+#: An answer may have so many bytes unless it is asked for as ``unlimited``: this bounds what a few
+#: lanes read at once.
+MAX_ANSWER_BYTES: Final = 16 << 20
+#: A request may take the deadline for so many bytes; a larger one (a single large point) may take
+#: longer, in proportion, but not more than so many times.
+_DEADLINE_BYTES: Final = 4 << 20
+_MAX_DEADLINES: Final = 10
 
 _CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
     # A peer that vanished without a FIN is noticed while a call waits for it.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -112,23 +120,69 @@ class RpcError(Exception):
         return self.code is grpc.StatusCode.NOT_FOUND and not self.point_missing
 
     @property
-    def invalid(self) -> bool:
-        """Some point of the request is invalid by itself (not: the collection is full)."""
-        return self.code is grpc.StatusCode.INVALID_ARGUMENT and not _FULL.search(self.details)
+    def full(self) -> bool:
+        """The collection or the node takes no more data, whatever it is."""
+        return self.code in _FULL_CODES and answers.is_full(self.details)
 
     @property
-    def too_large(self) -> bool:
-        """The request must be split: it can never pass the rate limiter."""
+    def invalid(self) -> bool:
+        """Some point of the request is invalid by itself (no limit was reached)."""
         return (
-            self.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            and "larger than rate limiter capacity" in self.details
+            self.code is grpc.StatusCode.INVALID_ARGUMENT
+            and not self.full
+            and self.batch_limit is None
+        )
+
+    @property
+    def batch_limit(self) -> int | None:
+        """How many points strict mode allows a request, if there were more."""
+        if self.code is not grpc.StatusCode.INVALID_ARGUMENT:
+            return None
+        return answers.batch_limit(self.details)
+
+    @property
+    def page_limit(self) -> int | None:
+        """How many points strict mode allows a page, if more were asked for."""
+        if self.code is not grpc.StatusCode.INVALID_ARGUMENT:
+            return None
+        return answers.page_limit(self.details)
+
+    @property
+    def exact_forbidden(self) -> bool:
+        """Strict mode lets nobody count exactly."""
+        return self.code is _C.INVALID_ARGUMENT and answers.exact_forbidden(self.details)
+
+    @property
+    def over_capacity(self) -> bool:
+        """The request must be split: it can never pass the rate limiter."""
+        return self.code is _C.RESOURCE_EXHAUSTED and answers.is_over_capacity(self.details)
+
+    @property
+    def oversized(self) -> bool:
+        """Request or answer have too many bytes for somebody on the way."""
+        return self.code in _OVERSIZED_CODES and answers.is_oversized(self.details)
+
+    @property
+    def timed_out(self) -> bool:
+        """It was not answered in time, by our deadline or the server's."""
+        return self.code is _C.DEADLINE_EXCEEDED
+
+    @property
+    def rate_limited(self) -> bool:
+        """The request may pass later."""
+        return (
+            self.code is _C.RESOURCE_EXHAUSTED
+            and not self.full
+            and not self.over_capacity
+            and not self.oversized
         )
 
 
-#: Strict mode's limits of a collection as a whole, which no point is to blame for.
-_FULL: Final = re.compile(r"Max (points count|vector storage size|payload storage size) limit")
-
 _C = grpc.StatusCode
+_FULL_CODES: Final = frozenset({_C.INVALID_ARGUMENT, _C.RESOURCE_EXHAUSTED, _C.INTERNAL})
+_OVERSIZED_CODES: Final = frozenset(
+    {_C.RESOURCE_EXHAUSTED, _C.OUT_OF_RANGE, _C.UNKNOWN, _C.INTERNAL, _C.CANCELLED}
+)
 _KINDS: Final[dict[grpc.StatusCode, ErrorKind]] = {
     _C.UNAVAILABLE: ErrorKind.SINK_UNAVAILABLE,
     _C.RESOURCE_EXHAUSTED: ErrorKind.SINK_RATE_LIMITED,
@@ -167,6 +221,8 @@ def sink_error(failure: RpcError, target: str) -> SinkError:
     """What a failed call means: the error kind, which call on what, and the remedy."""
     kind = _KINDS.get(failure.code, ErrorKind.SINK_UNKNOWN)
     remedy = _REMEDIES.get(failure.code)
+    if failure.full:
+        kind, remedy = ErrorKind.SINK_FULL, policy(ErrorKind.SINK_FULL).advice
     if failure.code is _C.UNAVAILABLE and (broken := handshake_failure(failure.details, "Qdrant")):
         # Not a reason to stop a pipeline that runs: certificates are renewed.
         return SinkError(kind, broken.message, broken.remedy)
@@ -209,23 +265,37 @@ class Rpc:
         target = f"{host}:{port}"
         self._observer = observer
         self._timeout = settings.timeout_seconds
+        self._deadline_bytes = max(settings.request_bytes, _DEADLINE_BYTES)
         self._metadata = metadata(settings)
-        trusted = credentials(settings, secure=secure)
-        self._channels: list[grpc.Channel] = [
-            grpc.secure_channel(target, trusted, _CHANNEL_OPTIONS)
-            if trusted is not None
-            else grpc.insecure_channel(target, _CHANNEL_OPTIONS)
-            for _ in range(min(_MAX_CHANNELS, settings.parallel_requests))
-        ]
+        self._target = target
+        self._trusted = credentials(settings, secure=secure)
+        self._lanes = min(_MAX_CHANNELS, settings.parallel_requests)
+        self._channels = [self._open(MAX_ANSWER_BYTES) for _ in range(self._lanes)]
         self._stubs: dict[tuple[str, int], grpc.UnaryUnaryMultiCallable] = {}
 
-    async def call(self, method: Method[Response], request: bytes, lane: int = 0) -> Response:
-        """Send a serialized request and return the response.
+    def paced(self, collection: str, pace: Pace, *, slower: bool) -> None:
+        """Tell the observer how much of a collection may be in flight."""
+        if self._observer is not None:
+            self._observer.paced(collection, pace.window, pace.cause, slower=slower)
+
+    def _open(self, answer_bytes: int) -> grpc.Channel:
+        options = (*_CHANNEL_OPTIONS, ("grpc.max_receive_message_length", answer_bytes))
+        if self._trusted is not None:
+            return grpc.secure_channel(self._target, self._trusted, options)
+        return grpc.insecure_channel(self._target, options)
+
+    async def call(
+        self, method: Method[Response], request: bytes, lane: int = 0, *, unlimited: bool = False
+    ) -> Response:
+        """Send a serialized request and return the response, which may have
+        :data:`MAX_ANSWER_BYTES` unless ``unlimited``.
 
         Raises :class:`RpcError`. When cancelled, a read is abandoned, but a write is awaited to
         its end (at most the deadline) before CancelledError goes on: nothing may be in flight any
         more for whoever comes next.
         """
+        if unlimited:
+            lane = self._unlimited_lane()
         if self._observer is None:
             return await self._call(method, request, lane)
         self._observer.started()
@@ -255,7 +325,7 @@ class Rpc:
                 loop.call_soon_threadsafe(finish)
 
         rpc = self._stub(method, lane).future(
-            request, timeout=self._timeout, metadata=self._metadata
+            request, timeout=self._deadline(request), metadata=self._metadata
         )
         rpc.add_done_callback(finished)
         cancelled: asyncio.CancelledError | None = None
@@ -285,8 +355,16 @@ class Rpc:
         except RpcError as failure:
             raise sink_error(failure, target) from failure
 
+    def _deadline(self, request: bytes) -> float:
+        return self._timeout * max(1, min(len(request) // self._deadline_bytes, _MAX_DEADLINES))
+
+    def _unlimited_lane(self) -> int:
+        if len(self._channels) == self._lanes:
+            self._channels.append(self._open(-1))
+        return -1
+
     def _stub(self, method: Method[Response], lane: int) -> grpc.UnaryUnaryMultiCallable:
-        index = lane % len(self._channels)
+        index = lane if lane < 0 else lane % self._lanes
         stub = self._stubs.get((method.path, index))
         if stub is None:
             stub = self._channels[index].unary_unary(

@@ -12,13 +12,15 @@ from cdc_sync.errors import ConfigError, ErrorKind, SinkError
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.qdrant import messages
 from cdc_sync.qdrant.channel import opening_failure
-from cdc_sync.qdrant.collections import Collections, check, found_vectors
+from cdc_sync.qdrant.collections import Collections, check, found_vectors, quantized_vectors
 from cdc_sync.qdrant.deferral import OLDEST_SERVER as OLDEST_DEFERRING
 from cdc_sync.qdrant.deferral import unsupported as cannot_defer
 from cdc_sync.qdrant.differences import differences
+from cdc_sync.qdrant.pace import Pace
 from cdc_sync.qdrant.rpc import HEALTH_CHECK, Rpc, RpcError, sink_error
+from cdc_sync.qdrant.search import ServerSearcher
 from cdc_sync.qdrant.server_state import ServerStateStore
-from cdc_sync.qdrant.sink import CollectionState, RequestObserver
+from cdc_sync.qdrant.sink import CollectionState, CollectionVectors, RequestObserver
 from cdc_sync.qdrant.writer import ServerWriter
 
 #: The oldest server whose operations have the meaning relied on here.
@@ -37,6 +39,7 @@ class ServerSink:
         self._version = version
         self._collections = Collections(rpc)
         self._state = ServerStateStore(rpc)
+        self._paces: dict[str, Pace] = {}
 
     @classmethod
     async def open(
@@ -113,6 +116,13 @@ class ServerSink:
             )
         return await self._collections.count(name, messages.table_filter(plan))
 
+    async def vectors(self, plan: TablePlan) -> CollectionVectors | None:
+        """The vectors of the collection; None without one."""
+        info = await self._collections.info(plan.collection)
+        if info is None:
+            return None
+        return CollectionVectors(found_vectors(info.config.params), quantized_vectors(info.config))
+
     async def ensure_collection(
         self, plan: TablePlan, *, create: bool = True, defer_hnsw: bool = False
     ) -> tuple[str, ...]:
@@ -151,7 +161,20 @@ class ServerSink:
 
     def writer(self, plan: TablePlan) -> ServerWriter:
         """A writer for the plan's table."""
-        return ServerWriter(self._rpc, self._settings, plan)
+        return ServerWriter(self._rpc, self._settings, plan, self._pace(plan.collection))
+
+    def _pace(self, collection: str) -> Pace:
+        """That of a collection: what it has shown holds for the writer of another plan, too."""
+        def on_change(pace: Pace, slower: bool) -> None:
+            self._rpc.paced(collection, pace, slower=slower)
+
+        if collection not in self._paces:
+            self._paces[collection] = Pace(self._settings, on_change)
+        return self._paces[collection]
+
+    def searcher(self, plan: TablePlan) -> ServerSearcher:
+        """A searcher of the plan's table."""
+        return ServerSearcher(self._rpc, plan)
 
     async def make_durable(self) -> None:
         """Nothing to do: with ``wait=true`` the server syncs its WAL before it says Completed."""

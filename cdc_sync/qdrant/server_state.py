@@ -19,6 +19,7 @@ from cdc_sync.mapping.plan import PayloadIndex, PayloadIndexType
 from cdc_sync.mapping.protobuf import delimited
 from cdc_sync.qdrant import messages
 from cdc_sync.qdrant.collections import Collections
+from cdc_sync.qdrant.reads import PointReads
 from cdc_sync.qdrant.records import (
     Record,
     dead_letter,
@@ -29,18 +30,25 @@ from cdc_sync.qdrant.records import (
     pipeline_state,
     source_mark,
     table_ledger,
+    table_verification,
+    verification_record,
 )
 from cdc_sync.qdrant.rpc import (
     DELETE,
     GET,
-    SCROLL,
     UPSERT,
     Rpc,
     RpcError,
     not_completed,
     sink_error,
 )
-from cdc_sync.qdrant.sink import DeadLetter, PipelineState, SourceMark, TableLedger
+from cdc_sync.qdrant.sink import (
+    DeadLetter,
+    PipelineState,
+    SourceMark,
+    TableLedger,
+    TableVerification,
+)
 
 COLLECTION: Final = "_cdc_sync"
 _TARGET: Final = f"collection {COLLECTION}"
@@ -60,6 +68,8 @@ class ServerStateStore:
     def __init__(self, rpc: Rpc) -> None:
         self._rpc = rpc
         self._collections = Collections(rpc)
+        self._reads = PointReads(rpc, COLLECTION)
+        self._page = _PAGE
 
     async def load(self, pipeline: str) -> PipelineState | None:
         """The pipeline's record, or None."""
@@ -73,14 +83,18 @@ class ServerStateStore:
         await self._write([(record_id(state.pipeline), pipeline_record(state))])
 
     async def forget(self, pipeline: str) -> None:
-        """Remove the pipeline's record, its mark, its ledgers and its dead letters."""
+        """Remove the pipeline's record, its mark, its ledgers, its dead letters and what is known
+        of its verification."""
         letters = [
             record_id(pipeline, letter.table, letter.key)
             for letter in await self.dead_letters(pipeline)
         ]
         ledgers = [_ledger_id(pipeline, one.table) for one in await self.ledgers(pipeline)]
+        verified = [
+            _verification_id(pipeline, one.table) for one in await self.verifications(pipeline)
+        ]
         # The pipeline's own record goes last: it is what says that there may be more to remove.
-        await self._remove([*letters, *ledgers, _mark_id(pipeline), record_id(pipeline)])
+        await self._remove([*letters, *ledgers, *verified, _mark_id(pipeline), record_id(pipeline)])
 
     async def mark(self, pipeline: str) -> SourceMark | None:
         """The last mark kept, or None."""
@@ -117,6 +131,17 @@ class ServerStateStore:
         """Remove a table's ledger."""
         await self._remove([_ledger_id(pipeline, table)])
 
+    async def verifications(self, pipeline: str) -> list[TableVerification]:
+        """How far the continuous verification is, by table."""
+        records = await self._scroll(pipeline, "verification")
+        found = [table_verification(record, f"A verification in {_TARGET}") for record in records]
+        return sorted(found, key=lambda one: one.table)
+
+    async def save_verification(self, verification: TableVerification) -> None:
+        """Keep how far it is."""
+        id_ = _verification_id(verification.pipeline, verification.table)
+        await self._write([(id_, verification_record(verification))])
+
     async def park(self, letters: Sequence[DeadLetter]) -> None:
         """Keep dead letters."""
         # The last of equal ones counts, as if they were written one by one.
@@ -134,17 +159,15 @@ class ServerStateStore:
 
     async def _scroll(self, pipeline: str, kind: str) -> list[Record]:
         found: list[Record] = []
-        offset: q.PointId | None = None
+        request = q.ScrollPoints(
+            collection_name=COLLECTION,
+            filter=q.Filter(must=[_equals("pipeline", pipeline), _equals("kind", kind)]),
+            with_payload=q.WithPayloadSelector(enable=True),
+        )
         while True:
-            request = q.ScrollPoints(
-                collection_name=COLLECTION,
-                filter=q.Filter(must=[_equals("pipeline", pipeline), _equals("kind", kind)]),
-                offset=offset,
-                limit=_PAGE,
-                with_payload=q.WithPayloadSelector(enable=True),
-            )
+            request.limit = _PAGE
             try:
-                answer = await self._rpc.call(SCROLL, request.SerializeToString())
+                answer = await self._reads.scroll(request, patient=True)
             except RpcError as failure:
                 if failure.collection_missing:
                     return []
@@ -152,25 +175,33 @@ class ServerStateStore:
             found += [grpc_to_payload(point.payload) for point in answer.result]
             if not answer.HasField("next_page_offset"):
                 return found
-            offset = answer.next_page_offset
+            request.offset.CopyFrom(answer.next_page_offset)
 
     async def release(self, pipeline: str, letters: Sequence[tuple[str, str]]) -> None:
         """Remove dead letters by (table, key)."""
         await self._remove([record_id(pipeline, table, key) for table, key in letters])
 
     async def _write(self, records: Sequence[tuple[bytes, Record]]) -> None:
-        for start in range(0, len(records), _PAGE):
-            points = [_point(id_, record) for id_, record in records[start : start + _PAGE]]
-            request = messages.upsert(COLLECTION, points)
+        start, created = 0, False
+        while start < len(records):
+            points = [_point(id_, record) for id_, record in records[start : start + self._page]]
             try:
-                answer = await self._rpc.call(UPSERT, request)
+                answer = await self._rpc.call(UPSERT, messages.upsert(COLLECTION, points))
             except RpcError as failure:
-                if not failure.collection_missing:
+                if failure.collection_missing and not created:
+                    await self._create()
+                    created = True
+                elif len(points) > 1 and (
+                    failure.oversized or failure.over_capacity or failure.batch_limit is not None
+                ):
+                    half = len(points) // 2
+                    self._page = max(1, min(half, failure.batch_limit or half))
+                else:
                     raise sink_error(failure, _TARGET) from failure
-                await self._create()
-                answer = await self._rpc.request(UPSERT, request, _TARGET)
+                continue
             if answer.result.status != q.UpdateStatus.Completed:
                 raise not_completed(answer.result.status, UPSERT, _TARGET)
+            start += len(points)
 
     async def _create(self) -> None:
         request = q.CreateCollection(collection_name=COLLECTION)
@@ -201,6 +232,10 @@ def _mark_id(pipeline: str) -> bytes:
 def _ledger_id(pipeline: str, table: str) -> bytes:
     # No dead letter has a name of this shape: theirs are three parts.
     return record_id(pipeline, "ledger", table, "")
+
+
+def _verification_id(pipeline: str, table: str) -> bytes:
+    return record_id(pipeline, "verification", table, "")
 
 
 def _point(id_: bytes, record: Record) -> bytes:

@@ -5,12 +5,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from cdc_sync.mapping.comparison import StoredArray
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.vectors import SparseValue
+from cdc_sync.qdrant.pace import Cause
 from cdc_sync.rows import PointId, Row
+
+if TYPE_CHECKING:
+    from cdc_sync.qdrant.collections import FoundVector
+
+if TYPE_CHECKING:
+    from cdc_sync.qdrant.search import Searcher
 
 
 @dataclass(slots=True)
@@ -18,12 +25,14 @@ class Changes:
     """Final operations on points of one table. No id occurs twice in it, in whatever list.
 
     ``upserts``: rows known in full. ``partials``: rows with UNCHANGED values (payload, vectors or
-    both), whose stored values stay as they are. ``deletes``: ids, present or not.
+    both), whose stored values stay as they are. ``deletes``: ids, present or not. ``large``: some
+    row may have a megabyte or more.
     """
 
     upserts: list[tuple[PointId, Row]] = field(default_factory=list)
     partials: list[tuple[PointId, Row]] = field(default_factory=list)
     deletes: list[PointId] = field(default_factory=list)
+    large: bool = False
 
     def __len__(self) -> int:
         return len(self.upserts) + len(self.partials) + len(self.deletes)
@@ -78,6 +87,11 @@ class RequestObserver(Protocol):
 
     def ended(self, method: str, code: str, seconds: float) -> None:
         """It was answered or given up: gRPC's bare method name, and its status code's name."""
+        ...
+
+    def paced(self, collection: str, points: int, cause: Cause | None, *, slower: bool) -> None:
+        """So many points of a collection may be in flight together from now on, or they go in
+        smaller requests; ``cause``: why not as configured, None if as configured."""
         ...
 
 
@@ -242,6 +256,37 @@ class TableLedger:
 
 
 @dataclass(frozen=True, slots=True)
+class Mismatches:
+    """What a verification of a table found: rows without a point, points without a row, and points
+    that are other than their rows."""
+
+    missing: int = 0
+    extra: int = 0
+    different: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TableVerification:
+    """Our record of the continuous verification of one table.
+
+    ``leaf`` (an OID, 0: none), ``relfilenode`` and ``block`` say up to where its rows have been
+    verified in the pass under way, leaf by leaf in the order of their OIDs; ``rows`` how many.
+    ``found`` is what was found in it so far, ``last`` in the last complete one, which ended at
+    ``completed`` (Unix time, whole seconds; 0: none did).
+    """
+
+    pipeline: str
+    table: str
+    leaf: int = 0
+    relfilenode: int = 0
+    block: int = 0
+    rows: int = 0
+    found: Mismatches = Mismatches()
+    last: Mismatches = Mismatches()
+    completed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class DeadLetter:
     """A row that could not be written. ``reason`` holds no row values.
 
@@ -265,6 +310,15 @@ class DeadLetter:
     key_values: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class CollectionVectors:
+    """The vectors that a collection has, by name ("" for the unnamed one), whether or not they fit
+    a plan; ``quantized`` are the names of those of which it also keeps a quantized copy."""
+
+    vectors: dict[str, FoundVector]
+    quantized: frozenset[str] = frozenset()
+
+
 class StateStore(Protocol):
     """The pipeline's records beside the data. Every write is durable when it returns. Errors as for
     writers, and StateError."""
@@ -274,7 +328,8 @@ class StateStore(Protocol):
     async def save(self, state: PipelineState) -> None: ...
 
     async def forget(self, pipeline: str) -> None:
-        """Remove the pipeline's record, its mark, its ledgers and its dead letters."""
+        """Remove the pipeline's record, its mark, its ledgers, its dead letters and what is known
+        of its verification."""
         ...
 
     async def mark(self, pipeline: str) -> SourceMark | None:
@@ -295,6 +350,14 @@ class StateStore(Protocol):
 
     async def drop_ledger(self, pipeline: str, table: str) -> None:
         """Remove a table's ledger, present or not."""
+        ...
+
+    async def verifications(self, pipeline: str) -> list[TableVerification]:
+        """How far the continuous verification is, by table."""
+        ...
+
+    async def save_verification(self, verification: TableVerification) -> None:
+        """Keep how far it is; it replaces the table's earlier record."""
         ...
 
     async def park(self, letters: Sequence[DeadLetter]) -> None:
@@ -337,6 +400,11 @@ class Sink(Protocol):
         """
         ...
 
+    async def vectors(self, plan: TablePlan) -> CollectionVectors | None:
+        """The vectors of the plan's collection, read-only; None without a collection. Errors as for
+        writers."""
+        ...
+
     async def ensure_collection(
         self, plan: TablePlan, *, create: bool = True, defer_hnsw: bool = False
     ) -> tuple[str, ...]:
@@ -374,6 +442,8 @@ class Sink(Protocol):
         ...
 
     def writer(self, plan: TablePlan) -> TableWriter: ...
+
+    def searcher(self, plan: TablePlan) -> Searcher: ...
 
     async def make_durable(self) -> None:
         """Make everything applied so far survive a power loss. Called before positions are

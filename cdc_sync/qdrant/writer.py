@@ -1,16 +1,19 @@
 """Writes the points of one table to a Qdrant server.
 
 A batch is cut into requests over disjoint ids, which a few lanes send side by side; a lane encodes
-its next request when its last one is answered, so encoding and the server's work overlap. The
-``timeout`` field of update requests is left unset: past it a server says WaitTimeout, which tells
-no more than the deadline of the call, and servers before 1.17 ignore it.
+its next request when its last one is answered, so encoding and the server's work overlap. How many
+lanes there are, and how large a request may be, follows the answers (:mod:`cdc_sync.qdrant.pace`).
+Deletes go first: where a collection is full, they make room. The ``timeout`` field of update
+requests is left unset: past it a server says WaitTimeout, which tells no more than the deadline of
+the call, and servers before 1.17 ignore it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeAlias, TypeVar
@@ -19,17 +22,18 @@ from qdrant_client import grpc as q
 from qdrant_client.conversions.conversion import grpc_to_payload
 
 from cdc_sync.config import QdrantSettings
-from cdc_sync.errors import MappingError, SinkError
+from cdc_sync.errors import ErrorKind, MappingError, SinkError
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.wire import WireCodec
-from cdc_sync.qdrant import messages
+from cdc_sync.qdrant import answers, messages
 from cdc_sync.qdrant.collections import Collections
+from cdc_sync.qdrant.large_rows import LargeRows, is_large
+from cdc_sync.qdrant.pace import Pace
 from cdc_sync.qdrant.partials import Partial, PartialWriter
+from cdc_sync.qdrant.reads import PointReads
 from cdc_sync.qdrant.rpc import (
     DELETE,
-    GET,
     QUERY,
-    SCROLL,
     UPSERT,
     Method,
     Rpc,
@@ -48,6 +52,7 @@ _DELETE_IDS: Final = 4096
 _MIN_POINTS: Final = 64
 
 Item = TypeVar("Item")
+Encoded = TypeVar("Encoded", bytes, Partial)
 
 
 @dataclass(slots=True)
@@ -65,12 +70,17 @@ _Job: TypeAlias = Callable[[int, _Outcome], Coroutine[None, None, None]]
 class ServerWriter:
     """A :class:`~cdc_sync.qdrant.sink.TableWriter` for a server."""
 
-    def __init__(self, rpc: Rpc, settings: QdrantSettings, plan: TablePlan) -> None:
+    def __init__(
+        self, rpc: Rpc, settings: QdrantSettings, plan: TablePlan, pace: Pace | None = None
+    ) -> None:
         self._rpc = rpc
         self._settings = settings
         self._plan = plan
+        self._pace = Pace(settings) if pace is None else pace
         self._codec = WireCodec(plan)
-        self._partials = PartialWriter(rpc, plan, self._codec)
+        self._large = LargeRows(plan, settings.max_row_bytes)
+        self._reads = PointReads(rpc, plan.collection)
+        self._partials = PartialWriter(rpc, self._reads, plan, self._codec, self._large)
         self._collections = Collections(rpc)
         self._filter = messages.table_filter(plan)
         self._target = f"collection {plan.collection}"
@@ -83,16 +93,14 @@ class ServerWriter:
     @property
     def values_nulled(self) -> int:
         """NaN and infinities written as null so far."""
-        return self._codec.non_finite
+        return self._codec.non_finite + self._large.non_finite
 
     async def apply(self, changes: Changes) -> Applied:
-        """See :meth:`~cdc_sync.qdrant.sink.TableWriter.apply`. SINK_REFUSED if strict mode's limits
-        are reached.
-        """
+        """See :meth:`~cdc_sync.qdrant.sink.TableWriter.apply`."""
         require_disjoint(changes)
         jobs = deque(self._cut(changes))
         outcome = _Outcome()
-        lanes = min(self._settings.parallel_requests, len(jobs))
+        lanes = min(self._pace.requests, len(jobs))
         try:
             await settle(
                 [asyncio.create_task(self._lane(lane, jobs, outcome)) for lane in range(lanes)]
@@ -105,16 +113,17 @@ class ServerWriter:
         )
 
     def _cut(self, changes: Changes) -> list[_Job]:
+        requests, most = self._pace.requests, self._settings.request_points
+
         def size(count: int) -> int:
-            share = -(-count // self._settings.parallel_requests)
-            return min(self._settings.request_points, max(share, _MIN_POINTS))
+            return min(most, max(-(-count // requests), _MIN_POINTS))
 
         upserts = _slices(changes.upserts, size(len(changes.upserts)))
         partials = _slices(changes.partials, size(len(changes.partials)))
         return [
-            *(partial(self._upsert, rows) for rows in upserts),
-            *(partial(self._partial, rows) for rows in partials),
             *(partial(self._delete, ids) for ids in _slices(changes.deletes, _DELETE_IDS)),
+            *(partial(self._upsert, changes.large, rows) for rows in upserts),
+            *(partial(self._partial, changes.large, rows) for rows in partials),
         ]
 
     async def _lane(self, lane: int, jobs: deque[_Job], outcome: _Outcome) -> None:
@@ -128,79 +137,161 @@ class ServerWriter:
             raise
 
     async def _upsert(
-        self, rows: Sequence[tuple[PointId, Row]], lane: int, outcome: _Outcome
+        self, large: bool, rows: Sequence[tuple[PointId, Row]], lane: int, outcome: _Outcome
     ) -> None:
         async def send(points: Sequence[tuple[PointId, bytes]]) -> None:
             request = messages.upsert(self._plan.collection, [point for _, point in points])
             await self._update(UPSERT, request, lane)
 
-        request: list[tuple[PointId, bytes]] = []
-        size = 0
-        for id_, row in rows:
-            try:
-                point = self._codec.point(id_, row)
-            except MappingError as exc:
-                outcome.refused.append((id_, exc.message))
-                outcome.unmappable.add(id_)
-                continue
-            if request and size + len(point) > self._settings.request_bytes:
+        for some in self._portions(rows):
+            most = self._pace.bytes
+            request: list[tuple[PointId, bytes]] = []
+            size = 0
+            for id_, row in some:
+                try:
+                    if large and is_large(row):
+                        point = await self._large.encode(row, partial(_point, id_, row))
+                    else:
+                        point = self._codec.point(id_, row)
+                except MappingError as exc:
+                    outcome.refused.append((id_, exc.message))
+                    outcome.unmappable.add(id_)
+                    continue
+                if request and size + len(point) > most:
+                    await self._divide(request, send, outcome)
+                    request, size = [], 0
+                request.append((id_, point))
+                size += len(point)
+            if request:
                 await self._divide(request, send, outcome)
-                request, size = [], 0
-            request.append((id_, point))
-            size += len(point)
-        if request:
-            await self._divide(request, send, outcome)
 
     async def _partial(
-        self, rows: Sequence[tuple[PointId, Row]], lane: int, outcome: _Outcome
+        self, large: bool, rows: Sequence[tuple[PointId, Row]], lane: int, outcome: _Outcome
     ) -> None:
-        encoded, missing, refused = await self._partials.encode(rows, lane)
-        outcome.missing.update(missing)
-        outcome.refused.extend(refused)
-        outcome.unmappable.update(id_ for id_, _ in refused)
-
         async def send(points: Sequence[tuple[PointId, Partial]]) -> None:
             outcome.missing.update(await self._partials.write([one for _, one in points], lane))
 
-        request: list[tuple[PointId, Partial]] = []
-        size = 0
-        for one in encoded:
-            if request and size + len(one) > self._settings.request_bytes:
+        for some in self._portions(rows):
+            encoded, missing, refused = await self._encode_partials(large, some, lane)
+            outcome.missing.update(missing)
+            outcome.refused.extend(refused)
+            outcome.unmappable.update(id_ for id_, _ in refused)
+            most = self._pace.bytes
+            request: list[tuple[PointId, Partial]] = []
+            size = 0
+            for one in encoded:
+                if request and size + len(one) > most:
+                    await self._divide(request, send, outcome)
+                    request, size = [], 0
+                request.append((one.id, one))
+                size += len(one)
+            if request:
                 await self._divide(request, send, outcome)
-                request, size = [], 0
-            request.append((one.id, one))
-            size += len(one)
-        if request:
-            await self._divide(request, send, outcome)
+
+    async def _encode_partials(
+        self, large: bool, rows: Sequence[tuple[PointId, Row]], lane: int
+    ) -> tuple[list[Partial], list[PointId], list[tuple[PointId, str]]]:
+        epoch = self._pace.sent(len(rows))
+        try:
+            return await self._partials.encode(rows, lane, large=large)
+        except SinkError as error:
+            self._slow_down(error, epoch)
+            raise
+        finally:
+            self._pace.ended(len(rows))
 
     async def _delete(self, ids: Sequence[PointId], lane: int, outcome: _Outcome) -> None:
         async def send(some: Sequence[tuple[PointId, bytes]]) -> None:
             request = messages.delete(self._plan.collection, [id_ for _, id_ in some])
             await self._update(DELETE, request, lane)
 
-        await self._divide([(id_, self._codec.point_id(id_)) for id_ in ids], send, outcome)
+        # They are small, so there may be many; but the rate limiter counts them like points.
+        for some in [ids] if self._pace.cause is None else self._portions(ids):
+            await self._divide([(id_, self._codec.point_id(id_)) for id_ in some], send, outcome)
+
+    def _portions(self, items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+        """Slices, each as large as the pace allows by then."""
+        start = 0
+        while start < len(items):
+            some = items[start : start + self._pace.points]
+            yield some
+            start += len(some)
 
     async def _divide(
         self,
-        items: Sequence[tuple[PointId, Item]],
-        send: Callable[[Sequence[tuple[PointId, Item]]], Coroutine[None, None, None]],
+        items: Sequence[tuple[PointId, Encoded]],
+        send: Callable[[Sequence[tuple[PointId, Encoded]]], Coroutine[None, None, None]],
         outcome: _Outcome,
     ) -> None:
-        """Send items, halving them as long as Qdrant takes something in them as invalid, or the
+        """Send items, in smaller parts as long as Qdrant takes something in them as invalid, or the
         whole as too large.
         """
+        epoch, started = self._pace.sent(len(items)), time.monotonic()
         try:
             await send(items)
-            outcome.completed.update(id_ for id_, _ in items)
         except RpcError as failure:
-            if failure.invalid and len(items) == 1:
+            parts = self._parts(failure, items, epoch, outcome)
+        except SinkError as error:
+            self._slow_down(error, epoch)
+            raise
+        else:
+            self._pace.completed(time.monotonic() - started)
+            outcome.completed.update(id_ for id_, _ in items)
+            return
+        finally:
+            self._pace.ended(len(items))
+        for part in parts:
+            await self._divide(part, send, outcome)
+
+    def _parts(
+        self,
+        failure: RpcError,
+        items: Sequence[tuple[PointId, Encoded]],
+        epoch: int,
+        outcome: _Outcome,
+    ) -> list[Sequence[tuple[PointId, Encoded]]]:
+        """The parts in which to send what was not taken; none if it never will be. Raises what no
+        smaller request would mend.
+        """
+        count = len(items)
+        half = max(1, count // 2)
+        limit = failure.batch_limit
+        if failure.oversized:
+            size = sum(len(one) for _, one in items)
+            most = answers.message_limit(failure.details)
+            if count == 1:
+                outcome.refused.append((items[0][0], _too_large(size, most, failure)))
+                return []
+            self._pace.limit_bytes(size // 2 if most is None else most)
+        elif limit is not None and count > 1:
+            self._pace.limit_points(max(1, limit))
+            return _slices(items, max(1, min(limit, half)))
+        elif failure.over_capacity and count > 1:
+            self._pace.limit_points(half)
+        elif failure.invalid:
+            if count == 1:
                 outcome.refused.append((items[0][0], reason(failure.details)))
-            elif (failure.invalid or failure.too_large) and len(items) > 1:
-                half = len(items) // 2
-                await self._divide(items[:half], send, outcome)
-                await self._divide(items[half:], send, outcome)
-            else:
-                raise sink_error(failure, self._target) from failure
+                return []
+        else:
+            error = sink_error(failure, self._target)
+            error.__cause__ = failure
+            self._slow_down(error, epoch)
+            raise error
+        return _slices(items, half)
+
+    def _slow_down(self, error: SinkError, epoch: int) -> None:
+        """Send less at once, if that is what an error of a request calls for."""
+        failure = error.__cause__
+        if not isinstance(failure, RpcError):
+            # Answered, but not with Completed: not in time.
+            if error.kind is ErrorKind.SINK_UNKNOWN:
+                self._pace.shrink("deadline", epoch)
+        elif failure.timed_out:
+            self._pace.shrink("deadline", epoch)
+        elif failure.rate_limited:
+            self._pace.shrink("rate_limit", epoch)
+            if error.retry_after_seconds is not None:
+                error.retry_after_seconds *= self._pace.patience
 
     async def _update(
         self, method: Method[q.PointsOperationResponse], request: bytes, lane: int
@@ -244,15 +335,19 @@ class ServerWriter:
     ) -> None:
         while jobs:
             ids = [self._codec.point_id(id_) for id_ in jobs.popleft()]
-            request = messages.get(self._plan.collection, ids, with_payload=True, with_vectors=True)
-            answer = await self._rpc.request(GET, request, self._target, lane)
+            try:
+                points = await self._reads.get(
+                    ids, lane, with_payload=True, with_vectors=True, patient=True
+                )
+            except RpcError as failure:
+                raise sink_error(failure, self._target) from failure
             found += [
                 RetrievedPoint(
                     messages.point_id_value(point.id),
                     grpc_to_payload(point.payload),
                     messages.retrieved_vectors(point.vectors),
                 )
-                for point in answer.result
+                for point in points
             ]
 
     async def scroll_ids(self, page: int = 1000) -> AsyncIterator[list[PointId]]:
@@ -283,7 +378,10 @@ class ServerWriter:
             with_payload=q.WithPayloadSelector(enable=payload),
             with_vectors=q.WithVectorsSelector(enable=vectors),
         )
-        return await self._rpc.request(SCROLL, request.SerializeToString(), self._target)
+        try:
+            return await self._reads.scroll(request, patient=True)
+        except RpcError as failure:
+            raise sink_error(failure, self._target) from failure
 
     async def scroll_points(
         self, page: int = 256, with_vectors: bool = True
@@ -331,6 +429,16 @@ def require_disjoint(changes: Changes) -> None:
     ids.update(changes.deletes)
     if len(ids) != len(changes):
         raise ValueError("a point id occurs twice in one batch; coalesce it first")
+
+
+def _point(id_: PointId, row: Row, codec: WireCodec) -> bytes:
+    return codec.point(id_, row)
+
+
+def _too_large(size: int, most: int | None, failure: RpcError) -> str:
+    limit = "" if most is None else f" of {most} bytes"
+    said = reason(failure.details).rstrip(".")
+    return f"The point has {size} bytes, above the limit{limit} of a message to Qdrant: {said}"
 
 
 def _slices(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

@@ -206,16 +206,18 @@ class Applier:
 
     async def _apply_table(self, batch: Batch, binding: Binding, table: TableBatch) -> None:
         changes, rootless = table.split()
+        changes.large = batch.large
         rootless += self._unreliable(binding, changes)
         if rootless:
             rows = await self._fetch_points(binding, table, rootless)
             changes.upserts += rows
+            changes.large = True
             self._resolved(binding, "refetched", len(rows))
         applied = await self._write(binding.planned, changes)
         if applied.missing:
             rows = await self._fetch_points(binding, table, list(applied.missing))
             self._resolved(binding, "refetched", len(rows))
-            again = await self._write(binding.planned, Changes(upserts=rows))
+            again = await self._write(binding.planned, Changes(upserts=rows, large=True))
             applied = Applied(
                 frozenset(),
                 applied.refused + again.refused,
@@ -317,7 +319,8 @@ class Applier:
                     planned, "rows were asked for that cannot be read by themselves"
                 )
             return
-        applied = await self._write(planned, Changes(upserts=found.rows, deletes=found.absent))
+        changes = Changes(upserts=found.rows, deletes=found.absent, large=True)
+        applied = await self._write(planned, changes)
         refused = refusals(planned.plan, applied, found.rows)
         ids = [*(point_id for point_id, _ in found.rows), *found.absent]
         letters = {i for i in ids if self._dead_letters.holds(planned.name, i)}

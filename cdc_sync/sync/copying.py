@@ -19,10 +19,10 @@ from cdc_sync.mapping.ids import compile_point_id
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.table import Leaf
 from cdc_sync.postgres.connect import PgConnection, connect, set_lock_timeout
-from cdc_sync.postgres.snapshot import copy_query, copy_rows, import_snapshot
+from cdc_sync.postgres.snapshot import BATCH_BYTES, copy_query, copy_rows, import_snapshot
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Applied, Changes, Sink, TableWriter
-from cdc_sync.rows import PointId, Row
+from cdc_sync.rows import LARGE_ROW_BYTES, PointId, Row
 from cdc_sync.sync.dead_letters import Refusal, refusals, unmapped_key
 from cdc_sync.sync.repairing import repairing
 from cdc_sync.sync.retry import retrying
@@ -178,7 +178,10 @@ class _Batch:
         changes, unmappable = _upserts(rows, point_id)
         self.refused += unmappable
         self.rows += len(rows)
-        self.bytes += sum(len(v) for row in rows for v in row if isinstance(v, bytes))
+        size = sum(len(v) for row in rows for v in row if isinstance(v, bytes))
+        self.bytes += size
+        # What is beyond a batch's measure belongs to one row.
+        changes.large = size > BATCH_BYTES + LARGE_ROW_BYTES
         applied = await (self._repair(changes) if self._task.repair else self._apply(changes))
         self.refused += refusals(self._task.plan, applied, changes.upserts)
         if self._task.batch_delay_seconds > 0:

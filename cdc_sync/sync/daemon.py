@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ConfigError, ExitCode
@@ -16,6 +16,7 @@ from cdc_sync.ops.http import HttpServer, start_http_server
 from cdc_sync.ops.logging import configure_logging, get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.notify import Notifier
+from cdc_sync.ops.recent_events import RecentEvents
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.sync.copy_report import CopyReporter
 from cdc_sync.sync.pipeline import Pipeline
@@ -33,10 +34,17 @@ _TELL_SECONDS = 5.0
 
 #: Awaited with a pipeline that has ended by itself.
 After = Callable[[Pipeline], Awaitable[None]]
+#: What goes on beside a pipeline until it ends.
+Beside = Callable[[Pipeline], Coroutine[None, None, None]]
 
 
 def run_pipeline(
-    settings: Settings, *, restart: bool = False, once: bool = False, after: After | None = None
+    settings: Settings,
+    *,
+    restart: bool = False,
+    once: bool = False,
+    after: After | None = None,
+    beside: Beside | None = None,
 ) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code. Raises :class:`CdcSyncError` for what
     needs somebody to act.
@@ -44,16 +52,19 @@ def run_pipeline(
     The first signal drains: the batch in flight is finished and confirmed. A second one exits at
     once, which is safe: what was not confirmed is sent again. ``once``: return by itself when every
     table is copied and caught up, once ``after`` has been awaited; a signal before that ends with
-    128 and its number.
+    128 and its number. ``beside`` is run as a task until the pipeline ends.
     """
     screen = ProgressScreen() if settings.log.format != "json" and on_terminal(sys.stderr) else None
-    configure_logging(settings.log, None if screen is None else screen.log_stream)
+    recent = RecentEvents()
+    stream = None if screen is None else screen.log_stream
+    configure_logging(settings.log, stream, recent=recent)
     metrics = Metrics()
     board = StatusBoard(
         settings.pipeline.name,
         slot=settings.source.slot,
         publication=settings.source.publication,
         metrics=metrics,
+        events=recent,
     )
     server = _listen(settings, board, metrics, once)
     try:
@@ -62,7 +73,7 @@ def run_pipeline(
         for side, sentence in transport_warnings(settings):
             log.warning("connection_unprotected", side=side, reason=sentence)
         pipeline = Pipeline(settings, metrics=metrics, board=board)
-        code = asyncio.run(_Life(pipeline, restart, once, after, screen).run())
+        code = asyncio.run(_Life(pipeline, restart, once, after, beside, screen).run())
     finally:
         if server is not None:
             server.stop()
@@ -92,12 +103,14 @@ class _Life:
         restart: bool,
         once: bool,
         after: After | None,
+        beside: Beside | None,
         screen: ProgressScreen | None,
     ) -> None:
         self._pipeline = pipeline
         self._restart = restart
         self._once = once
         self._after = after
+        self._beside = beside
         self._screen = screen
         self._stop = asyncio.Event()
         self._received: signal.Signals | None = None
@@ -114,6 +127,8 @@ class _Life:
             asyncio.create_task(ProgressWatch(self._pipeline.board, self._screen).run()),
             asyncio.create_task(CopyReporter(self._pipeline, summaries=not self._once).run()),
         ]
+        if self._beside is not None:
+            watching.append(asyncio.create_task(self._beside(self._pipeline)))
         try:
             await self._pipeline.run(self._stop, restart=self._restart, once=self._once)
             for task in watching:

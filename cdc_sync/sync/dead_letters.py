@@ -86,6 +86,7 @@ class DeadLetterOffice:
         self._board = board
         self._parked: dict[tuple[str, str], DeadLetter] = {}
         self._own: set[tuple[str, str]] = set()
+        board.set_dead_letter_limit(limit)
 
     async def open(self) -> None:
         """Read what is parked: others may have parked more, or dropped some. Errors as

@@ -18,7 +18,7 @@ from cdc_sync.errors import MappingError, ProtocolError
 from cdc_sync.pgoutput import messages as m
 from cdc_sync.pgoutput.decode import Decoder
 from cdc_sync.pgoutput.envelope import XLOG_HEADER_BYTES, decode_keepalive, unix_seconds
-from cdc_sync.rows import UNCHANGED, PointId, Row
+from cdc_sync.rows import LARGE_ROW_BYTES, UNCHANGED, PointId, Row
 from cdc_sync.sync.coalesce import TableBatch, fill
 from cdc_sync.sync.control import Accepted, ResyncRows, ResyncTable
 from cdc_sync.sync.dead_letters import letter_of_key
@@ -80,8 +80,9 @@ class Batch:
     anything else. ``unusable``: what was dropped of tables that cannot be followed, by name.
     ``commit_times``: Unix
     seconds, one a transaction completed in it. ``oldest_commit``: Unix seconds of the first
-    transaction that has changes in it. ``xids``: transactions with changes in it. ``last_lsn`` and
-    ``last_commit`` describe the last transaction seen, for dead letters.
+    transaction that has changes in it. ``xids``: transactions with changes in it. ``large``: one of
+    the changes is. ``last_lsn`` and ``last_commit`` describe the last transaction seen, for dead
+    letters.
     """
 
     tables: dict[int, TableBatch] = field(default_factory=dict)
@@ -96,6 +97,7 @@ class Batch:
     transaction_changes: list[int] = field(default_factory=list)
     oldest_commit: float | None = None
     xids: list[int] = field(default_factory=list)
+    large: bool = False
     last_lsn: int = 0
     last_commit: float = 0.0
     inserts: dict[int, int] = field(default_factory=dict)
@@ -245,7 +247,8 @@ class Gatherer:
         lsn = int.from_bytes(frame[1:9], "big")
         if lsn > self.received:
             self.received = lsn
-        self._batch.bytes += len(frame)
+        size = len(frame)
+        self._batch.bytes += size
         self._batch.messages += 1
         match message:
             case m.Insert() | m.Update() | m.Delete():
@@ -270,6 +273,10 @@ class Gatherer:
                     f"{type(message).__name__} message in a stream that was started without "
                     "streaming and two_phase"
                 )
+        if size > LARGE_ROW_BYTES:
+            # It may have closed a batch, its own or the one before.
+            for batch in (*self._sealed, self._batch):
+                batch.large = True
         name = _KINDS[type(message)]
         self.counts[name] = self.counts.get(name, 0) + 1
 

@@ -70,6 +70,7 @@ class SourceMonitor:
 
     async def run(self) -> None:
         """Poll until cancelled."""
+        last = time.time()
         try:
             while True:
                 try:
@@ -79,7 +80,9 @@ class SourceMonitor:
                     if not is_transient(error):
                         raise
                     log.debug("monitor_failed", kind=error.kind.value, error=error.message)
+                    self._not_seen(last)
                 else:
+                    last = time.time()
                     self._publish(look.position)
                     self._on_tables(look.errors, look.signs, began)
                     self._on_look(look.position, look.found)
@@ -142,5 +145,11 @@ class SourceMonitor:
         return publication
 
     def _publish(self, position: SourcePosition) -> None:
-        self._positions.server_end = max(self._positions.server_end, int(position.current))
-        publish_slot(self._metrics, position)
+        self._positions.see_server(int(position.current), time.time())
+        publish_slot(self._metrics, self._board, position)
+
+    def _not_seen(self, last: float) -> None:
+        """Nobody can say what was written since, unless a session is running."""
+        self._board.slot_unknown()
+        if not self._board.source_up and self._positions.blind_since is None:
+            self._positions.blind_since = last

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from cdc_sync.errors import MappingError
 from cdc_sync.mapping.ids import compile_key_id
@@ -81,18 +83,35 @@ class KnownIds:
 
     def missing_from(self, ids: Iterable[PointId]) -> list[PointId]:
         """Those of the ids that are of this bucket and were not added, in their order."""
-        ours = [id_ for id_ in ids if bucket_of(id_, self._buckets) == self._bucket]
+        ours = list(ids)
+        if self._buckets > 1:
+            ours = [id_ for id_ in ours if bucket_of(id_, self._buckets) == self._bucket]
         numbers = [id_ for id_ in ours if isinstance(id_, int)]
         uuids = [id_ for id_ in ours if not isinstance(id_, int)]
         self._sort()
         known = _found(self._numbers, numbers, _NUMBER) | _found(self._uuids, uuids, _UUID)
         return [id_ for id_ in ours if id_ not in known]
 
+    def repeated(self) -> list[PointId]:
+        """The ids that were added more than once, each once."""
+        self._sort()
+        numbers = _repeated(np.frombuffer(self._numbers, _NUMBER))
+        uuids = _repeated(np.frombuffer(self._uuids, _UUID))
+        return [*numbers.tolist(), *(_uuid(uuids[i : i + 1].tobytes()) for i in range(len(uuids)))]
+
     def _sort(self) -> None:
         if not self._sorted:
             np.frombuffer(self._numbers, _NUMBER).sort()
             np.frombuffer(self._uuids, _UUID).sort()
             self._sorted = True
+
+
+def _repeated(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.unique(ids[1:][ids[1:] == ids[:-1]])
+
+
+def _uuid(packed: bytes) -> PointId:
+    return str(uuid.UUID(bytes=packed))
 
 
 def _found(store: bytearray, ids: Sequence[PointId], dtype: str) -> set[PointId]:

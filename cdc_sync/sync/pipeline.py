@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from cdc_sync import __version__
 from cdc_sync.config import Settings
-from cdc_sync.errors import ErrorKind, SinkError, SourceError
+from cdc_sync.errors import CdcSyncError, ErrorKind, SinkError, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
@@ -147,8 +147,8 @@ class Pipeline:
             else:
                 stopping.cancel()
                 work.result()
-        except BaseException:
-            self._trials.state("failed")
+        except BaseException as error:
+            self._trials.state("failed", error.message if isinstance(error, CdcSyncError) else None)
             raise
         finally:
             work.cancel()
@@ -353,7 +353,7 @@ class Pipeline:
     # -- preparation
 
     async def _open_sink(self) -> Sink:
-        sink = await open_sink(self.settings.qdrant, RequestMetrics(self.metrics))
+        sink = await open_sink(self.settings.qdrant, RequestMetrics(self.metrics, self.board))
         try:
             await sink.ping()
         except BaseException:
@@ -398,7 +398,8 @@ class Pipeline:
             protocol=1,
         )
         self.metrics.buffer_limit_bytes.set(_BUFFERED_BATCHES * self.settings.pipeline.batch_bytes)
-        self.board.set_versions(postgres=str(plan.server.version_num))
+        major, minor = divmod(plan.server.version_num, 10_000)
+        self.board.set_versions(postgres=f"{major}.{minor}")
         for planned in plan.tables:
             self.metrics.add_table(planned.name)
             self.board.table(planned.name).update(

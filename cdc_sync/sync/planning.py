@@ -224,14 +224,19 @@ def locate(
     record = next((t for t in known if t.oid == table.oid), None)
     record = record or next((t for t in known if t.table == table.qualified_name), None)
     if record is not None and record.oid not in (0, table.oid):
-        raise SourceError(
-            ErrorKind.TABLE_UNUSABLE,
-            f"table {record.table} is not the one that was copied: it was dropped and "
-            "created again, or another was renamed to it",
-            "If the one that was copied has another name now, name that. Else drop it, or copy "
-            "anew with --migration.restart.",
-        )
+        raise replaced(record.table)
     return table, record
+
+
+def replaced(name: str) -> SourceError:
+    """The error of a table whose name another table has."""
+    return SourceError(
+        ErrorKind.TABLE_UNUSABLE,
+        f"table {name} is not the one that was copied: it was dropped and created again, or "
+        "another was renamed to it",
+        "If the one that was copied has another name now, name that. Else drop it, or copy anew "
+        "with --migration.restart.",
+    )
 
 
 def as_recorded(planned: PlannedTable, record: TableState) -> PlannedTable:

@@ -86,7 +86,7 @@ async def _compare(writer: TableWriter, changes: Changes) -> _Findings:
         elif not _equal(comparison, row, point):
             different.append((id_, row))
     return _Findings(
-        Changes([*missing, *different], changes.partials, changes.deletes),
+        Changes([*missing, *different], changes.partials, changes.deletes, changes.large),
         len(changes.upserts) - len(missing) - len(different),
         frozenset(id_ for id_, _ in different),
         frozenset(id_ for id_, _ in missing),

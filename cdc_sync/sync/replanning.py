@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from cdc_sync.config import Settings, TableSettings
 from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SourceError
@@ -27,6 +27,7 @@ from cdc_sync.sync.planning import (
     is_named,
     plan_configured,
     plan_table,
+    replaced,
     same_configuration,
     without_new_vectors,
 )
@@ -122,20 +123,20 @@ class Replanner:
     def _find(
         self, connection: PgConnection, before: PlannedTable | None, record: TableState
     ) -> Table:
-        """The table by its OID, or one that was created under its name since."""
-        oid = before.plan.oid if before is not None else record.oid
-        try:
-            return read_table(connection, oid)
-        except SourceError as error:
-            if error.kind is not ErrorKind.TABLE_UNUSABLE:
-                raise
-            gone = error
-        try:
-            return find_table(connection, self._entry(record.table).name)
-        except SourceError as error:
-            if error.kind is not ErrorKind.TABLE_UNUSABLE:
-                raise
-            raise dropped(record.table) from gone
+        """The table by its OID, or one that was created under its name since. As at a start, one
+        that was not followed in this life is not taken while its name is another's."""
+        known = _unless_gone(
+            lambda: read_table(connection, record.oid if before is None else before.plan.oid)
+        )
+        if known is not None and before is not None:
+            return known
+        named = _unless_gone(lambda: find_table(connection, self._entry(record.table).name))
+        if known is not None and named is not None and named.oid != known.oid:
+            raise replaced(record.table)
+        found = known or named
+        if found is None:
+            raise dropped(record.table)
+        return found
 
     def _entry(self, name: str) -> TableSettings:
         """The configuration's entry of a table, by its name on record."""
@@ -240,6 +241,15 @@ def other_configuration(name: str) -> ConfigError:
         "filled by",
         "Undo the change, or copy anew with --migration.restart.",
     )
+
+
+def _unless_gone(read: Callable[[], Table]) -> Table | None:
+    try:
+        return read()
+    except SourceError as error:
+        if error.kind is not ErrorKind.TABLE_UNUSABLE:
+            raise
+        return None
 
 
 def _read(connection: PgConnection, planned: PlannedTable) -> Table:

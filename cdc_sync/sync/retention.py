@@ -118,7 +118,7 @@ class RetainedWal:
                 position, limits = await asyncio.to_thread(self._look)
                 first = position.current if first is None else first
                 self._written = position.current - first
-                publish_slot(self._metrics, position)
+                publish_slot(self._metrics, self._board, position)
                 self._metrics.snapshot_taken_timestamp_seconds.set(taken)
                 age = position.xmax - holder.snapshot.xmin
                 self._metrics.snapshot_xmin_age_transactions.set(max(0, age))
@@ -156,7 +156,7 @@ class RetainedWal:
         """Whether a window may be opened for the tables. If not, board and log say why, and it is
         to be asked again after :data:`WAIT_SECONDS`. Raises :class:`SourceError`."""
         position, limits = await asyncio.to_thread(self._look)
-        publish_slot(self._metrics, position)
+        publish_slot(self._metrics, self._board, position)
         retained = position.retained_bytes
         if retained is None:
             return True  # There is no slot to lose.
@@ -258,10 +258,13 @@ class RetainedWal:
         self._written = 0
 
 
-def publish_slot(metrics: Metrics, position: SourcePosition) -> None:
+def publish_slot(metrics: Metrics, board: StatusBoard, position: SourcePosition) -> None:
     """Show what the slot keeps."""
-    if position.retained_bytes is not None:
-        metrics.slot_retained_wal_bytes.set(position.retained_bytes)
-    metrics.slot_active.set(1 if position.active else 0)
-    metrics.set_wal_status(position.wal_status)
-    metrics.slot_safe_wal_bytes.set(position.safe_wal_bytes)
+    board.set_slot(
+        active=bool(position.active),
+        wal_status=position.wal_status,
+        retained_bytes=position.retained_bytes,
+        safe_bytes=position.safe_wal_bytes,
+    )
+    metrics.slot_spilled_bytes.set(position.spilled_bytes)
+    metrics.slot_spilled_transactions.set(position.spilled_transactions)

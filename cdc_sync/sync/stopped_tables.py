@@ -6,9 +6,10 @@ are read and dropped, so the slot goes on and WAL does not pile up. Before the f
 confirmed the table is on record as stale, so whatever happens it is read again as a whole.
 
 It is tried again at once, whenever the catalog shows it changed, when it is asked for, at a restart
-and else every :data:`RETRY_SECONDS`. Once it can be planned, and its collection fits, it starts
-again with a window of :mod:`cdc_sync.sync.resync`: what was dropped is older than the snapshot of
-that window, what comes after is applied again, and points without a row are swept.
+and else after pauses that double, up to :data:`RETRY_SECONDS`. Once it can be planned, and its
+collection fits, it starts again with a window of :mod:`cdc_sync.sync.resync`: what was dropped is
+older than the snapshot of that window, what comes after is applied again, and points without a row
+are swept.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from cdc_sync.ops.status import StatusBoard
 
 log = get_logger(__name__)
 
-#: How often a stopped table is tried again at the least, and how often it is copied at the most.
+#: How often a stopped table is tried again at the least.
 RETRY_SECONDS: Final = 60.0
+#: The first pause before it is tried again, or copied again if it has stopped soon after the copy.
+FIRST_PAUSE_SECONDS: Final = 2.0
 
 #: Errors of one table where one table was being read, planned or written.
 _KINDS: Final = frozenset(
@@ -56,13 +59,28 @@ def concerns_one_table(error: BaseException) -> bool:
 @dataclass(slots=True)
 class StoppedTable:
     """A table that has stopped. ``sign`` is what the catalog showed of it; ``next_try`` is on the
-    monotonic clock. ``planned``: it can be planned again, and waits for its window."""
+    monotonic clock, ``pause`` the one before the next try but one. ``planned``: it can be planned
+    again, and waits for its window."""
 
     name: str
     error: CdcSyncError
     next_try: float
+    pause: float
     sign: str | None = None
     planned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """When a stopped table started again, and the pause if it stops soon after that."""
+
+    moment: float
+    pause: float
+
+
+def _pause(last: float | None = None) -> float:
+    """The pause after ``last``."""
+    return min(FIRST_PAUSE_SECONDS if last is None else 2 * last, RETRY_SECONDS)
 
 
 class StoppedTables:
@@ -75,7 +93,7 @@ class StoppedTables:
         self._board = board
         self._clock = clock
         self._stopped: dict[str, StoppedTable] = {}
-        self._started: dict[str, float] = {}
+        self._started: dict[str, _Start] = {}
 
     def __bool__(self) -> bool:
         return bool(self._stopped)
@@ -91,7 +109,8 @@ class StoppedTables:
 
     def has_started_since(self, name: str, moment: float) -> bool:
         """Whether the table was stopped, and has started again after that moment."""
-        return self._started.get(name, moment) > moment
+        started = self._started.get(name)
+        return started is not None and started.moment > moment
 
     def waits(self, name: str) -> bool:
         """Whether the table is stopped and could not be planned again yet."""
@@ -103,9 +122,14 @@ class StoppedTables:
         now = self._clock()
         stopped = self._stopped.get(name)
         if stopped is None:
-            # Whatever keeps it from running once it is copied must not have it copied for ever.
-            soon = max(now, self._started.get(name, now - RETRY_SECONDS) + RETRY_SECONDS)
-            self._stopped[name] = StoppedTable(name, error, soon)
+            # Whatever keeps it from running once it is copied must not have it copied all the time.
+            last = self._started.get(name)
+            if last is None or now - last.moment >= RETRY_SECONDS:
+                self._stopped[name] = StoppedTable(name, error, now, _pause())
+            else:
+                self._stopped[name] = StoppedTable(
+                    name, error, now + last.pause, _pause(last.pause)
+                )
             log.error(
                 "table_stopped",
                 table=name,
@@ -120,7 +144,8 @@ class StoppedTables:
             log.debug("table_still_stopped", table=name, error=error.message)
             stopped.error = error
             stopped.planned = False
-            stopped.next_try = now + RETRY_SECONDS
+            stopped.next_try = now + stopped.pause
+            stopped.pause = _pause(stopped.pause)
         self.show(name)
 
     def due(self) -> list[str]:
@@ -154,9 +179,10 @@ class StoppedTables:
 
     def start(self, name: str) -> None:
         """The table's changes are applied again from here on."""
-        if self._stopped.pop(name, None) is None:
+        stopped = self._stopped.pop(name, None)
+        if stopped is None:
             return
-        self._started[name] = self._clock()
+        self._started[name] = _Start(self._clock(), stopped.pause)
         log.info("table_started", table=name)
         self._metrics.add_table(name).stopped.set(0)
         self._board.table(name).update(state="copying", error=None, remedy=None)

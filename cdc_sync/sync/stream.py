@@ -46,6 +46,10 @@ _REPLY_SECONDS = 0.1
 _READ_FRAMES = 512
 _READ_BYTES = 1 << 20
 _IDLE_SECONDS = 1.0
+#: How long what the server has written may be on its way to us without counting as lag.
+_ON_ITS_WAY_SECONDS = 2.0
+#: For so long the slot may be taken by what is left of a connection of our own.
+_STANDBY_SECONDS = 30.0
 
 
 @dataclass(slots=True)
@@ -63,12 +67,39 @@ class Positions:
     confirmed: int = 0
     server_end: int = 0
     oldest_commit: float | None = None
+    #: A position of the server that nothing received reaches yet, and when it was seen.
+    ahead: tuple[int, float] | None = None
+    #: Since when nobody has been able to ask the server; None while somebody is.
+    blind_since: float | None = None
 
     def begin(self, lsn: int) -> None:
         """Stand at the beginning of a new slot; what was known of another does not count."""
         self.received = self.server_end = 0
         self.applied = self.confirmed = lsn
-        self.oldest_commit = None
+        self.oldest_commit = self.ahead = None
+
+    @property
+    def reached(self) -> int:
+        """How far what came over the wire reaches, of this process or one before it."""
+        return max(self.received, self.confirmed)
+
+    def see_server(self, end: int, now: float) -> None:
+        """The server's end of WAL, seen by another connection at a Unix time."""
+        self.server_end = max(self.server_end, end)
+        self.blind_since = None
+        if self.ahead is None and end > self.reached:
+            self.ahead = (end, now)
+
+    def age(self, now: float) -> float:
+        """Seconds since everything committed by then was in Qdrant, as far as anybody can know: 0
+        when caught up, and growing while the connection is away too."""
+        if self.ahead is not None and self.reached >= self.ahead[0]:
+            self.ahead = None
+        moments = [self.oldest_commit, self.blind_since]
+        # The server's end is ahead by what is on its way at any time.
+        if self.ahead is not None and now - self.ahead[1] > _ON_ITS_WAY_SECONDS:
+            moments.append(self.ahead[1])
+        return max((max(0.0, now - moment) for moment in moments if moment is not None), default=0)
 
     def go_back(self, confirmed: int) -> None:
         """Stand where the slot stands, when a session begins.
@@ -80,11 +111,14 @@ class Positions:
 
 
 def publish_lag(positions: Positions, metrics: Metrics, board: StatusBoard) -> None:
-    """Show how far behind Qdrant is."""
+    """Show how far behind Qdrant is; nothing while another process has the slot."""
     p = positions
-    age = max(0.0, time.time() - p.oldest_commit) if p.oldest_commit is not None else 0.0
-    board.set_lag(lag_bytes=max(0, p.server_end - p.confirmed), seconds=age)
-    metrics.lag_bytes["receive"].set(max(0, p.server_end - p.received))
+    if not p.confirmed or board.standby_seconds > _STANDBY_SECONDS:
+        board.set_lag(lag_bytes=None, seconds=None)
+        p.server_end, p.ahead = p.reached, None
+    else:
+        board.set_lag(lag_bytes=max(0, p.server_end - p.confirmed), seconds=p.age(time.time()))
+    metrics.lag_bytes["receive"].set(max(0, p.server_end - p.reached))
     metrics.lag_bytes["apply"].set(max(0, p.received - p.applied))
     metrics.lag_bytes["acknowledge"].set(max(0, p.applied - p.confirmed))
 
@@ -193,6 +227,7 @@ class StreamSession:
             # The connection may be gone; what was not confirmed is sent again.
             await self._confirm(force=True)
         self._publish()
+        self.metrics.buffer_bytes.set(0)
 
     # -- reader
 
@@ -215,6 +250,8 @@ class StreamSession:
             for frame in frames:
                 gatherer.feed(frame)
                 size += len(frame)
+            # A large one would stay for as long as nothing is read.
+            del frames, frame
             self.metrics.received_bytes.inc(size)
             self.metrics.changes_ignored.inc(gatherer.ignored_changes)
             gatherer.ignored_changes = 0
@@ -280,6 +317,7 @@ class StreamSession:
             self._space.set()
             await self._apply(batch)
             await self._rest(batch)
+            del batch
 
     async def _rest(self, batch: Batch | None) -> None:
         if self._ending:
@@ -397,7 +435,11 @@ class StreamSession:
             return
         self._last_durable = time.monotonic()
         started = time.perf_counter()
-        await self.make_durable()
+        try:
+            await self.make_durable()
+        except Exception:
+            self.metrics.checkpoint_writes["error"].inc()
+            raise
         self.metrics.stage_seconds["checkpoint"].inc(time.perf_counter() - started)
         self.positions.confirmed = max(self.positions.confirmed, applied)
         self._send_status("progress")
@@ -422,6 +464,7 @@ class StreamSession:
         if oldest is None:
             oldest = self.gatherer.oldest_commit
         self.positions.oldest_commit = oldest
+        self.positions.blind_since = None
         publish_lag(self.positions, self.metrics, self.board)
         in_flight = self._in_flight.bytes if self._in_flight is not None else 0
         self.metrics.buffer_bytes.set(self.gatherer.buffered_bytes + in_flight)

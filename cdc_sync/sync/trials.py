@@ -31,9 +31,9 @@ class Trials:
         self._board = board
         self.stop = stop
 
-    def state(self, state: State) -> None:
-        """Show what the pipeline is doing."""
-        self._board.set_state(state)
+    def state(self, state: State, message: str | None = None) -> None:
+        """Show what the pipeline is doing, and why where that does not say it."""
+        self._board.set_state(state, message)
         log.info("state", state=state)
 
     async def until(
@@ -73,7 +73,9 @@ class Trials:
     def stalled(self, error: CdcSyncError, seconds: float) -> None:
         """Show that something is tried again after so many seconds, and why."""
         if isinstance(error, SinkError):
-            self._board.set_sink(False, error.message)
+            # Room is made by somebody, and nobody else says how.
+            full = error.kind is ErrorKind.SINK_FULL
+            self._board.set_sink(False, f"{error.message} {error.remedy}" if full else error.message)
             self._metrics.sink_retries[error.kind].inc()
         elif isinstance(error, SourceError):
             self._metrics.source_reconnects[error.kind].inc()

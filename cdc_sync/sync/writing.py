@@ -38,4 +38,5 @@ def _without(changes: Changes, completed: frozenset[object]) -> Changes:
         upserts=[change for change in changes.upserts if change[0] not in completed],
         partials=[change for change in changes.partials if change[0] not in completed],
         deletes=[point_id for point_id in changes.deletes if point_id not in completed],
+        large=changes.large,
     )

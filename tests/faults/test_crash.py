@@ -20,7 +20,9 @@ def crash_loop(
     with database.connect() as connection:
         table = create_everything_table(connection, "everything", dim=640)
         load(connection, table, rows, seed=seed)
-    synced = sync_table(database, "everything", target=target, start=False)
+    synced = sync_table(
+        database, "everything", target=target, start=False, migration={"num_workers": 2}
+    )
     writers = [
         Writer(database.url, table, seed=seed + n, key_space=2 * rows, pause_seconds=0.003)
         for n in range(1, 4)
@@ -45,7 +47,7 @@ def crash_loop(
 @pytest.mark.requirement("R41", "R42")
 @pytest.mark.parametrize("target", ["server", pytest.param("edge", marks=pytest.mark.campaign)])
 def test_a_few_kills(database18: Database, sync_table: SyncTable, target: str) -> None:
-    crash_loop(database18, sync_table, target, kills=6, seed=1, rows=1_000)
+    crash_loop(database18, sync_table, target, kills=4, seed=1, rows=1_000)
 
 
 @pytest.mark.campaign

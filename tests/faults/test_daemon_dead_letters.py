@@ -277,7 +277,7 @@ def test_no_secret_and_no_value_is_ever_said(
         listen()
         proxy.accept()
         qdrant.script.reject("write", "UNAUTHENTICATED", f"Invalid API key {api_key}")
-        daemon.wait(lambda: is_ready(daemon), "readiness again", 20)
+        daemon.wait(lambda: is_ready(daemon), "readiness again", 60)
         database18.execute("INSERT INTO free VALUES (102, %s, '[1,2]')", (CANARY,))
         assert daemon.process is not None
         assert daemon.process.wait(30) == 77

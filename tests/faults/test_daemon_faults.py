@@ -49,7 +49,7 @@ def test_qdrant_away_under_load(
             qdrant_private.kill()
         else:
             qdrant_private.script.down()
-        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 10)
+        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 60)
         assert daemon.get("/livez")[0] == 200
         status, message = check(daemon, "/readyz", "sink")
         assert status == 503
@@ -65,9 +65,9 @@ def test_qdrant_away_under_load(
             qdrant_private.restart()
         else:
             qdrant_private.script.down(False)
-        daemon.wait(lambda: is_ready(daemon), "readiness again", 20)
+        daemon.wait(lambda: is_ready(daemon), "readiness again", 60)
     synced.assert_equal()
-    daemon.wait(lambda: daemon.metric("cdc_sync_lag_seconds") == 0, "no lag", 5)
+    daemon.wait(lambda: daemon.metric("cdc_sync_lag_seconds") == 0, "no lag", 60)
     assert daemon.metric("cdc_sync_sink_up") == 1
     assert daemon.metric("cdc_sync_sink_retries_total", kind="sink_unavailable") > 0
 
@@ -84,9 +84,9 @@ def test_qdrant_away_while_nothing_is_written(
     synced = sync_table(database18, "items", qdrant=qdrant_private)
     assert is_ready(synced.daemon)
     qdrant_private.kill()
-    synced.daemon.wait(lambda: not is_ready(synced.daemon), "the end of readiness", 12)
+    synced.daemon.wait(lambda: not is_ready(synced.daemon), "the end of readiness", 60)
     qdrant_private.restart()
-    synced.daemon.wait(lambda: is_ready(synced.daemon), "readiness again", 12)
+    synced.daemon.wait(lambda: is_ready(synced.daemon), "readiness again", 60)
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_it_lets_go_of_the_slot_while_qdrant_is_away(
     assert slot_active(database, daemon.slot)
     qdrant_private.kill()
     database.execute("UPDATE items SET note = 'while away'")
-    daemon.wait(lambda: not slot_active(database, daemon.slot), "letting go", 10)
+    daemon.wait(lambda: not slot_active(database, daemon.slot), "letting go", 60)
     # It stays away as long as Qdrant does, and says how old what waits is.
     before = daemon.metric("cdc_sync_lag_seconds")
     for _ in range(16):
@@ -120,7 +120,7 @@ def test_it_lets_go_of_the_slot_while_qdrant_is_away(
     server.start()
     database.execute("DELETE FROM items WHERE id = 3")
     qdrant_private.restart()
-    daemon.wait(lambda: is_ready(daemon), "readiness again", 30)
+    daemon.wait(lambda: is_ready(daemon), "readiness again", 60)
     synced.assert_equal()
 
 
@@ -137,7 +137,7 @@ def test_qdrant_slow_limiting_and_losing_answers_under_load(
             faults.wait_timeout("write", times=3)
             faults.fail_after_apply("write", times=3)
             faults.fail_after_apply("write", "INTERNAL", "Service internal error", times=2)
-            synced.daemon.wait(lambda: faults.queued() == 0, "every fault", 40)
+            synced.daemon.wait(lambda: faults.queued() == 0, "every fault", 60)
     synced.assert_equal()
     for kind in ("sink_rate_limited", "sink_unknown", "sink_unavailable"):
         assert synced.daemon.metric("cdc_sync_sink_retries_total", kind=kind) > 0
@@ -158,15 +158,17 @@ def test_it_waits_as_long_as_qdrant_asks_for(
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
+@pytest.mark.timeout(400)
 def test_a_batch_larger_than_qdrant_takes_in_a_minute_gets_through(
     database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
 ) -> None:
     """Each try goes on where the last one ended; and it is no reason to let go of the slot."""
-    create_items(database18, 2200)
-    synced = sync_table(database18, "items", qdrant=qdrant_private, pipeline={"let_go_seconds": 10})
+    create_items(database18, 3000)
+    synced = sync_table(database18, "items", qdrant=qdrant_private, pipeline={"let_go_seconds": 30})
     faults.rate_limit(1800)
     database18.execute("UPDATE items SET note = 'limited'")
-    synced.daemon.wait_caught_up(90)
+    synced.daemon.wait_caught_up(300)
     faults.rate_limit(None)
     synced.assert_equal()
     assert synced.daemon.metric("cdc_sync_sink_retries_total", kind="sink_rate_limited") > 0
@@ -228,12 +230,12 @@ def test_postgres_restarts_while_streaming(
     with under_load(database, table, seed=4, reconnect=True):
         time.sleep(0.7)
         server.stop(mode)
-        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 10)
+        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 60)
         assert daemon.get("/livez")[0] == 200
         assert check(daemon, "/readyz", "source")[1]
         assert daemon.metric("cdc_sync_source_up") == 0
         server.start()
-        daemon.wait(lambda: is_ready(daemon), "readiness again", 20)
+        daemon.wait(lambda: is_ready(daemon), "readiness again", 60)
         server.restart(mode)
         time.sleep(0.7)
     synced.assert_equal()
@@ -300,7 +302,7 @@ def test_a_fast_shutdown_is_not_held_up_by_a_row_that_must_be_read_again(
         stopped.result()
         assert time.monotonic() - started < 8
     server.start()
-    synced.daemon.wait(lambda: is_ready(synced.daemon), "readiness again", 20)
+    synced.daemon.wait(lambda: is_ready(synced.daemon), "readiness again", 60)
     synced.assert_equal()
 
 
@@ -328,7 +330,7 @@ def test_a_fast_shutdown_is_not_held_up_by_a_table_that_is_read_again(
     assert time.monotonic() - started < 10
     server.start()
     faults.clear()
-    synced.daemon.wait(lambda: "resync_completed" in synced.daemon.log(), "the end of it", 40)
+    synced.daemon.wait(lambda: "resync_completed" in synced.daemon.log(), "the end of it", 60)
     synced.assert_equal()
 
 
@@ -390,9 +392,9 @@ def test_the_way_to_postgres_fails(
         time.sleep(1)
         proxy.refuse()
         proxy.cut()
-        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 10)
+        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 60)
         proxy.accept()
-        daemon.wait(lambda: is_ready(daemon), "readiness again", 20)
+        daemon.wait(lambda: is_ready(daemon), "readiness again", 60)
         proxy.delay(0)
     synced.assert_equal()
 
@@ -415,13 +417,13 @@ def test_a_silent_postgres_is_noticed(
     time.sleep(3)
     assert daemon.metric("cdc_sync_source_reconnects_total") == 0, "an idle stream is no silence"
     proxy.stall()
-    daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 10)
+    daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 60)
     message = check(daemon, "/readyz", "source")[1]
     assert message is not None
     assert "has not answered" in message
     proxy.resume()
     database18.execute("UPDATE items SET note = 'back'")
-    daemon.wait(lambda: is_ready(daemon), "readiness again", 30)
+    daemon.wait(lambda: is_ready(daemon), "readiness again", 60)
     synced.assert_equal()
 
 
@@ -452,13 +454,13 @@ def test_the_way_to_qdrant_fails(
         proxy.delay(0.1)
         time.sleep(1)
         proxy.stall()
-        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 15)
+        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 60)
         proxy.resume()
         proxy.delay(0)
-        daemon.wait(lambda: is_ready(daemon), "readiness again", 20)
+        daemon.wait(lambda: is_ready(daemon), "readiness again", 60)
         proxy.refuse()
         proxy.cut()
-        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 10)
+        daemon.wait(lambda: not is_ready(daemon), "the end of readiness", 60)
         proxy.accept()
-        daemon.wait(lambda: is_ready(daemon), "readiness again", 20)
+        daemon.wait(lambda: is_ready(daemon), "readiness again", 60)
     synced.assert_equal()

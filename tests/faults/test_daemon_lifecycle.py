@@ -29,6 +29,7 @@ pytestmark = pytest.mark.timeout(120)
 
 #: A short grace, and what a loaded machine may need on top of it.
 GRACE = {"shutdown_timeout_seconds": 2}
+PROCESSES = {"num_workers": 2}
 LIMIT_SECONDS = 6.0
 
 
@@ -172,7 +173,9 @@ def test_sigterm_while_a_table_is_read_again(
     database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
 ) -> None:
     create_items(database18, 10)
-    synced = sync_table(database18, "items", qdrant=qdrant_private, pipeline=GRACE)
+    synced = sync_table(
+        database18, "items", qdrant=qdrant_private, pipeline=GRACE, migration=PROCESSES
+    )
     faults.hold("Upsert")
     database18.execute("ALTER TABLE items ADD extra int DEFAULT 7")
     synced.daemon.wait(lambda: faults.held() > 0, "the table to be read again")
@@ -314,7 +317,9 @@ def test_two_started_together_copy_once(
     tmp_path: Path,
 ) -> None:
     create_loaded(database18, rows=600)
-    synced = sync_table(database18, "everything", qdrant=qdrant_private, start=False)
+    synced = sync_table(
+        database18, "everything", qdrant=qdrant_private, start=False, migration=PROCESSES
+    )
     faults.slow("Upsert", 0.1, times=10_000)
     with twin(synced, tmp_path / "second") as second:
         pair = [synced.daemon.start(wait=False), second.start(wait=False)]
@@ -344,7 +349,9 @@ def test_a_waiting_daemon_takes_over_an_unfinished_copy(
     tmp_path: Path,
 ) -> None:
     create_loaded(database18, rows=1000)
-    synced = sync_table(database18, "everything", qdrant=qdrant_private, start=False)
+    synced = sync_table(
+        database18, "everything", qdrant=qdrant_private, start=False, migration=PROCESSES
+    )
     faults.slow("Upsert", 0.3, times=10_000)
     with twin(synced, tmp_path / "second") as second:
         synced.daemon.start(wait=False)
@@ -367,7 +374,9 @@ def test_a_worker_is_killed_during_the_copy(
     database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
 ) -> None:
     create_loaded(database18, rows=1000)
-    synced = sync_table(database18, "everything", qdrant=qdrant_private, start=False)
+    synced = sync_table(
+        database18, "everything", qdrant=qdrant_private, start=False, migration=PROCESSES
+    )
     faults.slow("Upsert", 0.2, times=10_000)
     synced.daemon.start(wait=False)
     writing(synced.daemon, faults, synced.collection)
@@ -386,7 +395,9 @@ def test_no_worker_outlives_a_killed_daemon(
     database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
 ) -> None:
     create_loaded(database18, rows=1000)
-    synced = sync_table(database18, "everything", qdrant=qdrant_private, start=False)
+    synced = sync_table(
+        database18, "everything", qdrant=qdrant_private, start=False, migration=PROCESSES
+    )
     faults.slow("Upsert", 0.5, times=10_000)
     synced.daemon.start(wait=False)
     writing(synced.daemon, faults, synced.collection)

@@ -314,9 +314,9 @@ def test_they_are_tried_every_so_often(
     )
     daemon = synced.daemon
     database18.execute("INSERT INTO loose VALUES (99, 'poison', 1, '[1]')")
-    daemon.wait(lambda: daemon.metric(RETRIES, result="refused") >= 2, "two retries", 20)
+    daemon.wait(lambda: daemon.metric(RETRIES, result="refused") >= 2, "two retries", 60)
     refuse(faults, database18, synced, 4, letters_after=2)
-    daemon.wait(lambda: daemon.metric(RETRIES, result="written") == 1, "a retry", 20)
+    daemon.wait(lambda: daemon.metric(RETRIES, result="written") == 1, "a retry", 60)
     daemon.wait_caught_up()
     (letter,) = letters(daemon)
     assert letter["attempts"] >= 3

@@ -49,7 +49,7 @@ def test_at_qdrant(
     script.reject("write", "INTERNAL", _NO_SPACE, times=10_000)
     database18.execute("ALTER TABLE items ADD extra int DEFAULT 7")
     database18.execute("DELETE FROM items WHERE id % 5 = 0")
-    daemon.wait(lambda: "No space left on device" in daemon.log(), "the reason", 30)
+    daemon.wait(lambda: "No space left on device" in daemon.log(), "the reason", 60)
     assert daemon.get("/livez")[0] == 200
     script.clear()
     daemon.wait(lambda: "resync_completed" in daemon.log(), "the resync")

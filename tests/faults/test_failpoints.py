@@ -52,7 +52,7 @@ def test_every_failpoint_is_there() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.requirement("R41", "R42")
 @pytest.mark.parametrize("group", _GROUPS)
 def test_a_crash_at_each(
@@ -62,21 +62,26 @@ def test_a_crash_at_each(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("failpoint", "sabotage"),
+    ("failpoint", "sabotage", "crashes"),
     [
-        ("before requests", breaks.told_before_it_is_written),
-        ("ledger saved", breaks.ledgers_say_done_too_early),
+        ("before requests", breaks.told_before_it_is_written, 3),
+        ("ledger saved", breaks.ledgers_say_done_too_early, 12),
     ],
 )
 def test_a_mistake_is_noticed(
-    database18: Database, tmp_path: Path, qdrant: QdrantTarget, failpoint: str, sabotage: Break
+    database18: Database,
+    tmp_path: Path,
+    qdrant: QdrantTarget,
+    failpoint: str,
+    sabotage: Break,
+    crashes: int,
 ) -> None:
     points = [FAILPOINTS[failpoint]]
     series = CrashSeries(database18, qdrant, tmp_path, points, seed=1, sabotage=sabotage)
     with pytest.raises(AssertionError, match=r"missing|payload|vector|extra"):
-        series.run(12)
+        series.run(crashes)
 
 
 @pytest.mark.campaign

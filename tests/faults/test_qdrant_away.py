@@ -134,7 +134,7 @@ def qdrant_away(
         daemon.wait(lambda: is_ready(daemon), "readiness again", 60)
     daemon.wait_caught_up(max(120.0, 2 * seconds))
     synced.assert_equal()
-    daemon.wait(lambda: daemon.metric("cdc_sync_lag_seconds") == 0, "no lag", 10)
+    daemon.wait(lambda: daemon.metric("cdc_sync_lag_seconds") == 0, "no lag", 60)
     assert observer.samples > seconds / 4
     assert observer.growth() < _GROWTH_BYTES, f"grew by {observer.growth() >> 20} MB"
     assert "slot_let_go" in daemon.log()

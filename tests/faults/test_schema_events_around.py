@@ -23,7 +23,7 @@ from tests.support.schema_scene import AFTER, BEFORE, COLUMNS, CREATE, DIM, Load
 @pytest.fixture(autouse=True)
 def seldom() -> Iterator[None]:
     """Everything is tried again because something has changed, not because of the time."""
-    with mock.patch.object(stopped_tables, "RETRY_SECONDS", 600.0):
+    with mock.patch.multiple(stopped_tables, RETRY_SECONDS=600.0, FIRST_PAUSE_SECONDS=600.0):
         yield
 
 
@@ -308,7 +308,7 @@ async def test_collection_replaced_by_one_of_another_dimension(
     assert collection is not None
     async with scene(settings, database18, qdrant) as play:
         await play.assert_settled()
-        with mock.patch.object(stopped_tables, "RETRY_SECONDS", 1.0):
+        with mock.patch.multiple(stopped_tables, RETRY_SECONDS=1.0, FIRST_PAUSE_SECONDS=1.0):
             client = qdrant.client()
             replace(qdrant, collection)
             play.execute(*AFTER, f"UPDATE docs SET emb = array_fill(2, ARRAY[{DIM}])::vector")

@@ -173,7 +173,7 @@ async def test_more_than_the_rate_limiter_ever_lets_through_is_split(
 async def test_a_full_collection_is_no_points_fault(writer: TableWriter, faults: Faults) -> None:
     faults.reject("Upsert", "INVALID_ARGUMENT", "Bad request: Max points count limit of 5 reached!")
     changes = Changes(upserts=[(n, item(n)) for n in range(20)])
-    error = await fails(writer, changes, ErrorKind.SINK_REFUSED)
+    error = await fails(writer, changes, ErrorKind.SINK_FULL)
     assert "Max points count" in error.message
     assert faults.operations().count("Upsert") == 1
 

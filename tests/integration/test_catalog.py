@@ -557,6 +557,36 @@ def test_forced_row_level_security_applies_to_the_owner_too(database18: Database
             check_readable(conn, find_table(conn, "t"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER TABLE app.docs DROP COLUMN note",
+        "ALTER TABLE app.docs RENAME COLUMN note TO text",
+        "DROP TABLE app.docs",
+        "ALTER TABLE app.docs SET SCHEMA public; DROP SCHEMA app",
+    ],
+)
+def test_what_is_altered_before_it_is_checked_is_for_the_stream(
+    database18: Database, change: str
+) -> None:
+    """Only what is there and may not be read is refused."""
+    database18.execute(
+        "CREATE SCHEMA app; CREATE TABLE app.docs (id int PRIMARY KEY, note text, secret text)"
+    )
+    role = database18.create_cdc_role([])
+    database18.execute(
+        f"GRANT USAGE ON SCHEMA app TO {role.name};"
+        f"GRANT SELECT (id, note) ON app.docs TO {role.name}"
+    )
+    with connect(source_settings(role.url)) as conn:
+        docs = find_table(conn, "app.docs")
+        with pytest.raises(SourceError, match="may not read"):
+            check_readable(conn, docs, ["id", "secret"])
+        database18.execute(f"GRANT SELECT ON app.docs TO {role.name}")
+        database18.execute(change)
+        check_readable(conn, docs)
+
+
 @pytest.mark.requirement("R64")
 @pytest.mark.parametrize(
     ("setting", "value", "message"),

@@ -48,7 +48,7 @@ def test_truncate_of_one_and_of_all(database18: Database, sync_table: SyncTable)
     database18.execute(SCHEMA)
     synced = sync_table(database18, "docs")
     database18.execute("TRUNCATE docs_2026")
-    synced.daemon.wait(lambda: "resync_completed" in synced.daemon.log(), "the resync", 40)
+    synced.daemon.wait(lambda: "resync_completed" in synced.daemon.log(), "the resync", 60)
     synced.assert_equal()
     database18.execute("TRUNCATE docs; INSERT INTO docs_2025 VALUES (1, 'after', NULL, 1)")
     synced.assert_equal()
@@ -79,11 +79,11 @@ def test_a_late_child_is_not_passed_over_in_silence(
         "GRANT SELECT ON docs_2027 TO PUBLIC;"
         "INSERT INTO docs_2027 VALUES (401, 'late', NULL)"
     )
-    synced.daemon.wait(lambda: "table_stopped" in synced.daemon.log(), "the table to stop", 40)
+    synced.daemon.wait(lambda: "table_stopped" in synced.daemon.log(), "the table to stop", 60)
     assert "ADD TABLE ONLY" in synced.daemon.status()["tables"][0]["remedy"]
     name = synced.daemon.slot
     database18.execute(f'ALTER PUBLICATION "{name}" ADD TABLE ONLY docs_2027')
-    synced.daemon.wait(lambda: "resync_completed" in synced.daemon.log(), "the copy", 40)
+    synced.daemon.wait(lambda: "resync_completed" in synced.daemon.log(), "the copy", 60)
     synced.assert_equal()
 
 

@@ -28,7 +28,7 @@ def test_a_truncated_partition_is_swept(
     database18.execute(SCHEMA)
     synced = sync_table(database18, "docs", target=target)
     database18.execute("TRUNCATE docs_1; INSERT INTO docs VALUES (7, 'again', NULL)")
-    synced.daemon.wait(lambda: "sweep_completed" in synced.daemon.log(), "the sweep", 40)
+    synced.daemon.wait(lambda: "sweep_completed" in synced.daemon.log(), "the sweep", 60)
     assert synced.daemon.metric("cdc_sync_orphans_total", table="public.docs") == 99
     synced.assert_equal()
 
@@ -42,7 +42,7 @@ def test_so_is_one_that_was_truncated_while_the_pipeline_was_down(
     synced.daemon.terminate()
     database18.execute("TRUNCATE docs_2")
     synced.daemon.start()
-    synced.daemon.wait(lambda: "sweep_completed" in synced.daemon.log(), "the sweep", 40)
+    synced.daemon.wait(lambda: "sweep_completed" in synced.daemon.log(), "the sweep", 60)
     synced.assert_equal()
     synced.daemon.terminate()
     synced.daemon.start()
@@ -55,7 +55,7 @@ def test_other_storage_with_the_same_rows_changes_nothing(
     database18.execute(SCHEMA)
     synced = sync_table(database18, "docs")
     database18.execute("VACUUM FULL docs_1")
-    synced.daemon.wait(lambda: "sweep_completed" in synced.daemon.log(), "the sweep", 40)
+    synced.daemon.wait(lambda: "sweep_completed" in synced.daemon.log(), "the sweep", 60)
     synced.assert_equal()
     assert synced.daemon.metric("cdc_sync_orphans_total", table="public.docs") == 0
 

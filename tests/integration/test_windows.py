@@ -61,7 +61,12 @@ def test_many_windows_under_writers(
         "items",
         target=target,
         start=False,
-        migration={"window_seconds": 0.03, "chunk_rows": 100, "batch_delay": 50},
+        migration={
+            "num_workers": 2,
+            "window_seconds": 0.03,
+            "chunk_rows": 100,
+            "batch_delay": 50,
+        },
         **EUCLID,
     )
     writers = [

@@ -25,8 +25,8 @@ from cdc_sync.config import (
     SourceSettings,
     TableSettings,
 )
-from tests.support.failpoints import EXIT_CODE, Failpoint, arm
-from tests.support.fix_postgres import Database
+from tests.support.failpoints import EXIT_CODE, Failpoint, arm_after
+from tests.support.fix_postgres import Connection, Database
 from tests.support.oracle import compare
 from tests.support.pipeline_process import Break, PipelineProcess
 from tests.support.qdrant_control import QdrantTarget
@@ -35,18 +35,20 @@ from tests.support.sql_load import KEYS, ROWS, SEQUENCES, TABLE, SqlLoad
 _NOTES: Final = "notes"
 _ROWS: Final = 150
 #: How long a life may take to come to its failpoint while rows are changed.
-_PATIENCE_SECONDS: Final = 20.0
+_PATIENCE_SECONDS: Final = 120.0
+#: Between two changes: the longer the more there were in this life, so that a slow machine is not
+#: given more of them than it can apply.
+_FIRST_PAUSE_SECONDS: Final = 0.03
+_LONGEST_PAUSE_SECONDS: Final = 1.0
+_LONGER: Final = 1.15
+#: Lives that end before they confirm leave their changes to the next one. After so many that are
+#: not confirmed for sure one life is to catch up.
+_UNCONFIRMED_CHANGES: Final = 300
 #: How long after it began to stream a pipeline whose copy was to crash is given up on as done.
 _DONE_SECONDS: Final = 0.3
 _POISON: Final = 1_000_000
 
 _numbers = itertools.count(1)
-
-
-def _break(sabotage: Break | None, failpoint: str, passes: int) -> None:
-    if sabotage is not None:
-        sabotage()
-    arm(failpoint, passes)
 
 
 @dataclass
@@ -65,20 +67,23 @@ class CrashSeries:
     pipelines: int = 0
     _load: SqlLoad = field(init=False)
     _choose: random.Random = field(init=False)
+    _connection: Connection = field(init=False)
     _settings: Settings = field(init=False)
     _number: int = 0
+    _settled: int = 0
 
     def __post_init__(self) -> None:
         self._choose = random.Random(self.seed)
         self._load = SqlLoad.create(self.database)
-        self.database.execute(
+        self._connection = self.database.connect()
+        self._connection.execute(
             f"CREATE TABLE {_NOTES} (id bigint PRIMARY KEY, note text, pad text, free vector);"
             f"ALTER TABLE {_NOTES} ALTER pad SET STORAGE PLAIN;"
             f"INSERT INTO {_NOTES} SELECT i, 'n', repeat('x', 2400), '[1,2,3]'"
             f" FROM generate_series(1, {_ROWS}) i"
         )
         # With an estimate of its rows it is cut into several chunks.
-        self.database.execute(f"ANALYZE {_NOTES}")
+        self._connection.execute(f"ANALYZE {_NOTES}")
         self._new_pipeline()
 
     def run(self, crashes: int) -> None:
@@ -88,6 +93,7 @@ class CrashSeries:
             self._run(crashes)
         finally:
             self._load.close()
+            self._connection.close()
 
     def _run(self, crashes: int) -> None:
         if not self._copying:
@@ -111,15 +117,19 @@ class CrashSeries:
     def _life(self, failpoint: Failpoint) -> None:
         """Run the pipeline until it dies, or until its copy is over."""
         self.lives += 1
+        if self._number - self._settled > _UNCONFIRMED_CHANGES and not self._copying:
+            self._settle()
         self._change()
         self._do(failpoint.needs)
         passes = min(failpoint.passes, self._choose.choice((1, 1, 1, 2, 2, 3, 5)))
-        sabotage = functools.partial(_break, self.sabotage, failpoint.name, passes)
+        sabotage = functools.partial(arm_after, self.sabotage, failpoint.name, passes)
         life = PipelineProcess(self._settings, self._log(), sabotage)
         deadline = time.monotonic() + _PATIENCE_SECONDS
         streams: float | None = None
         try:
-            while (code := life.exit_code(0.03)) is None:
+            pause = _FIRST_PAUSE_SECONDS
+            while (code := life.exit_code(pause)) is None:
+                pause = min(pause * _LONGER, _LONGEST_PAUSE_SECONDS)
                 now = time.monotonic()
                 assert now < deadline, f"{failpoint.name} was not reached\n{life.log()}"
                 self._change()
@@ -150,9 +160,8 @@ class CrashSeries:
         """Run the pipeline without a failpoint until it has caught up, and compare."""
         life = PipelineProcess(self._settings, self._log())
         try:
-            with self.database.connect() as connection:
-                life.wait_streaming()
-                life.wait_settled(connection)
+            life.wait_streaming()
+            life.wait_settled(self._connection)
             end = life.stop()
             assert end.exit_code == 0, f"{end.kind}: {end.message}"
         finally:
@@ -165,6 +174,7 @@ class CrashSeries:
             assert not differences, f"after {self.crashes}:\n" + "\n".join(
                 map(str, differences[:10])
             )
+        self._settled = self._number
 
     def _log(self) -> Path:
         return self.directory / "pipeline.log"
@@ -177,7 +187,7 @@ class CrashSeries:
     def _new_pipeline(self) -> None:
         """Another pipeline for the same tables; what the last one had is removed."""
         if self.pipelines:
-            self.database.execute(
+            self._connection.execute(
                 "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots"
                 " WHERE slot_name = %s AND NOT active",
                 (self._settings.source.slot,),
@@ -206,7 +216,7 @@ class CrashSeries:
             keys = self._choose.randrange(KEYS), self._choose.randrange(KEYS)
             self._load.rows(0, name, *keys)
         self._number += 1
-        self.database.execute(
+        self._connection.execute(
             f"UPDATE {_NOTES} SET note = %s WHERE id = %s",
             (f"n{self._number}", self._choose.randint(1, _ROWS)),
         )
@@ -215,7 +225,7 @@ class CrashSeries:
         """What a failpoint needs."""
         match needs:
             case "truncate":
-                self.database.execute(f"TRUNCATE {self._choose.choice((TABLE, _NOTES))}")
+                self._connection.execute(f"TRUNCATE {self._choose.choice((TABLE, _NOTES))}")
                 self._refill()
             case "poison" | "copy":
                 self._poison()
@@ -228,7 +238,7 @@ class CrashSeries:
                 self._request(None)
 
     def _refill(self) -> None:
-        self.database.execute(
+        self._connection.execute(
             f"INSERT INTO {_NOTES} (id, note, free) SELECT i, 'again', '[1,2,3]'"
             " FROM generate_series(1, 9) i ON CONFLICT DO NOTHING"
         )
@@ -236,7 +246,7 @@ class CrashSeries:
     def _poison(self) -> None:
         """A row that cannot be written; the one before last is mended or deleted."""
         last = _POISON + self._number
-        self.database.execute(
+        self._connection.execute(
             f"INSERT INTO {_NOTES} (id, note, free) VALUES (%s, 'poison', '[1]')", (last,)
         )
         mend = self._choose.choice(
@@ -245,7 +255,7 @@ class CrashSeries:
                 f"DELETE FROM {_NOTES} WHERE id > {_POISON} AND id < %s",
             )
         )
-        self.database.execute(mend, (last - 1,))
+        self._connection.execute(mend, (last - 1,))
 
     def _remove_points(self) -> None:
         """Take points away behind the pipeline's back, and update their rows in part."""
@@ -254,7 +264,7 @@ class CrashSeries:
         gone = q.PointIdsList(points=list(some))
         self.qdrant.client().delete(self._name(TABLE), points_selector=gone, wait=True)
         self._number += 1
-        self.database.execute(
+        self._connection.execute(
             f"INSERT INTO {TABLE} (id, n) SELECT unnest(%s), %s"
             " ON CONFLICT (id) DO UPDATE SET n = excluded.n",
             (list(dict.fromkeys(some)), self._number),
@@ -274,6 +284,6 @@ class CrashSeries:
         body: dict[str, object] = {"pipeline": name, "table": f"public.{table}"}
         if keys is not None:
             body["keys"] = keys
-        self.database.execute(
+        self._connection.execute(
             "SELECT pg_logical_emit_message(true, 'cdc_sync', %s)", (json.dumps({"resync": body}),)
         )

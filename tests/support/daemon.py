@@ -75,7 +75,8 @@ class Daemon:
             source={"url": pg_url, "slot": slot, "publication": slot, **(source or {})},
             qdrant=target,
             pipeline={"name": slot, **(pipeline or {})},
-            migration={"num_workers": 2, **(migration or {})},
+            # One copies in the daemon itself: processes cost a second each, so who wants them asks.
+            migration={"num_workers": 1, **(migration or {})},
             http={"port": 0},
             log={"format": "json", "level": "debug"},
         )

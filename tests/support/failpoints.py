@@ -137,6 +137,13 @@ def resolve(failpoint: Failpoint) -> tuple[Any, str]:
     return owner, name
 
 
+def arm_after(sabotage: Callable[[], None] | None, name: str, passes: int) -> None:
+    """Arm a failpoint in a program that was changed before."""
+    if sabotage is not None:
+        sabotage()
+    arm(name, passes)
+
+
 def arm(name: str, passes: int) -> None:
     """End this process at the failpoint, when it is passed for the ``passes``-th time."""
     failpoint = FAILPOINTS[name]

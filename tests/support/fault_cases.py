@@ -17,7 +17,7 @@ from tests.support.workload import EverythingTable, Writer, create_everything_ta
 DIM = 640
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 15.0) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
     """Wait for something that no daemon needs to be alive for."""
     deadline = time.monotonic() + seconds
     while not condition():

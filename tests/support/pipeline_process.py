@@ -7,6 +7,7 @@ What the pipeline polls, it polls quickly here, so that tests need not wait.
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import threading
@@ -27,9 +28,20 @@ from cdc_sync.sync import monitor, retry
 from cdc_sync.sync.pipeline import Pipeline
 from cdc_sync.sync.resync import Resync
 
-_MODULE = "tests.support.pipeline_process"
+#: What a life needs, and what is done to it, imported before the first is forked.
+_PRELOAD = (
+    "tests.support.pipeline_process",
+    "tests.support.failpoints",
+    "tests.support.breaks",
+    "cdc_sync.qdrant.edge",
+    "grpc._channel",
+    "grpc.experimental",
+)
 _LOOK_SECONDS = 0.1
 _LONGEST_BACKOFF_SECONDS = 0.3
+
+#: How long to wait for what a loaded machine may take long for.
+_PATIENCE_SECONDS = 120.0
 
 #: A change to the program, made in the new process before anything runs; a function of a module.
 Break = Callable[[], None]
@@ -69,7 +81,7 @@ class PipelineProcess:
 
     def __init__(self, settings: Settings, log_path: Path, sabotage: Break | None = None) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([_MODULE])
+        context.set_forkserver_preload(list(_PRELOAD))
         self.log_path = log_path
         self._commands, theirs = context.Pipe()
         self._end, their_end = context.Pipe(duplex=False)
@@ -90,7 +102,7 @@ class PipelineProcess:
         self._process.kill()
         self._reap()
 
-    def stop(self, timeout: float = 30.0) -> PipelineEnd:
+    def stop(self, timeout: float = _PATIENCE_SECONDS) -> PipelineEnd:
         """Stop in good order, as SIGTERM does."""
         try:
             self._commands.send("stop")
@@ -98,7 +110,7 @@ class PipelineProcess:
             pass  # It has ended by itself, and says why.
         return self.wait_end(timeout)
 
-    def wait_end(self, timeout: float = 30.0) -> PipelineEnd:
+    def wait_end(self, timeout: float = _PATIENCE_SECONDS) -> PipelineEnd:
         """Wait until it ends by itself, and return how."""
         if self._ended is None:
             self._process.join(timeout)
@@ -131,7 +143,7 @@ class PipelineProcess:
         """Ask it. Fails when it has ended, with the reason."""
         try:
             self._commands.send("status")
-            if not self._commands.poll(30.0):
+            if not self._commands.poll(_PATIENCE_SECONDS):
                 raise AssertionError(f"the pipeline does not answer\n{self.log()}")
             status = self._commands.recv()
         except (EOFError, OSError):
@@ -143,7 +155,10 @@ class PipelineProcess:
         return status
 
     def wait(
-        self, condition: Callable[[PipelineStatus], bool], what: str, timeout: float = 30.0
+        self,
+        condition: Callable[[PipelineStatus], bool],
+        what: str,
+        timeout: float = _PATIENCE_SECONDS,
     ) -> PipelineStatus:
         deadline = time.monotonic() + timeout
         while True:
@@ -160,7 +175,9 @@ class PipelineProcess:
         self.wait(lambda status: status.state == "streaming", "streaming")
 
     def wait_settled(
-        self, connection: psycopg.Connection[tuple[object, ...]], timeout: float = 60.0
+        self,
+        connection: psycopg.Connection[tuple[object, ...]],
+        timeout: float = _PATIENCE_SECONDS,
     ) -> None:
         """Wait until everything committed by now is there, and so is every change of a table.
 
@@ -189,6 +206,8 @@ class PipelineProcess:
 def _main(
     settings: Settings, log_path: str, commands: Pipe, end: Pipe, sabotage: Break | None
 ) -> None:
+    # What was imported is not looked through again by every life.
+    gc.freeze()
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -21,7 +21,7 @@ from tests.support.fix_postgres import Database
 from tests.support.oracle import compare
 from tests.support.qdrant_control import QdrantTarget
 
-_PATIENCE_SECONDS = 30.0
+_PATIENCE_SECONDS = 90.0
 _numbers = itertools.count(1)
 
 

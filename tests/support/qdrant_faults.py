@@ -103,29 +103,36 @@ class _RandomFaults:
         return Fault("slow", seconds=self._random.uniform(0.0, 0.1))
 
 
-class _RateLimiter:
+class RateLimiter:
     """A token bucket of points per minute that starts full, as the server's strict mode has it."""
 
-    def __init__(self, per_minute: int) -> None:
+    def __init__(self, per_minute: int, kind: str = "Write") -> None:
         self._capacity = per_minute
+        self._kind = kind
         self._tokens = float(per_minute)
         self._moment = time.monotonic()
+        self._lock = threading.Lock()
 
     def charge(self, cost: int) -> None:
+        """Take so many tokens. Raises RefusalError if there are not that many."""
+        with self._lock:
+            self._charge(cost)
+
+    def _charge(self, cost: int) -> None:
         now = time.monotonic()
         rate = self._capacity / 60
         self._tokens = min(self._capacity, self._tokens + (now - self._moment) * rate)
         self._moment = now
         if cost > self._capacity:
             raise rate_limited(
-                "Write rate limit exceeded, request larger than rate limiter capacity, "
-                "please try to split your request into smaller requests",
+                f"{self._kind} rate limit exceeded, request larger than rate limiter capacity, "
+                "please try to split your request",
                 None,
             )
         if cost > self._tokens:
             wait = (cost - self._tokens) / rate
             raise rate_limited(
-                f"Write rate limit exceeded: Operation requires {cost} tokens but only "
+                f"{self._kind} rate limit exceeded: Operation requires {cost} tokens but only "
                 f"{self._tokens:.1f} were available. Retry after {int(-(-wait // 1))}s",
                 wait,
             )
@@ -139,7 +146,7 @@ class FaultPlan:
         self._lock = threading.Lock()
         self._queues: dict[str, collections.deque[Fault]] = {}
         self._random: _RandomFaults | None = None
-        self._limiter: _RateLimiter | None = None
+        self._limiter: RateLimiter | None = None
         self._down = False
         self._gate = threading.Event()
         self._held = 0
@@ -174,7 +181,7 @@ class FaultPlan:
 
     def set_rate_limit(self, per_minute: int | None) -> None:
         with self._lock:
-            self._limiter = _RateLimiter(per_minute) if per_minute else None
+            self._limiter = RateLimiter(per_minute) if per_minute else None
 
     def take(self, operation: str, points: int | None) -> Fault | None:
         """The fault of the next request; ``points`` it writes, None for reads. Raises RefusalError

@@ -24,6 +24,7 @@ from tests.support.qdrant_faults import Fault, FaultPlan, RequestLog
 from tests.support.qdrant_schema import check_collection_name
 from tests.support.qdrant_status import RefusalError, from_engine, unavailable, validation
 from tests.support.qdrant_storage import Collection, Registry
+from tests.support.qdrant_strict import StrictMode
 
 CONTROL = "/cdc_sync.test.Control/Call"
 OBSERVER = "x-test-observer"
@@ -217,6 +218,7 @@ class Gateway:
         self._api_key = api_key
         self._faults = FaultPlan()
         self._log = RequestLog()
+        self._strict = StrictMode(node.registry)
         self._commands: dict[str, Callable[..., object]] = {
             "fault": lambda operation, times, **fault: self._faults.add(
                 operation, Fault(**fault), times
@@ -280,7 +282,9 @@ class Gateway:
         try:
             fault = self._faults.take(route.name, flight.entry.points)
             if fault is None:
-                return self._handle(route, request)
+                return self._strict.handle(
+                    route.name, route.writes, request, functools.partial(self._handle, route)
+                )
             outcome = f"OK ({fault.kind})"
             return self._faulty(route, request, context, fault)
         except RefusalError as refusal:

@@ -191,8 +191,9 @@ def test_the_status_is_the_documented_contract(
     status, body = get_json(server, "/status")
     assert status == 200
     assert set(body) == {
-        "format", "pipeline", "state", "state_since", "message", "alive", "ready", "source",
-        "sink", "positions", "lag", "tables", "tasks", "versions", "started", "uptime_seconds",
+        "format", "pipeline", "time", "state", "state_since", "message", "summary", "attention",
+        "alive", "ready", "source", "sink", "positions", "lag", "lag_history", "slot", "slowed",
+        "dead_letters", "tables", "tasks", "events", "versions", "started", "uptime_seconds",
     }  # fmt: skip
     assert body["format"] == 1
     assert body["pipeline"] == {"name": "default", "slot": "cdc_sync", "publication": "pub"}
@@ -347,11 +348,13 @@ def test_head_is_get_without_the_body(server: HttpServer, path: str) -> None:
     assert int(headers["Content-Length"]) == pytest.approx(len(whole), abs=200)
 
 
-@pytest.mark.parametrize("path", ["/", "/metricsx", "/livez/", "/../etc/passwd", "//", "/%00"])
+@pytest.mark.parametrize(
+    "path", ["/index.html", "/metricsx", "/livez/", "/../etc/passwd", "/a//", "/%00"]
+)
 def test_another_path_is_404_in_json(server: HttpServer, path: str) -> None:
     status, body = get_json(server, path)
     assert status == 404
-    assert body["paths"] == ["/metrics", "/livez", "/readyz", "/status"]
+    assert body["paths"] == ["/", "/metrics", "/livez", "/readyz", "/status"]
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "<script>"])

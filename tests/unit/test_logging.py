@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import io
 import json
 import logging
+import re
+import time
 import warnings
 from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from cdc_sync.config import LogSettings, QdrantSettings, Settings, SourceSettings, TableSettings
+from cdc_sync.ops import logging as logging_module
 from cdc_sync.ops.logging import (
     REPEATS_A_MINUTE,
     EventHandler,
@@ -27,6 +32,7 @@ from cdc_sync.pgoutput.lsn import Lsn
 
 log = get_logger("cdc_sync.test")
 PASSWORD = "hunter2-never-print-me"
+ROOT = Path(__file__).parents[2]
 
 
 class Terminal(io.StringIO):
@@ -316,6 +322,135 @@ def test_windows_do_not_pile_up() -> None:
         limiter.admit(record, float(number))
         limiter.due(float(number))
     assert len(limiter._windows) <= 61
+
+
+def test_repeats_of_another_kind_are_not_suppressed() -> None:
+    out = io.StringIO()
+    handler = EventHandler(out, RepeatLimiter(limit=1))
+    logger = logging.Logger("cdc_sync.repeats")
+    logger.addHandler(handler)
+    for _ in range(3):
+        for kind in ("sink_unavailable", "source_unavailable"):
+            logger.warning("retrying", extra={"event_fields": {"kind": kind}})
+    assert out.getvalue() == "retrying\nretrying\n"
+    handler.close()
+    assert out.getvalue().count("log_repeats_suppressed") == 2
+
+
+def test_what_was_suppressed_is_told_even_if_nothing_else_is_logged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging_module, "_WINDOW_SECONDS", 0.2)
+    out = io.StringIO()
+    handler = EventHandler(out, RepeatLimiter(limit=1))
+    logger = logging.Logger("cdc_sync.repeats")
+    logger.addHandler(handler)
+    for _ in range(3):
+        logger.warning("retrying")
+    end = time.monotonic() + 60
+    while "log_repeats_suppressed" not in out.getvalue():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    handler.close()
+    assert out.getvalue() == "retrying\nlog_repeats_suppressed\n"
+
+
+# -- recent events
+
+
+class Kept(logging.Handler):
+    """Keeps the names of events."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.events: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.events.append(record.getMessage())
+
+
+def test_recent_events_are_ours_and_kept_whatever_is_written() -> None:
+    out, kept = io.StringIO(), Kept()
+    configure_logging(LogSettings(level="error", format="json"), out, recent=kept)
+    logging.getLogger("elsewhere").error("not ours")
+    log.info("streaming_started")
+    log.debug("window_opened")
+    log.error("failed")
+    assert kept.events == ["streaming_started", "failed"]
+    assert [entry["event"] for entry in entries(out)] == ["not ours", "failed"]
+    configure_logging(LogSettings(level="error", format="json"), out)
+    log.error("stuck")
+    log.info("stopped")
+    assert kept.events == ["streaming_started", "failed"]
+    assert not log.is_enabled_for(logging.INFO)
+
+
+# -- the documented events
+
+_CALLS = {"debug", "info", "warning", "error", "exception"}
+_EVENT = re.compile(r"^\| `(\w+)` \| ([\w ,]*) \|([^|]*)\|([^|]*)\|$", re.MULTILINE)
+
+Documented = dict[str, tuple[set[str], set[str]]]
+
+
+def logged_events() -> Documented:
+    """Levels and fields of every event, by its name, as the source has them."""
+    # What the handler writes itself has the level of what it repeats.
+    found: Documented = {
+        "log_repeats_suppressed": ({"as repeated"}, {"repeated_event", "count", "table", "kind"})
+    }
+    for path in (ROOT / "cdc_sync").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            of_log = isinstance(node.func.value, ast.Name) and node.func.value.id == "log"
+            if not of_log or node.func.attr not in _CALLS:
+                continue
+            level = "error" if node.func.attr == "exception" else node.func.attr
+            names = _names(node.args[0])
+            assert names, f"{path}:{node.lineno}: the event's name is not written there"
+            for name in names:
+                levels, fields = found.setdefault(name, (set(), set()))
+                levels.add(level)
+                fields |= {keyword.arg or "…" for keyword in node.keywords}
+    return found
+
+
+def _names(node: ast.expr) -> list[str]:
+    """The texts that an expression may be; none where that cannot be told."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return [node.value]
+    if isinstance(node, ast.IfExp):
+        branches = [_names(node.body), _names(node.orelse)]
+        return branches[0] + branches[1] if all(branches) else []
+    return []
+
+
+def test_every_event_is_documented_with_levels_and_fields() -> None:
+    page = (ROOT / "docs" / "logs.md").read_text(encoding="utf-8")
+    rows = list(_EVENT.finditer(page))
+    assert len(rows) == len(re.findall(r"^\| `", page, re.MULTILINE)), "a row has another form"
+    documented = {
+        match[1]: (set(match[2].split(", ")), set(match[3].replace(",", " ").split()))
+        for match in rows
+    }
+    assert len(documented) == len(rows), "an event is there twice"
+    logged = logged_events()
+    missing = {
+        f"| `{name}` | {', '.join(sorted(logged[name][0]))} | {', '.join(sorted(logged[name][1]))} "
+        "| (what it means) |"
+        for name in logged.keys() - documented.keys()
+    }
+    assert not missing, "docs/logs.md lacks:\n" + "\n".join(sorted(missing))
+    assert documented.keys() - logged.keys() == set(), "no longer logged"
+    for name, expected in logged.items():
+        assert documented[name] == expected, name
+    assert all(match[4].strip() for match in rows)
+
+
+def test_names_of_events_are_words() -> None:
+    for name in logged_events():
+        assert re.fullmatch(r"[a-z]+(_[a-z]+)*", name), name
 
 
 # -- secrets

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cdc_sync.errors import ErrorKind, policy
 from cdc_sync.ops.metrics import Metrics, State
+from cdc_sync.ops.status import StatusBoard
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 _ROW = re.compile(r"^\| `(\w+)` \| (\w+) \|([^|]*)\|([^|]*)\|([^|]*)\|$", re.MULTILINE)
@@ -45,7 +46,9 @@ def test_every_metric_of_the_page_has_a_meaning_and_no_row_is_lost() -> None:
     text = PAGE.read_text()
     rows = list(_ROW.finditer(text))
     assert len(rows) == len(re.findall(r"^\| `cdc_sync_", text, re.MULTILINE))
-    assert all(match[4].strip() for match in rows)
+    for match in rows:
+        assert match[4].strip(), f"{match[1]} has no meaning"
+        assert match[5].strip(), f"nobody is told what to do about {match[1]}"
 
 
 def test_the_registry_holds_what_the_specifications_say() -> None:
@@ -128,6 +131,27 @@ def test_an_optional_gauge_has_no_sample_until_it_is_known() -> None:
     assert value(metrics, "slot_safe_wal_bytes") == 0
     metrics.slot_safe_wal_bytes.set(None)
     assert value(metrics, "slot_safe_wal_bytes") is None
+
+
+def test_a_counter_of_the_servers_is_shown_as_it_was_read() -> None:
+    metrics = Metrics()
+    assert value(metrics, "slot_spilled_bytes_total") is None
+    metrics.slot_spilled_bytes.set(70)
+    assert value(metrics, "slot_spilled_bytes_total") == 70
+    metrics.slot_spilled_bytes.set(5)  # its statistics were reset
+    assert value(metrics, "slot_spilled_bytes_total") == 5
+    metrics.slot_spilled_bytes.set(None)
+    assert value(metrics, "slot_spilled_bytes_total") is None
+
+
+def test_the_lag_is_no_fact_before_it_is_known() -> None:
+    metrics = Metrics()
+    board = StatusBoard("default", metrics=metrics)
+    assert value(metrics, "lag_seconds") is None
+    board.set_lag(lag_bytes=0, seconds=0.0)
+    assert value(metrics, "lag_seconds") == 0
+    board.set_lag(lag_bytes=None, seconds=None)
+    assert value(metrics, "lag_seconds") is None
 
 
 @pytest.mark.parametrize("kind", ErrorKind)

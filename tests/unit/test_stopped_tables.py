@@ -17,7 +17,12 @@ from cdc_sync.errors import (
 )
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
-from cdc_sync.sync.stopped_tables import RETRY_SECONDS, StoppedTables, concerns_one_table
+from cdc_sync.sync.stopped_tables import (
+    FIRST_PAUSE_SECONDS,
+    RETRY_SECONDS,
+    StoppedTables,
+    concerns_one_table,
+)
 
 NAME = "public.docs"
 ERROR = SourceError(ErrorKind.TABLE_UNUSABLE, "table public.docs was dropped", "Create it.")
@@ -36,16 +41,18 @@ class Book:
         return self.metrics.registry.get_sample_value(f"cdc_sync_{name}", labels)
 
 
-def test_a_table_is_tried_at_once_and_then_every_minute() -> None:
+def test_a_table_is_tried_at_once_and_then_after_pauses_that_double_up_to_a_minute() -> None:
     book = Book()
     book.tables.stop(NAME, ERROR)
     assert book.tables.due() == [NAME]
-    book.tables.stop(NAME, ERROR)
-    assert book.tables.due() == []
-    book.now += RETRY_SECONDS - 1
-    assert book.tables.due() == []
-    book.now += 1
-    assert book.tables.due() == [NAME]
+    pauses = [FIRST_PAUSE_SECONDS * 2**n for n in range(5)] + [RETRY_SECONDS] * 3
+    assert pauses[4] < RETRY_SECONDS
+    for pause in pauses:
+        book.tables.stop(NAME, ERROR)
+        book.now += pause - 0.5
+        assert book.tables.due() == []
+        book.now += 0.5
+        assert book.tables.due() == [NAME]
 
 
 def test_it_is_tried_when_the_catalog_shows_something_else_or_when_asked_for() -> None:
@@ -72,12 +79,26 @@ def test_a_table_that_cannot_stay_is_not_copied_all_the_time() -> None:
     assert book.tables.holds(NAME)
     assert not book.tables.waits(NAME)
     assert book.tables.due() == []
+    for pause in (FIRST_PAUSE_SECONDS, 2 * FIRST_PAUSE_SECONDS, 4 * FIRST_PAUSE_SECONDS):
+        book.tables.start(NAME)
+        assert not book.tables.holds(NAME)
+        book.now += 5
+        book.tables.stop(NAME, ERROR)
+        assert book.tables.due() == []
+        book.now += pause
+        assert book.tables.due() == [NAME]
+
+
+def test_a_table_that_has_run_for_long_is_tried_at_once_again() -> None:
+    book = Book()
+    for _ in range(9):
+        book.tables.stop(NAME, ERROR)
     book.tables.start(NAME)
-    assert not book.tables.holds(NAME)
-    book.now += 5
+    book.now += RETRY_SECONDS
     book.tables.stop(NAME, ERROR)
-    assert book.tables.due() == []
-    book.now += RETRY_SECONDS - 5
+    assert book.tables.due() == [NAME]
+    book.tables.stop(NAME, ERROR)
+    book.now += FIRST_PAUSE_SECONDS
     assert book.tables.due() == [NAME]
 
 

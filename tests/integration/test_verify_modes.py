@@ -1,0 +1,218 @@
+"""``cdc-sync verify`` in all its modes, beside pipelines that are stopped, gone or embedded."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qdrant_client import QdrantClient
+from qdrant_client import models as q
+
+from cdc_sync.config import Settings
+from cdc_sync.errors import ConfigError, SourceError
+from cdc_sync.sync.migrate import migrate
+from cdc_sync.verify.data import Asked, Verified, verify
+from cdc_sync.verify.repair import repair
+from cdc_sync.verify.report import TableReport
+from cdc_sync.verify.table import How
+from tests.support.fix_postgres import Database
+from tests.support.oracle import compare
+from tests.support.pipeline_task import pipeline_settings
+from tests.support.qdrant_control import QdrantTarget
+
+_ROWS = 300
+
+
+def create_items(database: Database, rows: int = _ROWS) -> None:
+    database.execute(
+        "CREATE TABLE items (id bigint PRIMARY KEY, note text, n int, emb vector(3));"
+        "INSERT INTO items SELECT i, 'note ' || i, i, ARRAY[i, 1, 2]::vector"
+        f" FROM generate_series(1, {rows}) i"
+    )
+
+
+def verified(settings: Settings, how: How | None = None, **asked: Any) -> Verified:
+    def silent(*_: object) -> None:
+        pass
+
+    return verify(settings, Asked(how or How(), **asked), silent)
+
+
+def copied(
+    database: Database, qdrant: QdrantTarget, *tables: Mapping[str, object] | str, **more: Any
+) -> Settings:
+    """Tables that were copied, by a pipeline that is stopped."""
+    settings = pipeline_settings(database, qdrant, *tables, **more)
+    with contextlib.redirect_stderr(io.StringIO()):
+        assert migrate(settings).exit_code == 0
+    return settings
+
+
+def only(verified: Verified) -> TableReport:
+    (table,) = verified.report.tables
+    return table
+
+
+def kinds(table: TableReport) -> dict[str, int]:
+    return {finding.kind.value: finding.count for finding in table.findings.values()}
+
+
+def collection(settings: Settings) -> str:
+    name = settings.tables[0].collection
+    assert name is not None
+    return name
+
+
+def recreate(client: QdrantClient, name: str, vectors: q.VectorParams) -> None:
+    """The collection with other vectors and the same points."""
+    records, _ = client.scroll(name, limit=10_000, with_vectors=True)
+    client.delete_collection(name)
+    client.create_collection(name, {"emb": vectors})
+    points = []
+    for record in records:
+        assert isinstance(record.vector, dict)
+        vector = list(record.vector["emb"])
+        vector += [1.0] * (vectors.size - len(vector))
+        points.append(q.PointStruct(id=record.id, vector={"emb": vector}, payload=record.payload))
+    client.upsert(name, points, wait=True)
+
+
+def test_wrong_collections(database18: Database, qdrant: QdrantTarget) -> None:
+    create_items(database18, 20)
+    settings = copied(database18, qdrant, "items")
+    client, name = qdrant.client(), collection(settings)
+    recreate(client, name, q.VectorParams(size=3, distance=q.Distance.DOT))
+    # Only the metric is wrong: the vectors are those that were written, as they were stored.
+    assert kinds(only(verified(settings))) == {"metric": 1}
+    recreate(client, name, q.VectorParams(size=4, distance=q.Distance.EUCLID))
+    assert kinds(only(verified(settings))) == {"dimension": 1, "metric": 1}
+    half = q.VectorParams(size=3, distance=q.Distance.COSINE, datatype=q.Datatype.FLOAT16)
+    client.delete_collection(name)
+    client.create_collection(name, {"emb": half})
+    found = kinds(only(verified(settings)))
+    assert found == {"datatype": 1, "count": 1, "missing": 20}
+    client.delete_collection(name)
+    client.create_collection(name, {"other": half})
+    assert kinds(only(verified(settings)))["vector_config"] == 1
+    client.delete_collection(name)
+    table = only(verified(settings))
+    assert kinds(table) == {"collection_missing": 1}
+    assert verified(settings).report.exit_code == 3
+
+
+def test_a_sample_says_how_sure_it_is(database18: Database, qdrant: QdrantTarget) -> None:
+    create_items(database18)
+    settings = copied(database18, qdrant, "items")
+    table = only(verified(settings, How(sample=100, seed=1)))
+    assert (table.compared, table.ids, table.different) == (100, 100, 0)
+    assert table.bound() == pytest.approx(0.0295, abs=1e-3)
+    assert table.equal
+    client, name = qdrant.client(), collection(settings)
+    client.set_payload(name, {"n": -1}, points=list(range(1, 151)), wait=True)
+    point = q.PointStruct(id=9_000, vector={"emb": [1.0, 2.0, 3.0]}, payload={})
+    client.upsert(name, [point], wait=True)
+    report = verified(settings, How(sample=100, seed=2)).report
+    table = only(Verified(report, []))
+    assert 25 < kinds(table)["value"] < 75
+    assert report.exit_code == 3
+    # More than there are: all of them, each once.
+    table = only(verified(settings, How(sample=5_000, seed=3)))
+    assert table.compared == _ROWS
+    assert kinds(table) == {"value": 150, "extra": 1, "count": 1}
+
+
+def test_every_row_is_as_likely_as_any_other(database18: Database, qdrant: QdrantTarget) -> None:
+    database18.execute(
+        "CREATE TABLE parts (id int PRIMARY KEY, filler text, emb vector(2))"
+        " PARTITION BY RANGE (id);"
+        "CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (101);"
+        "CREATE TABLE parts_2 PARTITION OF parts FOR VALUES FROM (101) TO (1001);"
+        # Rows of very different length, so that blocks hold very different numbers of them.
+        "INSERT INTO parts SELECT i, repeat('x', CASE WHEN i <= 100 THEN 1500 ELSE 3 END), '[1,2]'"
+        " FROM generate_series(1, 1000) i"
+    )
+    settings = copied(database18, qdrant, "parts")
+    client, name = qdrant.client(), collection(settings)
+    client.delete(name, list(range(1, 101)), wait=True)
+    found = 0
+    for seed in range(5):
+        found += only(verified(settings, How(sample=200, seed=seed))).missing
+    # 100 of 1000 sampled: ten times the standard deviation to each side.
+    assert 10 < found < 190
+
+
+def test_rows_of_a_predicate(database18: Database, qdrant: QdrantTarget) -> None:
+    create_items(database18)
+    settings = copied(database18, qdrant, "items")
+    client, name = qdrant.client(), collection(settings)
+    client.delete(name, [4, 5, 6, 7], wait=True)
+    table = only(verified(settings, How(where="id % 2 = 0 AND id < 100 -- even")))
+    assert (table.compared, kinds(table)) == (49, {"missing": 2})
+    database18.execute("CREATE SEQUENCE numbers; CREATE TABLE stranger (id int PRIMARY KEY)")
+    with pytest.raises(SourceError, match="nothing"):
+        verified(settings, How(where="nothing = 1"))
+    with pytest.raises(SourceError, match="read-only"):
+        verified(settings, How(where="nextval('numbers') > 0"))
+    with pytest.raises(ConfigError, match="does not belong"):
+        verified(settings, tables=("stranger",))
+
+
+def test_rows_that_share_an_id(database18: Database, qdrant: QdrantTarget) -> None:
+    database18.execute(
+        # A primary key is not inherited.
+        "CREATE TABLE notes (id int PRIMARY KEY, note text, emb vector(2));"
+        "CREATE TABLE more_notes () INHERITS (notes);"
+        "ALTER TABLE more_notes ADD PRIMARY KEY (id);"
+        "INSERT INTO notes SELECT i, 'x', '[1,2]' FROM generate_series(1, 50) i;"
+        "INSERT INTO more_notes SELECT i, 'y', '[1,2]' FROM generate_series(49, 80) i"
+    )
+    settings = pipeline_settings(database18, qdrant, "notes")
+    with contextlib.redirect_stderr(io.StringIO()):
+        migrate(settings)
+    table = only(verified(settings))
+    assert kinds(table) == {"duplicate_id": 2}
+    (finding,) = table.findings.values()
+    assert {(example.id, example.text) for example in finding.examples} == {
+        (49, "2 rows"),
+        (50, "2 rows"),
+    }
+
+
+def test_without_a_slot_points_are_written_directly(
+    database18: Database, qdrant: QdrantTarget
+) -> None:
+    create_items(database18)
+    settings = pipeline_settings(database18, qdrant, "items")
+    with contextlib.redirect_stderr(io.StringIO()):
+        migrate(settings, remove=True)
+    assert verified(settings).report.equal
+    database18.execute("UPDATE items SET n = 0 WHERE id <= 3; DELETE FROM items WHERE id = 300")
+    client, name = qdrant.client(), collection(settings)
+    client.delete(name, [10, 11], wait=True)
+    before = verified(settings)
+    assert "nothing follows" in before.report.stream
+    table = only(before)
+    assert kinds(table) == {"value": 3, "extra": 1, "missing": 2, "count": 1}
+    said: list[str] = []
+    assert repair(settings, before, 60, said.append)
+    assert said == ["public.items: 6 points written or removed"]
+    assert only(verified(settings)).equal
+    options = {"qdrant_url": qdrant.url, "collection": name, "api_key": qdrant.api_key}
+    assert not compare(database18.url, "items", **options)  # type: ignore[arg-type]
+
+
+def test_an_embedded_database(database18: Database, qdrant: QdrantTarget, tmp_path: Path) -> None:
+    create_items(database18)
+    target = {"url": f"edge:{tmp_path}/edge"}
+    settings = copied(database18, qdrant, "items", target=target)
+    assert verified(settings).report.equal
+    database18.execute("UPDATE items SET note = NULL WHERE id <= 3")
+    table = only(verified(settings))
+    assert (table.pending, table.equal) == (3, True)
+    database18.execute("SELECT pg_logical_emit_message(true, 'other', 'x')")
+    json.dumps(verified(settings).report.to_json())

@@ -1,0 +1,1 @@
+"""What operators are given: dashboard, alerts, image, manifests, unit."""
