@@ -107,7 +107,7 @@ class QdrantSettings(_Section):
     request_points: int = Field(256, ge=1, description="Points a request, at most.")
     request_bytes: int = Field(4 << 20, ge=1 << 10, description="Bytes a request, about.")
     max_row_bytes: int = Field(
-        64 << 20,
+        32 << 20,
         ge=8 << 20,
         description="Bytes of the largest row that is written; a larger one is a dead letter.",
     )
@@ -348,11 +348,12 @@ class MigrationSettings(_Section):
 
 
 class VerifySettings(_Section):
-    """The verification that goes on beside the stream, without end. Off by default: it reads every
-    row and every point again and again, which both sides pay for."""
+    """Verification without end, beside the stream."""
 
     continuous: bool = Field(
-        False, description="Verify all tables again and again while the pipeline streams."
+        False,
+        description="Verify all tables again and again while the pipeline streams, which reads "
+        "every row and every point each time.",
     )
     rows_per_second: float = Field(
         200.0, gt=0, description="Rows and points looked at a second, at most."

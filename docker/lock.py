@@ -3,7 +3,8 @@
     python docker/lock.py            keeps the pins that still fit
     python docker/lock.py --upgrade  takes the newest versions that fit
 
-Needs uv. Where packages come from is not written down: pip is told that where the image is built.
+Needs uv (pip install uv). Where packages come from is not written down: pip is told that where the
+image is built.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def lock(target: Path, wanted: Sequence[str], arguments: Sequence[str]) -> None:
             output.write_text(target.read_text(encoding="utf-8"), encoding="utf-8")
         subprocess.run(
             [
-                "uv", "pip", "compile", str(source), "--output-file", str(output), "--quiet",
+                sys.executable, "-m", "uv", "pip", "compile", str(source), "--quiet",
+                "--output-file", str(output),
                 "--generate-hashes", "--universal", "--python-version", "3.11",
                 "--no-annotate", "--no-header", "--no-emit-index-url", "--no-emit-find-links",
                 *arguments,

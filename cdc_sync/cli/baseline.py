@@ -64,14 +64,13 @@ def baseline(
     Counts, vectors, indexes, payload types, and what pgvector answers to queries, exactly and
     through its index; `verify search` asks them again in Qdrant. Reads only.
     """
-    from cdc_sync.errors import ConfigError
     from cdc_sync.verify.baseline import CaptureOptions, capture
-    from cdc_sync.verify.baseline_file import write_baseline
+    from cdc_sync.verify.baseline_file import check_absent, write_baseline
     from cdc_sync.verify.baseline_queries import read_queries
 
-    if not overwrite and output.exists():
+    if not overwrite:
         # Said before anything long is done.
-        raise ConfigError(f"{output} exists.", "Name another file, or replace it with --overwrite.")
+        check_absent(output)
     given = tuple(read_queries(queries)) if queries is not None else ()
     options = CaptureOptions(
         given=given,
@@ -85,10 +84,14 @@ def baseline(
     with progress_line() as progress:
         taken = capture(loaded.settings, options, progress)
     write_baseline(taken, output, overwrite=overwrite)
+    _show(taken, output)
+    return ExitCode.OK
+
+
+def _show(taken: Baseline, output: Path) -> None:
     from cdc_sync.ops.redaction import redact
 
     typer.echo(redact("\n".join(_lines(taken, output))))
-    return ExitCode.OK
 
 
 @contextlib.contextmanager

@@ -136,8 +136,9 @@ def _verification(found: Answer, paint: _Paint) -> list[str]:
     tables = _sections(found, "tables")
     wrong = sum(int(_float(table.get(kind)) or 0) for table in tables for kind in kinds)
     ok = found["ok"] is True if "ok" in found else wrong == 0
-    words = paint("ok", "no difference") if ok else paint("critical", f"{wrong:,} differ")
-    return [f"  verified      {_clean(found.get('finished'))}: {words}"]
+    words = paint("ok", "no difference") if ok else paint("critical", f"{wrong:,} differences")
+    when = _clean(found.get("finished")) or "not complete yet"
+    return [f"  verified      {when}: {words}"]
 
 
 def _tables(answer: Answer, paint: _Paint) -> list[str]:

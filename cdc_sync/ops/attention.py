@@ -99,6 +99,46 @@ class SlotFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Verified:
+    """What the verification of a table has found; ``finished``: Unix time of its last complete
+    pass, None before the first."""
+
+    missing: int
+    extra: int
+    different: int
+    finished: float | None
+
+    @property
+    def mismatches(self) -> int:
+        """Rows and points that do not agree."""
+        return self.missing + self.extra + self.different
+
+
+def verification_json(verified: Mapping[str, Verified]) -> dict[str, object] | None:
+    """As ``/status`` shows it; None where nothing is verified. All tables together are as old as
+    the one whose pass ended first."""
+    if not verified:
+        return None
+    times = [found.finished for found in verified.values()]
+    known = [moment for moment in times if moment is not None]
+    tables = [
+        {
+            "name": name,
+            "missing": found.missing,
+            "extra": found.extra,
+            "different": found.different,
+            "finished": None if found.finished is None else rfc3339(found.finished),
+        }
+        for name, found in verified.items()
+    ]
+    return {
+        "finished": rfc3339(min(known)) if len(known) == len(times) else None,
+        "ok": not any(found.mismatches for found in verified.values()),
+        "tables": tables,
+    }
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What is judged. ``not_alive``: why ``/livez`` fails, if it does; ``slowed``: collections that
     are sent less at once, with ``points`` and ``cause``; ``now`` in Unix seconds."""
@@ -114,6 +154,7 @@ class Facts:
     dead_letters: int
     dead_letter_limit: int | None
     lag_seconds: float | None
+    verified: Mapping[str, Verified]
     slowed: Sequence[Mapping[str, object]]
     now: float
 
@@ -157,6 +198,7 @@ def assess(facts: Facts) -> tuple[Summary, list[Notice]]:
         *_slot_notices(facts.slot),
         *_table_notices(facts.tables),
         *_dead_letter_notices(facts),
+        *_verification_notices(facts.verified),
         *_lag_notices(facts),
         *_slowed_notices(facts.slowed),
     ]
@@ -310,6 +352,20 @@ def _dead_letter_notices(facts: Facts) -> list[Notice]:
         text += f" The pipeline stops beyond {limit:,}."
     return [
         Notice("critical" if near else "warning", "Dead letters", text, "cdc-sync dlq list"),
+    ]
+
+
+def _verification_notices(verified: Mapping[str, Verified]) -> list[Notice]:
+    return [
+        Notice(
+            "warning",
+            f"{name} and its collection differ",
+            f"{found.missing:,} points missing, {found.extra:,} without a row, "
+            f"{found.different:,} different.",
+            "cdc-sync verify --repair" if found.finished else None,
+        )
+        for name, found in verified.items()
+        if found.mismatches
     ]
 
 

@@ -46,7 +46,7 @@ Stage = Literal["receive_wait", "decode", "buffer_wait", "sink_wait", "checkpoin
 Phase = Literal["snapshot", "stream"]
 ToastResolution = Literal["kept", "refetched", "failed"]
 SchemaOutcome = Literal["applied", "refused", "resynced"]
-ChunkState = Literal["pending", "running", "done", "failed"]
+ChunkState = Literal["pending", "running", "done"]
 SinkOperation = Literal[
     "upsert", "delete", "update_batch", "set_payload", "get", "scroll", "count", "query", "other",
 ]  # fmt: skip

@@ -27,6 +27,9 @@ known yet is null.
       "slot": {"active": true, "wal_status": "reserved", "retained_bytes": 3000, "risk": "low",
                "limit_bytes": 1073741824, "seen": "..."},      null until Postgres has shown it
       "dead_letters": {"pending": 0, "limit": 1000},
+      "verification": {"finished": "...", "ok": true,       null without one; of all tables
+                       "tables": [{"name": "public.items", "missing": 0, "extra": 0,
+                                   "different": 0, "finished": "..."}]},
       "tables": [{"name": "public.items", "collection": "items", "state": "streaming",
                   "rows_copied": 400, "rows_estimated": 400, "rows_exact": true,
                   "bytes_copied": 1638400, "copy_seconds": 0.4, "retries": 0,
@@ -62,7 +65,15 @@ from typing import Final, TypedDict, Unpack, get_args
 from prometheus_client import Gauge
 
 from cdc_sync import __version__
-from cdc_sync.ops.attention import Facts, Notice, SlotFacts, Summary, assess
+from cdc_sync.ops.attention import (
+    Facts,
+    Notice,
+    SlotFacts,
+    Summary,
+    Verified,
+    assess,
+    verification_json,
+)
 from cdc_sync.ops.lag_history import LagHistory
 from cdc_sync.ops.logging import rfc3339
 from cdc_sync.ops.metrics import Metrics, State, TablePhase, WalStatus
@@ -171,6 +182,7 @@ class StatusBoard:
         self._heartbeats: dict[str, float] = {}
         self._beats: dict[str, Gauge] = {}
         self._lag_history = LagHistory()
+        self._verified: dict[str, Verified] = {}
         if metrics is not None:
             metrics.set_state("starting")
 
@@ -257,6 +269,14 @@ class StatusBoard:
             self._metrics.set_wal_status(None)
             self._metrics.slot_retained_wal_bytes.set(None)
             self._metrics.slot_safe_wal_bytes.set(None)
+
+    def set_verification(
+        self, table: str, *, missing: int, extra: int, different: int, finished: float | None
+    ) -> None:
+        """Set what the verification of a table has found; ``finished``: Unix time of its last
+        complete pass, None before the first."""
+        with self._lock:
+            self._verified[table] = Verified(missing, extra, different, finished)
 
     def set_dead_letter_limit(self, limit: int) -> None:
         """Say beyond how many dead letters the pipeline stops."""
@@ -363,6 +383,7 @@ class StatusBoard:
                 "lag": {"bytes": facts.lag_bytes, "seconds": facts.lag_seconds},
                 "lag_history": self._lag_history.to_json(now),
                 "slot": None if facts.slot is None else facts.slot.to_json(),
+                "verification": verification_json(self._verified),
                 "dead_letters": {
                     "pending": self._dead_letters(),
                     "limit": facts.dead_letter_limit,
@@ -406,6 +427,7 @@ class StatusBoard:
                 dead_letters=self._dead_letters(),
                 dead_letter_limit=facts.dead_letter_limit,
                 lag_seconds=facts.lag_seconds,
+                verified=self._verified,
                 slowed=list(self._slowed.values()),
                 now=time.time(),
             )

@@ -197,13 +197,16 @@ class Backfill:
             # What is finished need not be done again, whatever ended the window.
             await self._save_if_possible(ledgers)
             raise
+        finally:
+            for planned in tables:
+                self._show_chunks(planned, self._ledgers[planned.name])
         await self._save(ledgers)
         return [planned for planned in tables if self._ledgers[planned.name].complete]
 
     async def _copy(
         self, tables: Sequence[PlannedTable], snapshot: str, window: WindowTime
     ) -> None:
-        queue = _Queue(self._tasks(tables, snapshot), window)
+        queue = _Queue(self._tasks(tables, snapshot), window, self._moved)
         if queue.left:
             await self._chunk_executor().copy(queue, self._done)
         await self._save([self._ledgers[planned.name] for planned in tables])
@@ -305,19 +308,31 @@ class Backfill:
         table = self._metrics.add_table(planned.name)
         estimate = sum(max(0.0, leaf.estimated_rows) for leaf in planned.table.leaves)
         table.snapshot_rows_estimated.set(estimate)
-        total, done = ledger.chunks_total, ledger.chunks_done
-        table.snapshot_chunks["pending"].set(total - done)
-        table.snapshot_chunks["done"].set(done)
+        self._show_chunks(planned, ledger)
         self._board.table(planned.name).update(
             state="copying", rows_copied=ledger.record.rows, bytes_copied=ledger.record.bytes
         )
+
+    def _show_chunks(self, planned: PlannedTable, ledger: Ledger) -> None:
+        """While none is in progress."""
+        chunks = self._metrics.add_table(planned.name).snapshot_chunks
+        total, done = ledger.chunks_total, ledger.chunks_done
+        chunks["pending"].set(total - done)
+        chunks["running"].set(0)
+        chunks["done"].set(done)
+
+    def _moved(self, task: CopyTask, chunks: int) -> None:
+        """A chunk is being copied from here on, or (-1) is not after all."""
+        states = self._metrics.add_table(self._tables[task.chunk.table_oid].name).snapshot_chunks
+        states["pending"].dec(chunks)
+        states["running"].inc(chunks)
 
     def _count(self, planned: PlannedTable, ledger: Ledger, result: ChunkResult) -> None:
         table = self._metrics.add_table(planned.name)
         table.snapshot_rows.inc(result.rows)
         table.snapshot_bytes.inc(result.bytes)
         table.values_nulled.inc(result.nulled)
-        table.snapshot_chunks["pending"].dec()
+        table.snapshot_chunks["running"].dec()
         table.snapshot_chunks["done"].inc()
         self._metrics.snapshot_chunk_duration_seconds.observe(result.seconds)
         for kind, retries in result.retries.items():
@@ -408,9 +423,15 @@ class _Queue:
     There is always one, so that every window gets further.
     """
 
-    def __init__(self, tasks: Iterable[CopyTask], window: WindowTime) -> None:
+    def __init__(
+        self,
+        tasks: Iterable[CopyTask],
+        window: WindowTime,
+        moved: Callable[[CopyTask, int], None],
+    ) -> None:
         self._tasks = deque(tasks)
         self._window = window
+        self._moved = moved
         self._given = False
 
     @property
@@ -423,8 +444,11 @@ class _Queue:
         if not self._tasks or (self._given and self._window.over):
             return None
         self._given = True
-        return self._tasks.popleft()
+        task = self._tasks.popleft()
+        self._moved(task, 1)
+        return task
 
     def put_back(self, task: CopyTask) -> None:
         """Give back a chunk that was lost with its worker."""
+        self._moved(task, -1)
         self._tasks.appendleft(task)

@@ -250,8 +250,6 @@ class StreamSession:
             for frame in frames:
                 gatherer.feed(frame)
                 size += len(frame)
-            # A large one would stay for as long as nothing is read.
-            del frames, frame
             self.metrics.received_bytes.inc(size)
             self.metrics.changes_ignored.inc(gatherer.ignored_changes)
             gatherer.ignored_changes = 0
@@ -317,7 +315,6 @@ class StreamSession:
             self._space.set()
             await self._apply(batch)
             await self._rest(batch)
-            del batch
 
     async def _rest(self, batch: Batch | None) -> None:
         if self._ending:

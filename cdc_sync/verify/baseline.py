@@ -84,7 +84,8 @@ def capture(
     Raises :class:`ConfigError` for queries that cannot be run, and what planning and reading raise.
     """
     with connect(settings.source) as connection:
-        plan = plan_pipeline(connection, settings)
+        # Whether tables are published yet is no matter here.
+        plan = plan_pipeline(connection, settings, owned=True)
         with NeighbourReader(connection, options.timeout_seconds) as reader:
             return _Capture(settings, options, plan, reader, progress).run()
 

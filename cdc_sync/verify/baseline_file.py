@@ -187,10 +187,8 @@ def write_baseline(baseline: Baseline, path: Path, *, overwrite: bool) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        if not overwrite and path.exists():
-            raise ConfigError(
-                f"{path} exists.", "Name another file, or replace it with --overwrite."
-            )
+        if not overwrite:
+            check_absent(path)
         partial.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with os.fdopen(os.open(partial, flags, stat.S_IRUSR | stat.S_IWUSR), "wb") as file:
@@ -202,6 +200,12 @@ def write_baseline(baseline: Baseline, path: Path, *, overwrite: bool) -> None:
         raise ConfigError(
             f"{path} cannot be written: {error.strerror}.", "Name a file that can be written."
         ) from error
+
+
+def check_absent(path: Path) -> None:
+    """Raise :class:`ConfigError` if there is a file."""
+    if path.exists():
+        raise ConfigError(f"{path} exists.", "Name another file, or replace it with --overwrite.")
 
 
 def as_json(baseline: Baseline) -> bytes:

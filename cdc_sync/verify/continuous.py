@@ -76,7 +76,9 @@ class ContinuousVerification:
 
     async def _streaming(self) -> None:
         """Wait until the pipeline streams."""
-        while self._state() != "streaming":
+        while True:
+            if self._state() == "streaming":
+                return
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _pass(self, sink: Sink) -> None:
@@ -142,10 +144,22 @@ class ContinuousVerification:
         record = TableVerification(
             record.pipeline, record.table, last=found, rows=record.rows, completed=int(time.time())
         )
-        counts = dataclasses.asdict(found)
-        log.info("verification_completed", table=record.table, rows=record.rows, **counts)
+        log.info(
+            "verification_completed",
+            table=record.table,
+            rows=record.rows,
+            missing=found.missing,
+            extra=found.extra,
+            different=found.different,
+        )
         if found != Mismatches():
-            log.warning("verification_found", table=record.table, **counts)
+            log.warning(
+                "verification_found",
+                table=record.table,
+                missing=found.missing,
+                extra=found.extra,
+                different=found.different,
+            )
         record = dataclasses.replace(record, rows=0)
         await sink.state.save_verification(record)
         self._show(record)
@@ -155,6 +169,9 @@ class ContinuousVerification:
         found, last = dataclasses.asdict(record.found), dataclasses.asdict(record.last)
         for kind, count in found.items():
             self._metrics.verify_mismatches.labels(table, kind).set(max(count, last[kind]))
+        worst = {kind: max(count, last[kind]) for kind, count in found.items()}
+        finished = float(record.completed) if record.completed else None
+        self._pipeline.board.set_verification(table, **worst, finished=finished)
         if record.completed:
             gauge = self._metrics.verify_last_success_timestamp_seconds
             gauge.labels(table).set(record.completed)
@@ -180,7 +197,7 @@ def _log_failure(error: Exception) -> None:
     if isinstance(error, CdcSyncError):
         log.warning("verification_failed", kind=error.kind.value, reason=error.message)
     else:
-        log.error("verification_failed", kind="bug", reason=type(error).__name__, exc_info=error)
+        log.exception("verification_failed", kind="bug", reason=type(error).__name__)
 
 
 def _urgency(record: TableVerification | None) -> tuple[bool, int]:

@@ -54,7 +54,7 @@ def _operand_sql(operand: Operand) -> str:
     for place, key in enumerate(operand.keys):
         path.append("->>" if place == len(operand.keys) - 1 else "->")
         path.append(_quoted(key, "'"))
-    return f"({' '.join(path)})" if operand.keys else path[0]
+    return " ".join(path)
 
 
 def _value_sql(value: Value) -> str:
@@ -63,8 +63,15 @@ def _value_sql(value: Value) -> str:
     elif value.kind == "string":
         text = _quoted(value.text, "'")
     else:
-        text = f"({value.text})" if value.text.startswith("-") else value.text
-    return text if value.type is None else f"{text}::pg_catalog.{value.type}"
+        text = value.text
+    if value.type is None:
+        return text
+    # A cast binds more tightly than the sign.
+    return (
+        f"({text})::pg_catalog.{value.type}"
+        if text[0] == "-"
+        else f"{text}::pg_catalog.{value.type}"
+    )
 
 
 def _quoted(text: str, mark: str) -> str:

@@ -26,7 +26,7 @@ from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.search import Searcher, SearchFacts
 from cdc_sync.qdrant.sink import Sink, StoredVector
 from cdc_sync.rows import PointId
-from cdc_sync.sync.planning import plan_pipeline
+from cdc_sync.sync.planning import PipelinePlan, plan_pipeline
 from cdc_sync.sync.routing import PlannedTable
 from cdc_sync.verify.baseline_columns import key_row, point_ids, vector_length
 from cdc_sync.verify.baseline_file import (
@@ -79,9 +79,7 @@ def verify_search(
             "the baseline has no queries.", "Take a new one with cdc-sync baseline --sample 50."
         )
     with connect(settings.source) as connection:
-        tables = {one.name: one for one in plan_pipeline(connection, settings).tables}
-        prepared = [_prepare(baseline, tables, key) for key in _columns(baseline)]
-        return asyncio.run(_verify(settings, baseline, options, connection, prepared, progress))
+        return asyncio.run(_verify(settings, baseline, options, connection, progress))
 
 
 def _columns(baseline: Baseline) -> list[tuple[str, str]]:
@@ -99,11 +97,12 @@ class _Prepared:
     queries: tuple[tuple[Query, TranslatedFilter | None], ...]
 
 
-def _prepare(
-    baseline: Baseline, tables: Mapping[str, PlannedTable], key: tuple[str, str]
-) -> _Prepared:
+def _prepare(baseline: Baseline, plan: PipelinePlan, key: tuple[str, str]) -> _Prepared:
     name, column = key
-    planned = tables.get(name)
+    for stopped in plan.stopped:
+        if stopped.name == name:
+            raise stopped.error
+    planned = next((one for one in plan.tables if one.name == name), None)
     if planned is None:
         raise ConfigError(
             f"the baseline has queries of table {name}, which the configuration has not.",
@@ -140,11 +139,17 @@ async def _verify(
     baseline: Baseline,
     options: SearchOptions,
     connection: PgConnection,
-    prepared: Sequence[_Prepared],
     progress: Progress,
 ) -> SearchReport:
     sink = await open_sink(settings.qdrant)
     try:
+        state = await sink.state.load(settings.pipeline.name)
+        # A publication of ours may still lack tables.
+        owned = state is None or state.owns_publication
+        plan = await asyncio.to_thread(
+            plan_pipeline, connection, settings, owned=owned, state=state
+        )
+        prepared = [_prepare(baseline, plan, key) for key in _columns(baseline)]
         columns = []
         for one in prepared:
             progress(f"{one.planned.name}.{one.entry.column}")

@@ -122,8 +122,8 @@ def _causes(findings: Findings, tiers: Tiers) -> Iterator[Cause]:
         yield Cause(
             "payload",
             "queries with a filter find other rows than in the source, those without find the same",
-            "Fields are missing or have other types: compare the payload with cdc-sync verify, and "
-            "rewrite it with cdc-sync resync; the vectors need not be written again.",
+            "Fields are missing or have other types: cdc-sync verify names them, and has those "
+            "rows written again with --repair.",
         )
         return
     yield from _vectors_or_index(findings, tiers)
@@ -144,7 +144,7 @@ def _data(findings: Findings) -> Cause:
         "data",
         reason,
         "Rows were lost, or points are left over (failed parts, duplicate keys, partitions that "
-        "were not copied): cdc-sync verify names them, cdc-sync resync reads them again.",
+        "were not copied): cdc-sync verify names them, and mends them with --repair.",
     )
 
 
@@ -265,8 +265,8 @@ def _index_caveats(findings: Findings) -> Iterator[str]:
     quantization = facts.quantization.get(name)
     if quantization:
         kind = next(iter(quantization))
-        cost = {"scalar": "1-2 %", "product": "2-5 %"}.get(kind, "some")
-        yield f"the collection is quantized ({kind}): scores move, and recall loses about {cost}"
+        cost = {"scalar": "about 1-2 %", "product": "about 2-5 %"}.get(kind, "something")
+        yield f"the collection is quantized ({kind}): scores move, and recall loses {cost}"
     found = facts.vectors.get(name)
     if found is not None and found.datatype not in ("float32", findings.vector.datatype.value):
         yield f"the collection stores components as {found.datatype}"
@@ -287,12 +287,12 @@ def _source_caveats(findings: Findings, tiers: Tiers | None) -> Iterator[str]:
                 f"{index.options.get('lists')}, probes = {probes}), which finds less than HNSW: "
                 "where Qdrant differs from it, that is mostly for the better"
             )
-    if tiers is not None and tiers.index_recall is not None:
+    if findings.against == "index" and methods:
+        yield "results are compared with those of pgvector's index, which are approximate"
+    elif tiers is not None and tiers.index_recall is not None:
         yield (
-            f"pgvector's own index finds {tiers.index_recall.mean:.3f} of its exact results "
-            "(mean recall@10)"
-            if findings.against == "exact"
-            else "results are compared with those of pgvector's index, which are approximate"
+            f"pgvector's own index finds {tiers.index_recall.mean:.3f} of its exact results (mean "
+            "recall@10)"
         )
 
 

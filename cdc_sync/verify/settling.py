@@ -186,8 +186,8 @@ class Settler:
         if pending is None:
             settled.undecided += len(wrong)
             settled.why.add(
-                "what the stopped pipeline's slot holds could not be looked through: differences "
-                "may be changes that it will still apply"
+                "differences may be changes that the stopped pipeline will still apply; its slot "
+                f"could not be looked through: {self._stream.unreadable}"
             )
             return
         settled.pending += len(pending)

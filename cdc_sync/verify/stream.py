@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Final
 
 from cdc_sync.config import Settings
-from cdc_sync.errors import ErrorKind, MappingError, SourceError
+from cdc_sync.errors import MappingError, SourceError
 from cdc_sync.mapping.ids import compile_key_id
 from cdc_sync.pgoutput import messages as m
 from cdc_sync.pgoutput.decode import Decoder
@@ -56,6 +56,8 @@ class StreamWatch:
         self._reader = reader
         self._patience = patience_seconds
         self._sleep = sleep
+        #: Why :meth:`unconfirmed` could not tell.
+        self.unreadable = ""
 
     async def slot(self) -> SlotInfo | None:
         """The pipeline's slot. Raises :class:`SourceError`."""
@@ -116,8 +118,8 @@ class StreamWatch:
         self, planned: PlannedTable, ids: Collection[PointId]
     ) -> set[PointId] | None:
         """Those of the ids whose rows a stopped pipeline's slot holds changes of; None if that
-        cannot be told: there are too many changes, or the slot is in use again. Raises
-        :class:`SourceError`."""
+        cannot be told, and :attr:`unreadable` says why: there are too many changes, the slot is in
+        use again, or the role may not read it."""
         source = self._settings.source
 
         def look(connection: PgConnection) -> set[PointId] | None:
@@ -135,12 +137,12 @@ class StreamWatch:
                 count += 1
             return None if count >= _PEEKED else touched.ids
 
+        self.unreadable = "there are too many changes"
         try:
             return await self._reader.run(look)
         except SourceError as error:
-            if error.kind in (ErrorKind.SLOT_ACTIVE, ErrorKind.SOURCE_UNAVAILABLE):
-                return None
-            raise
+            self.unreadable = error.message
+            return None
 
 
 class _Touched:

@@ -42,7 +42,7 @@ def test_a_seed_gives_one_schedule() -> None:
         assert all(one.sink in planned.event.sinks for planned in one.events)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=200)
 @pytest.mark.timeout(_SECONDS + 600)
 @pytest.mark.parametrize("seed", [campaign_seed()])
 def test_fault_campaign(seed: int, private_postgres: PrivatePostgres, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from cdc_sync.rows import LARGE_ROW_BYTES, UNCHANGED, PointId, Row
 from cdc_sync.sync.retry import retrying
 from cdc_sync.sync.writing import writing
 from tests.support.fix_postgres import Database
-from tests.support.fix_qdrant import Faults, QdrantProcess
+from tests.support.fix_qdrant import Faults, QdrantProcess, QdrantTarget
 from tests.support.message_limits import message_limits
 from tests.support.pipeline_task import Running, pipeline_settings, running
 from tests.support.sink_rows import item, items_plan
@@ -61,12 +61,19 @@ def observer() -> Observer:
 
 
 @pytest.fixture
-def faults(qdrant_private: QdrantProcess) -> Faults:
-    return qdrant_private.script
+def target(qdrant: QdrantTarget) -> QdrantTarget:
+    if qdrant.faults is None:
+        pytest.skip("a real server has no scripted faults")
+    return qdrant
 
 
 @pytest.fixture
-async def sinks(qdrant_private: QdrantProcess, observer: Observer) -> AsyncIterator[list[Sink]]:
+def faults(target: QdrantTarget) -> Faults:
+    return target.script
+
+
+@pytest.fixture
+async def sinks() -> AsyncIterator[list[Sink]]:
     opened: list[Sink] = []
     yield opened
     for sink in opened:
@@ -74,7 +81,7 @@ async def sinks(qdrant_private: QdrantProcess, observer: Observer) -> AsyncItera
 
 
 async def writer_of(
-    sinks: list[Sink], target: QdrantProcess, observer: Observer, **settings: object
+    sinks: list[Sink], target: QdrantTarget, observer: Observer, **settings: object
 ) -> TableWriter:
     """A writer with small requests by itself; ``url`` may lead to a proxy."""
     sections = {"url": target.url, "request_points": 50, "timeout_seconds": 20.0, **settings}
@@ -85,7 +92,7 @@ async def writer_of(
     return sink.writer(PLAN)
 
 
-def strict(target: QdrantProcess, collection: str = "items", **limits: object) -> None:
+def strict(target: QdrantTarget, collection: str = "items", **limits: object) -> None:
     """Put the collection into strict mode with these limits and no others (what is not named stays
     as it was, so every one is)."""
     config = models.StrictModeConfig.model_validate({"enabled": True, **_NO_LIMITS, **limits})
@@ -102,7 +109,7 @@ def sizes(faults: Faults, operation: str = "Upsert") -> list[int]:
     return [int(e["points"]) for e in faults.log() if e["operation"] == operation]
 
 
-def assert_content(target: QdrantProcess, expected: dict[PointId, object]) -> None:
+def assert_content(target: QdrantTarget, expected: dict[PointId, object]) -> None:
     points, _ = target.client().scroll("items", limit=10_000, with_payload=True)
     assert {p.id: (p.payload or {})["doc"] for p in points} == expected
     assert target.violations() == []
@@ -118,10 +125,10 @@ def partials(count: int) -> Changes:
 
 
 async def test_no_request_above_the_batch_size_of_strict_mode_after_the_first(
-    qdrant_private: QdrantProcess, sinks: list[Sink], observer: Observer, faults: Faults
+    target: QdrantTarget, sinks: list[Sink], observer: Observer, faults: Faults
 ) -> None:
-    writer = await writer_of(sinks, qdrant_private, observer)
-    strict(qdrant_private, upsert_max_batchsize=7)
+    writer = await writer_of(sinks, target, observer)
+    strict(target, upsert_max_batchsize=7)
     assert await writer.apply(CHANGES) == Applied()
     sent = sizes(faults)
     assert sum(1 for size in sent if size > 7) <= 4, "one refusal a lane, at most"
@@ -129,32 +136,32 @@ async def test_no_request_above_the_batch_size_of_strict_mode_after_the_first(
     faults.clear_log()
     assert await writer.apply(partials(60)) == Applied()
     assert max(sizes(faults, "UpdateBatch")) <= 7
-    assert_content(qdrant_private, {n: {"p": n} if n < 60 else {"n": n} for n in range(POINTS)})
+    assert_content(target, {n: {"p": n} if n < 60 else {"n": n} for n in range(POINTS)})
     assert ("batch_limit") in {cause for _, cause in observer.paces}
 
 
 async def test_a_full_collection_waits_and_deletes_still_make_room(
-    qdrant_private: QdrantProcess, sinks: list[Sink], observer: Observer
+    target: QdrantTarget, sinks: list[Sink], observer: Observer
 ) -> None:
-    writer = await writer_of(sinks, qdrant_private, observer, parallel_requests=1)
+    writer = await writer_of(sinks, target, observer, parallel_requests=1)
     await writer.apply(Changes(upserts=CHANGES.upserts[:20]))
-    strict(qdrant_private, max_points_count=20)
+    strict(target, max_points_count=20)
     new: list[tuple[PointId, Row]] = [(n, item(n, "new", {"n": n})) for n in (100, 101)]
     assert await writer.apply(Changes(upserts=new[:1], deletes=[0])) == Applied()
     with pytest.raises(SinkError, match="Max points count limit of 20") as caught:
         await writer.apply(Changes(upserts=new[1:]))
     assert caught.value.kind is ErrorKind.SINK_FULL
     assert "strict mode" in caught.value.remedy
-    strict(qdrant_private)
+    strict(target)
     assert await writer.apply(Changes(upserts=new[1:])) == Applied()
-    assert_content(qdrant_private, {n: {"n": n} for n in [*range(1, 20), 100, 101]})
+    assert_content(target, {n: {"n": n} for n in [*range(1, 20), 100, 101]})
 
 
 async def test_a_batch_size_of_nothing_is_no_points_fault(
-    qdrant_private: QdrantProcess, sinks: list[Sink], observer: Observer
+    target: QdrantTarget, sinks: list[Sink], observer: Observer
 ) -> None:
-    writer = await writer_of(sinks, qdrant_private, observer)
-    strict(qdrant_private, upsert_max_batchsize=0)
+    writer = await writer_of(sinks, target, observer)
+    strict(target, upsert_max_batchsize=0)
     with pytest.raises(SinkError) as caught:
         await writer.apply(CHANGES)
     assert caught.value.kind is ErrorKind.SINK_FULL
@@ -169,14 +176,14 @@ async def test_a_batch_size_of_nothing_is_no_points_fault(
     ],
 )
 async def test_a_full_node_is_no_points_fault(
-    qdrant_private: QdrantProcess,
+    target: QdrantTarget,
     sinks: list[Sink],
     observer: Observer,
     faults: Faults,
     code: str,
     message: str,
 ) -> None:
-    writer = await writer_of(sinks, qdrant_private, observer)
+    writer = await writer_of(sinks, target, observer)
     faults.reject("Upsert", code, message)
     with pytest.raises(SinkError) as caught:
         await writer.apply(Changes(upserts=CHANGES.upserts[:20]))
@@ -185,20 +192,20 @@ async def test_a_full_node_is_no_points_fault(
 
 
 async def test_reads_keep_to_strict_mode_too(
-    qdrant_private: QdrantProcess, sinks: list[Sink], observer: Observer
+    target: QdrantTarget, sinks: list[Sink], observer: Observer
 ) -> None:
-    writer = await writer_of(sinks, qdrant_private, observer)
+    writer = await writer_of(sinks, target, observer)
     await writer.apply(CHANGES)
-    strict(qdrant_private, max_query_limit=30, search_allow_exact=False, read_rate_limit=6000)
+    strict(target, max_query_limit=30, search_allow_exact=False, read_rate_limit=6000)
     assert await writer.count() == POINTS
     pages = [page async for page in writer.scroll_ids(100)]
     assert [len(page) for page in pages] == [30] * 6 + [20]
     assert len(await writer.retrieve(range(POINTS))) == POINTS
     # More at once than the rate limiter ever lets through.
-    strict(qdrant_private, read_rate_limit=45)
+    strict(target, read_rate_limit=45)
     assert len(await writer.retrieve(range(40, 60))) == 20
     await writer.clear()
-    assert qdrant_private.client().count("items").count == 0
+    assert target.client().count("items").count == 0
 
 
 async def test_our_own_records_keep_to_strict_mode(
@@ -223,19 +230,19 @@ async def test_our_own_records_keep_to_strict_mode(
 
 @pytest.mark.campaign
 async def test_partials_above_the_rate_get_through_piece_by_piece(
-    qdrant_private: QdrantProcess, sinks: list[Sink], observer: Observer
+    target: QdrantTarget, sinks: list[Sink], observer: Observer
 ) -> None:
     """Each operation of a batch is charged, and those before the refused one again with the next
     try: a batch with more of them than the limiter holds would never end. (In short form, without
     waiting: tests/unit/test_sending.py.)"""
-    writer = await writer_of(sinks, qdrant_private, observer)
+    writer = await writer_of(sinks, target, observer)
     await writer.apply(CHANGES)
-    strict(qdrant_private, write_rate_limit=140)
+    strict(target, write_rate_limit=140)
     # A request of 50 partials costs 50 payloads, 50 vectors and 50 of the barrier: more than ever
     # is there, while no single operation is.
     assert await converge(writer, partials(50)) == Applied()
-    strict(qdrant_private)
-    assert_content(qdrant_private, {n: {"p": n} if n < 50 else {"n": n} for n in range(POINTS)})
+    strict(target)
+    assert_content(target, {n: {"p": n} if n < 50 else {"n": n} for n in range(POINTS)})
     assert min(points for points, _ in observer.paces) < 50
     assert observer.paces[0][1] == "rate_limit"
 
@@ -245,13 +252,13 @@ async def test_partials_above_the_rate_get_through_piece_by_piece(
 
 @pytest.mark.parametrize("how", ["DEADLINE_EXCEEDED", "wait_timeout", "RESOURCE_EXHAUSTED"])
 async def test_less_is_sent_after_trouble_and_everything_again_later(
-    qdrant_private: QdrantProcess,
+    target: QdrantTarget,
     sinks: list[Sink],
     observer: Observer,
     faults: Faults,
     how: str,
 ) -> None:
-    writer = await writer_of(sinks, qdrant_private, observer)
+    writer = await writer_of(sinks, target, observer)
     for expected in (100, 50, 25, 12):
         if how == "wait_timeout":
             faults.wait_timeout("Upsert", times=4)
@@ -274,19 +281,19 @@ async def test_less_is_sent_after_trouble_and_everything_again_later(
     faults.clear_log()
     await writer.apply(CHANGES)
     assert sizes(faults) == [50] * 4
-    assert_content(qdrant_private, {n: {"n": n} for n in range(POINTS)})
+    assert_content(target, {n: {"n": n} for n in range(POINTS)})
 
 
 async def test_requests_that_are_swallowed_get_smaller(
-    qdrant_private: QdrantProcess, sinks: list[Sink], observer: Observer, faults: Faults
+    target: QdrantTarget, sinks: list[Sink], observer: Observer, faults: Faults
 ) -> None:
     """Four requests get no answer, then two, then one; applied or not, nobody says."""
-    writer = await writer_of(sinks, qdrant_private, observer, timeout_seconds=1.0)
+    writer = await writer_of(sinks, target, observer, timeout_seconds=1.0)
     for applied in (True, False, True, True, False, True, False):
         faults.never_answer("Upsert", applied=applied)
     assert await converge(writer, CHANGES) == Applied()
     assert faults.queued() == 0
-    assert_content(qdrant_private, {n: {"n": n} for n in range(POINTS)})
+    assert_content(target, {n: {"n": n} for n in range(POINTS)})
     assert observer.paces[0] == (100, "deadline")
     assert min(points for points, _ in observer.paces) <= 25
 
@@ -299,11 +306,11 @@ def wide(n: int, size: int) -> Row:
 
 
 async def test_a_proxy_that_takes_only_so_many_bytes(
-    qdrant_private: QdrantProcess, sinks: list[Sink], observer: Observer, faults: Faults
+    target: QdrantTarget, sinks: list[Sink], observer: Observer, faults: Faults
 ) -> None:
     limit = 1 << 20
-    with message_limits(qdrant_private.url, request_bytes=limit) as url:
-        writer = await writer_of(sinks, qdrant_private, observer, url=url, request_bytes=32 << 20)
+    with message_limits(target.url, request_bytes=limit) as url:
+        writer = await writer_of(sinks, target, observer, url=url, request_bytes=32 << 20)
         rows: list[tuple[PointId, Row]] = [(n, wide(n, 50_000)) for n in range(60)]
         rows.insert(30, (1000, wide(1000, 5 << 18)))
         applied = await writer.apply(Changes(upserts=rows, large=True))
@@ -321,18 +328,18 @@ async def test_a_proxy_that_takes_only_so_many_bytes(
         assert again == Applied()
         # The limit is known now: 30 requests of one lane each would be more than needed.
         assert len(sizes(faults)) < 15
-    assert_content(qdrant_private, {n: {"n": n} for n in range(60)})
+    assert_content(target, {n: {"n": n} for n in range(60)})
 
 
 async def test_large_answers_are_read_in_pieces_and_large_points_by_themselves(
-    qdrant_private: QdrantProcess,
+    target: QdrantTarget,
     sinks: list[Sink],
     observer: Observer,
     faults: Faults,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rpc, "MAX_ANSWER_BYTES", 1 << 20)
-    writer = await writer_of(sinks, qdrant_private, observer)
+    writer = await writer_of(sinks, target, observer)
     rows: list[tuple[PointId, Row]] = [(n, wide(n, 1 << 16)) for n in range(24)]
     await writer.apply(Changes(upserts=[*rows, (24, wide(24, (1 << 20) + 1000))]))
     found = {p.id: p for p in await writer.retrieve(range(25))}
@@ -345,30 +352,30 @@ async def test_large_answers_are_read_in_pieces_and_large_points_by_themselves(
 
 
 async def test_a_stored_point_that_no_proxy_lets_through_is_written_anew(
-    qdrant_private: QdrantProcess, sinks: list[Sink], observer: Observer
+    target: QdrantTarget, sinks: list[Sink], observer: Observer
 ) -> None:
     """An update that leaves a value unchanged needs the stored one; if that cannot be read, the row
     is taken from Postgres as if the point was missing."""
-    direct = await writer_of(sinks, qdrant_private, observer)
+    direct = await writer_of(sinks, target, observer)
     large = [(1, wide(1, 2 << 20)), (2, wide(2, 100)), (3, wide(3, 2 << 20))]
     await direct.apply(Changes(upserts=list(large), large=True))
-    with message_limits(qdrant_private.url, answer_bytes=1 << 20) as url:
-        writer = await writer_of(sinks, qdrant_private, observer, url=url)
+    with message_limits(target.url, answer_bytes=1 << 20) as url:
+        writer = await writer_of(sinks, target, observer, url=url)
         changes = Changes(
             partials=[(n, item(n, UNCHANGED, {"p": n}, UNCHANGED, UNCHANGED)) for n in (1, 2, 3)]
         )
         applied = await writer.apply(changes)
     assert applied == Applied(missing=frozenset({1, 3}))
-    assert_content(qdrant_private, {1: {"n": 1}, 2: {"p": 2}, 3: {"n": 3}})
+    assert_content(target, {1: {"n": 1}, 2: {"p": 2}, 3: {"n": 3}})
 
 
 async def test_a_row_above_the_configured_size_is_never_encoded(
-    qdrant_private: QdrantProcess,
+    target: QdrantTarget,
     sinks: list[Sink],
     observer: Observer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    writer = await writer_of(sinks, qdrant_private, observer, max_row_bytes=8 << 20)
+    writer = await writer_of(sinks, target, observer, max_row_bytes=8 << 20)
     encoded: list[PointId] = []
     point = WireCodec.point
 
@@ -390,13 +397,13 @@ async def test_a_row_above_the_configured_size_is_never_encoded(
 
 
 async def test_the_loop_lives_while_a_large_row_is_encoded(
-    qdrant_private: QdrantProcess,
+    target: QdrantTarget,
     sinks: list[Sink],
     observer: Observer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Postgres hangs up on a consumer that gives no sign of life meanwhile."""
-    writer = await writer_of(sinks, qdrant_private, observer)
+    writer = await writer_of(sinks, target, observer)
     point = WireCodec.point
 
     def slow(codec: WireCodec, id_: PointId, row: Row) -> bytes:
@@ -418,7 +425,7 @@ async def test_the_loop_lives_while_a_large_row_is_encoded(
     await writer.apply(Changes(upserts=list(large), large=True))
     ticking.cancel()
     assert longest < 0.4
-    assert_content(qdrant_private, {n: {"n": n} for n in range(3)})
+    assert_content(target, {n: {"n": n} for n in range(3)})
 
 
 # -- the pipeline
@@ -433,20 +440,21 @@ def create(database: Database, rows: int) -> None:
 
 @pytest.mark.requirement("R1", "R2")
 async def test_postgres_hears_from_us_while_qdrant_is_slow_and_while_it_is_tried_again(
-    database18: Database, qdrant_private: QdrantProcess, faults: Faults
+    database18: Database, qdrant_private: QdrantProcess
 ) -> None:
+    """Also when so much waits that nothing is read, and Postgres asks in vain."""
+    faults = qdrant_private.script
     create(database18, 100)
-    database18.execute(f'ALTER DATABASE "{database18.name}" SET wal_sender_timeout = 2000')
-    settings = pipeline_settings(database18, qdrant_private, "items")
+    database18.execute(f'ALTER DATABASE "{database18.name}" SET wal_sender_timeout = 1000')
+    settings = pipeline_settings(database18, qdrant_private, "items", pipeline={"batch_rows": 10})
     async with running(settings, database18, qdrant_private) as life:
         before = reconnects(life)
-        faults.hold("Upsert", times=2)
+        faults.hold("Upsert")
+        faults.reject("Upsert", "RESOURCE_EXHAUSTED", "Rate limiting exceeded", retry_after=2)
         database18.execute("UPDATE items SET note = 'slow'")
         await life.wait(lambda: faults.held() > 0, "a request in flight")
-        await asyncio.sleep(5)
-        faults.reject("Upsert", "RESOURCE_EXHAUSTED", "Rate limiting exceeded", retry_after=5)
+        await asyncio.sleep(2.5)
         faults.release()
-        database18.execute("UPDATE items SET note = 'limited'")
         await life.assert_equal()
         assert life.metric("sink_retries_total", kind="sink_rate_limited") == 1
         assert reconnects(life) == before
@@ -491,8 +499,9 @@ async def test_a_full_collection_is_a_stall_that_says_what_to_do(
 
 
 async def test_a_slowdown_is_seen_with_its_cause_and_passes(
-    database18: Database, qdrant_private: QdrantProcess, faults: Faults
+    database18: Database, qdrant_private: QdrantProcess
 ) -> None:
+    faults = qdrant_private.script
     create(database18, 300)
     settings = pipeline_settings(
         database18,

@@ -178,6 +178,7 @@ def campaign(parts: Callable[..., Parts], *, rows: int, kills: int, seed: int) -
     assert in_mid_copy == kills, f"only {in_mid_copy} of {kills} kills came in mid copy"
 
 
+@pytest.mark.slow(seconds=30)
 @pytest.mark.requirement("R55", "R70")
 def test_a_few_kills_in_mid_copy(parts: Callable[..., Parts]) -> None:
     campaign(parts, rows=20_000, kills=4, seed=3)

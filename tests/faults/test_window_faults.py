@@ -80,7 +80,7 @@ WORKERS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 @pytest.mark.requirement("R7")
 @pytest.mark.parametrize("workers", WORKERS)
 def test_qdrant_goes_away_in_the_middle_of_a_window(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from cdc_sync.cli import main
 from cdc_sync.config import Settings
@@ -17,6 +18,7 @@ from cdc_sync.verify.baseline import CaptureOptions, capture
 from cdc_sync.verify.baseline_file import Baseline, Query, read_baseline
 from cdc_sync.verify.baseline_queries import read_queries
 from tests.support.fix_postgres import Connection, Database
+from tests.support.fix_qdrant import QdrantTarget
 from tests.support.search_scene import scene_settings
 
 SCHEMA = """
@@ -216,6 +218,33 @@ def test_tables_with_hardly_any_rows(database18: Database, tmp_path: Path, rows:
     assert any("queries; 50 or more" in note for note in baseline.notes)
 
 
+def test_what_has_no_queries(database18: Database, qdrant: QdrantTarget) -> None:
+    database18.execute(
+        "CREATE TABLE plain (id int PRIMARY KEY, t text); INSERT INTO plain VALUES (1, 'x');"
+        "CREATE TABLE many (id int PRIMARY KEY, v vector(2)[]);"
+        "INSERT INTO many VALUES (1, ARRAY['[1,2]'::vector])"
+    )
+    settings = scene_settings(database18, qdrant, {"name": "plain"}, {"name": "many"})
+    baseline = capture(settings, CaptureOptions())
+    plain, many = baseline.tables
+    assert (plain.rows, plain.vectors) == (1, [])
+    assert {field.field: field.types for field in plain.payload} == {
+        "id": {"integer": 1},
+        "t": {"string": 1},
+    }
+    assert (many.vectors[0].kind, many.vectors[0].norms) == ("multi", None)
+    assert baseline.queries == []
+
+
+def test_a_table_that_is_not_published_yet(settings: Settings, database18: Database) -> None:
+    database18.execute(
+        "CREATE TABLE other (id int PRIMARY KEY); CREATE PUBLICATION p FOR TABLE other"
+    )
+    source = settings.source.model_copy(update={"publication": "p"})
+    baseline = capture(settings.model_copy(update={"source": source}), CaptureOptions(sampled=1))
+    assert baseline.queries
+
+
 def test_it_writes_nothing_and_locks_nothing(settings: Settings, database18: Database) -> None:
     seen: set[object] = set()
     done = threading.Event()
@@ -223,8 +252,9 @@ def test_it_writes_nothing_and_locks_nothing(settings: Settings, database18: Dat
     def look(connection: Connection) -> None:
         while not done.is_set():
             rows = connection.execute(
-                "SELECT DISTINCT mode FROM pg_locks WHERE relation IN (SELECT oid FROM pg_class"
-                " WHERE relname LIKE 'docs%')"
+                "SELECT DISTINCT mode FROM pg_locks JOIN pg_stat_activity USING (pid)"
+                " WHERE application_name = 'cdc_sync' AND datname = current_database()"
+                " AND relation IN (SELECT oid FROM pg_class WHERE relname LIKE 'docs%')"
             ).fetchall()
             seen.update(row[0] for row in rows)
 
@@ -236,7 +266,15 @@ def test_it_writes_nothing_and_locks_nothing(settings: Settings, database18: Dat
         finally:
             done.set()
             watcher.join()
-    assert seen <= {"AccessShareLock"}
+    assert seen == {"AccessShareLock"}
+
+
+def test_a_role_that_may_read_is_enough(settings: Settings, database18: Database) -> None:
+    role = database18.create_cdc_role(["docs", "docs_1", "docs_2"])
+    source = settings.source.model_copy(update={"url": SecretStr(role.url)})
+    baseline = capture(settings.model_copy(update={"source": source}), CaptureOptions(sampled=2))
+    assert len(baseline.queries) == 8
+    assert baseline.server.settings["hnsw.ef_search"] == "40"
 
 
 def test_a_query_that_takes_too_long_is_ended(settings: Settings, database18: Database) -> None:

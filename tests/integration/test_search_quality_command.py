@@ -21,7 +21,7 @@ from cdc_sync.verify.search_html import as_html
 from cdc_sync.verify.search_report import ColumnReport, SearchReport, as_json, as_text
 from tests.support.fix_postgres import Database
 from tests.support.fix_qdrant import QdrantTarget
-from tests.support.search_scene import change, fill, scene_settings
+from tests.support.search_scene import change, fill, optimize, scene_settings
 
 VECTORS = """
 CREATE TABLE docs (
@@ -263,6 +263,41 @@ def test_a_payload_that_is_not_the_rows_is_named(
     assert criterion(report, "empty results") is Verdict.INVESTIGATE
 
 
+HNSW = {"m": 2, "ef_construct": 4, "full_scan_threshold": 10}
+
+
+def test_an_index_that_finds_too_little_is_named(database18: Database, tmp_path: Path) -> None:
+    database18.execute(
+        "CREATE TABLE docs (id int PRIMARY KEY, embedding vector(16)); SELECT setseed(0.5);"
+        "INSERT INTO docs SELECT i, (SELECT array_agg(random() - 0.5)::vector"
+        "  FROM generate_series(1, 16) WHERE i > 0) FROM generate_series(1, 800) i"
+    )
+    config = {
+        "optimizers_config": {"indexing_threshold": 1},
+        "quantization_config": {"scalar": {"type": "int8"}},
+        "vectors": {"embedding": {"hnsw_config": HNSW}},
+    }
+    table = {"name": "docs", "collection_config": config}
+    settings = scene_settings(database18, str(tmp_path / "edge"), table)
+    baseline = capture(settings, CaptureOptions())
+    fill(settings)
+    before = verified(settings, baseline)
+    assert any("HNSW is not complete (0 of up to 800" in one for one in column(before).caveats)
+    optimize(settings)
+    report = verified(settings, baseline)
+    assert causes(report) == ["index"]
+    assert report.verdict is Verdict.FAIL
+    (cause,) = column(report).causes
+    assert "m = 2, ef_construct = 4" in cause.reason
+    caveats = " ".join(column(report).caveats)
+    assert "quantized (scalar)" in caveats
+    assert "HNSW is" not in caveats
+    tiers = column(report).tiers
+    assert tiers is not None
+    assert tiers.exact_recall is not None
+    assert tiers.exact_recall.mean == 1
+
+
 def test_another_dimension_cannot_be_searched(docs: Settings, database18: Database) -> None:
     baseline = capture(docs, CaptureOptions(sampled=3))
     database18.execute(
@@ -321,7 +356,7 @@ def test_tables_with_hardly_any_rows(docs: Settings, database18: Database, rows:
 
 
 def test_ids_of_the_migration_tool_and_keys_of_several_columns(
-    database18: Database, tmp_path: Path
+    database18: Database, target: QdrantTarget | str
 ) -> None:
     database18.execute(
         "CREATE TABLE docs (org text, at timestamptz, embedding vector(2), PRIMARY KEY (org, at));"
@@ -332,7 +367,7 @@ def test_ids_of_the_migration_tool_and_keys_of_several_columns(
     )
     settings = scene_settings(
         database18,
-        str(tmp_path / "edge"),
+        target,
         {"name": "docs", "namespace": "a"},
         {"name": "old", "ids": "qdrant-migration"},
     )

@@ -29,6 +29,7 @@ def test_a_daemon_is_shown_from_its_copy_to_its_end(
         return str(json.loads(daemon.get("/status")[1])["summary"]["title"])
 
     daemon.wait(lambda: summary() == "In step", "being in step")
+    daemon.wait(lambda: daemon.metric("cdc_sync_slot_active") == 1, "a look at the slot")
     status, page = daemon.get("/")
     assert status == 200
     assert page.startswith("<!doctype html>")

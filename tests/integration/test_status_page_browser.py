@@ -42,7 +42,8 @@ def opened(tab: Tab, server: HttpServer) -> None:
     ("name", "words"),
     [
         ("streaming", ["In step", "Every committed change is in Qdrant.", "public.articles",
-                       "0 s", "12.0 MiB", "of 1.0 GiB allowed", "low risk", "81,402"]),
+                       "0 s", "12.0 MiB", "of 1.0 GiB allowed", "low risk", "81,402",
+                       "verified 3 h 0 min ago", "no difference"]),
         ("copying", ["Copying", "60 %", "731,200 of 1,204,311", "1,310,400 of ~8,930,121",
                      "waits, 48,211 rows"]),
         ("qdrant-away", ["Qdrant does not answer", "refused", "no answer for 6 min", "retrying",

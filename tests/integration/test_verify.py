@@ -91,6 +91,48 @@ async def test_damages_are_found_under_constant_writes(
     await damage_and_verify(database18, qdrant, seed, 1)
 
 
+async def test_a_pipeline_that_stands_still_is_no_difference(
+    database18: Database, qdrant: QdrantTarget
+) -> None:
+    create_docs(database18)
+    settings = pipeline_settings(database18, qdrant, "docs")
+    async with running(settings, database18, qdrant) as life:
+        await life.caught_up()
+        qdrant.script.reject("Upsert", "UNAVAILABLE", times=10_000)
+        qdrant.script.reject("UpdateBatch", "UNAVAILABLE", times=10_000)
+        database18.execute("UPDATE docs SET n = n + 1 WHERE region = 'west' AND id <= 5")
+        report = (await verified(life, patience_seconds=1.0)).report
+        assert report.equal
+        assert report.tables[0].undecided == 5
+        assert report.exit_code == 75
+        qdrant.script.clear()
+        report = (await verified(life)).report
+        assert report.exit_code == 0
+        assert report.tables[0].undecided == 0
+
+
+async def test_rows_changed_by_open_transactions_are_no_difference(
+    database18: Database, qdrant: QdrantTarget
+) -> None:
+    create_docs(database18)
+    settings = pipeline_settings(database18, qdrant, "docs")
+    async with running(settings, database18, qdrant) as life:
+        await life.caught_up()
+        client, name = qdrant.client(), settings.tables[0].collection
+        assert name is not None
+        ids = point_ids(client, name)
+        with database18.connect(autocommit=False) as connection:
+            connection.execute("UPDATE docs SET n = 0 WHERE region = 'west' AND id = 5")
+            # As if the commit had been streamed, which is visible later.
+            client.set_payload(name, {"n": 0}, points=[ids["west", 5]], wait=True)
+            report = (await verified(life)).report
+            assert report.equal
+            assert report.tables[0].undecided == 1
+            connection.commit()
+        await life.caught_up()
+        assert (await verified(life)).report.exit_code == 0
+
+
 # -- the command
 
 

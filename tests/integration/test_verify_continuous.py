@@ -4,15 +4,18 @@ gauges, has it mended if it may, and goes on where it was."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from unittest import mock
+
+import pytest
 
 from cdc_sync.config import Settings
 from cdc_sync.qdrant.sink import Mismatches, TableVerification
 from cdc_sync.verify import continuous
 from cdc_sync.verify.continuous import verify_continuously
 from tests.support.damages import Damaged, constant_writes, create_docs, point_ids
+from tests.support.fix_pipeline import SyncTable
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import Running, pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
@@ -49,16 +52,25 @@ async def record(life: Running) -> TableVerification | None:
     return next(iter(await life.pipeline.sink.state.verifications(name)), None)
 
 
+async def recorded(
+    life: Running, condition: Callable[[TableVerification], bool]
+) -> TableVerification:
+    """The record, once the condition holds."""
+    while True:
+        assert not life.task.done()
+        now = await record(life)
+        if now is not None and condition(now):
+            return now
+        await asyncio.sleep(0.05)
+
+
 async def completed(life: Running) -> TableVerification:
-    """The record of the next pass that begins now and is complete."""
-    before = await record(life)
+    """The record of a pass that began after this was called, and is complete."""
     for _ in range(2):
-        while (now := await record(life)) is None or now.leaf or now == before:
-            assert not life.task.done()
-            await asyncio.sleep(0.05)
-        before = now
-        await asyncio.sleep(1.0)  # a whole second of its time
-    return before
+        before = await record(life)
+        ended = 0 if before is None else before.completed
+        await recorded(life, lambda now, ended=ended: now.completed > ended)  # type: ignore[misc]
+    return await recorded(life, lambda now: now.completed > 0)
 
 
 async def test_damages_are_found_and_mended(database18: Database, qdrant: QdrantTarget) -> None:
@@ -81,9 +93,8 @@ async def test_damages_are_found_and_mended(database18: Database, qdrant: Qdrant
             repairing = settings.verify.model_copy(update={"repair": True})
             life.pipeline.settings = settings.model_copy(update={"verify": repairing})
             async with verifying(life):
-                # The point of no key that is known is left to people.
-                while (await completed(life)).last != Mismatches(extra=1):
-                    pass
+                # Points of no key that is known are left to people.
+                await recorded(life, lambda now: now.last == Mismatches(extra=2))
         client.delete(name, list(damaged.done["added"]), wait=True)
         await life.assert_equal()
 
@@ -111,9 +122,26 @@ async def test_it_goes_on_where_it_was(database18: Database, qdrant: QdrantTarge
         region = leaves[0].name.removeprefix("docs_")
         client.set_payload(name, {"n": -5}, points=[ids[region, 1]], wait=True)
         async with verifying(life):
-            while (now := await record(life)) is None or not now.completed:
-                await asyncio.sleep(0.05)
+            now = await recorded(life, lambda now: now.completed > 0)
             assert now.last == Mismatches(missing=3)
             assert mismatches(life, "missing") == 3
-            while (now := await record(life)) is None or now.last != Mismatches(different=1):
-                await asyncio.sleep(0.05)
+            await recorded(life, lambda now: now.last == Mismatches(different=1))
+
+
+@pytest.mark.parametrize("target", ["server", "edge"])
+def test_a_daemon_does_it_if_it_is_configured(
+    database18: Database, sync_table: SyncTable, target: str
+) -> None:
+    create_docs(database18)
+    synced = sync_table(database18, "docs", target=target, start=False)
+    daemon = synced.daemon
+    with daemon.config.open("a", encoding="utf-8") as config:
+        config.write(f"[verify]\ncontinuous = true\nrows_per_second = {_ROWS_PER_SECOND}\n")
+    daemon.start()
+    table = {"table": "public.docs"}
+    ended = "cdc_sync_verify_last_success_timestamp_seconds"
+    daemon.wait(lambda: daemon.metric(ended, **table) > 0, "a pass")
+    assert daemon.metric("cdc_sync_verify_mismatches", **table, kind="missing") == 0
+    assert daemon.terminate() == 0
+    assert "verification_failed" not in daemon.log()
+    synced.assert_equal()

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from qdrant_client import QdrantClient
 from qdrant_client import models as q
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import ConfigError, SourceError
 from cdc_sync.sync.migrate import migrate
+from cdc_sync.verify import stream, table
 from cdc_sync.verify.data import Asked, Verified, verify
 from cdc_sync.verify.repair import repair
 from cdc_sync.verify.report import TableReport
@@ -216,3 +218,70 @@ def test_an_embedded_database(database18: Database, qdrant: QdrantTarget, tmp_pa
     assert (table.pending, table.equal) == (3, True)
     database18.execute("SELECT pg_logical_emit_message(true, 'other', 'x')")
     json.dumps(verified(settings).report.to_json())
+
+
+def test_more_differences_than_are_held_at_once(
+    database18: Database, qdrant: QdrantTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_items(database18)
+    settings = copied(database18, qdrant, "items")
+    client, name = qdrant.client(), collection(settings)
+    client.set_payload(name, {"n": -1}, points=list(range(1, 101)), wait=True)
+    client.delete(name, list(range(101, 201)), wait=True)
+    points = [
+        q.PointStruct(id=i, vector={"emb": [1.0, 2.0, 3.0]}, payload={})
+        for i in range(5_000, 5_050)
+    ]
+    client.upsert(name, points, wait=True)
+    monkeypatch.setattr(table, "_WAVE", 7)
+    monkeypatch.setattr(table, "_REPAIRED", 20)
+    monkeypatch.setattr(table, "_HELD_IDS", 90)
+    before = verified(settings, How(examples=3))
+    found = only(before)
+    assert kinds(found) == {"value": 100, "missing": 100, "extra": 50, "count": 1}
+    assert found.different == 250
+    assert all(len(finding.examples) <= 3 for finding in found.findings.values())
+    said: list[str] = []
+    with contextlib.redirect_stderr(io.StringIO()):
+        assert repair(settings, before, 60, said.append)
+    assert "as a whole" in said[0]
+    assert only(verified(settings)).equal
+
+
+def test_a_role_that_may_read_some_columns(database18: Database, qdrant: QdrantTarget) -> None:
+    create_items(database18, 30)
+    settings = copied(database18, qdrant, {"name": "items", "columns": ["id", "note", "emb"]})
+    role = database18.name
+    database18.execute(
+        f"CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'x';"
+        # No xmin and xmax, which tell the version of a row.
+        f"GRANT SELECT (id, note, emb, ctid) ON items TO {role}"
+    )
+    database18.drop_later(role)
+    where = database18.url.rpartition("@")[2]
+    url = SecretStr(f"postgresql://{role}:x@{where}")
+    source = settings.source.model_copy(update={"url": url})
+    limited = settings.model_copy(update={"source": source})
+    assert verified(limited).report.equal
+    qdrant.client().delete(collection(settings), [3], wait=True)
+    assert kinds(only(verified(limited))) == {"missing": 1, "count": 1}
+
+
+def test_what_a_slot_holds_cannot_be_told(
+    database18: Database, qdrant: QdrantTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_items(database18, 30)
+    settings = copied(database18, qdrant, "items")
+    database18.execute("UPDATE items SET n = 0 WHERE id = 1; UPDATE items SET n = 0 WHERE id = 2")
+    qdrant.client().delete(collection(settings), [3], wait=True)
+    monkeypatch.setattr(stream, "_PEEKED", 2)
+    report = verified(settings).report
+    assert (report.exit_code, only(Verified(report, [])).undecided) == (75, 3)
+    assert "too many changes" in only(Verified(report, [])).notes[-1]
+    monkeypatch.undo()
+    table = only(verified(settings))
+    assert (table.pending, kinds(table)) == (2, {"missing": 1, "count": 1})
+    # A truncation changes every row.
+    database18.execute("TRUNCATE items")
+    table = only(verified(settings))
+    assert (table.pending, table.equal) == (29, True)

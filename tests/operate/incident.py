@@ -63,7 +63,7 @@ def make_daemon(
     directory: Path, database: Database, qdrant: QdrantProcess, batch_delay: int
 ) -> Daemon:
     """A daemon for both tables that is quick to notice things."""
-    return Daemon(
+    daemon = Daemon(
         directory,
         pg_url=database.url,
         qdrant_url=qdrant.url,
@@ -77,6 +77,9 @@ def make_daemon(
             "chunk_rows": 500,
         },
     )
+    with daemon.config.open("a", encoding="utf-8") as config:
+        config.write("[verify]\ncontinuous = true\nrows_per_second = 4000\npause_seconds = 2\n")
+    return daemon
 
 
 @dataclass

@@ -103,6 +103,10 @@ class Exposed:
         metrics = Metrics()
         metrics.add_table("public.items")
         metrics.add_task("reader")
+        # What exists only after it has happened.
+        metrics.sink_window_points.labels("items").set(1)
+        metrics.verify_mismatches.labels("public.items", "missing").set(0)
+        metrics.verify_last_success_timestamp_seconds.labels("public.items").set(1)
         metrics.set_pipeline(slot="s", publication="p", database="d", protocol=1)
         for value in vars(metrics).values():
             if isinstance(value, OptionalGauge | MirroredCounter):

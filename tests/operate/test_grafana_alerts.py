@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,18 @@ def test_each_has_severity_words_and_a_runbook(rule: dict[str, dict[str, str]]) 
     assert page == "docs/alerts.md"
     assert anchor == str(rule["alert"]).lower()
     assert anchor in _anchors(RUNBOOKS.read_text(encoding="utf-8"))
+
+
+def test_the_address_of_the_runbooks_is_put_in_as_the_page_says(tmp_path: Path) -> None:
+    (command,) = re.findall(r"```bash\n(sed .+)\n```", RUNBOOKS.read_text(encoding="utf-8"))
+    (tmp_path / "grafana").mkdir()
+    copy = tmp_path / "grafana" / ALERTS.name
+    copy.write_bytes(ALERTS.read_bytes())
+    subprocess.run(shlex.split(command), cwd=tmp_path, check=True)
+    (group,) = yaml.safe_load(copy.read_text(encoding="utf-8"))["groups"]
+    urls = {rule["annotations"]["runbook_url"] for rule in group["rules"]}
+    assert len(urls) == len(alert_rules())
+    assert all(url.startswith("https://wiki.example.com/cdc-sync/alerts.md#") for url in urls)
 
 
 def test_no_runbook_is_left_over() -> None:

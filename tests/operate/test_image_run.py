@@ -156,7 +156,7 @@ def test_stops_while_copying_and_while_streaming_under_load(
     containers = in_container(image, daemon, monkeypatch)
     try:
         daemon.start(wait=False)
-        daemon.wait(lambda: daemon.metric("cdc_sync_snapshot_rows_total") > 500, "some rows")
+        daemon.wait(lambda: daemon.metric("cdc_sync_snapshot_rows_total") > 500, "some rows", 300)
         workers = containers[0].process.children(recursive=True)
         assert workers
         assert containers[0].terminate(STOP_SECONDS) == 0
@@ -165,7 +165,7 @@ def test_stops_while_copying_and_while_streaming_under_load(
         with written(database18):
             # What was not confirmed is sent again.
             daemon.start()
-            daemon.wait(lambda: daemon.metric("cdc_sync_transactions_total") > 50, "transactions")
+            daemon.wait(lambda: daemon.metric("cdc_sync_transactions_total") > 50, "changes", 300)
             assert containers[1].terminate(STOP_SECONDS) == 0
             daemon.start()
         synced.assert_equal()

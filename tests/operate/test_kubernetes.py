@@ -68,7 +68,7 @@ def test_the_prometheus_operator_takes_its_own(kind: str) -> None:
     manifest = MANIFESTS[f"monitoring/{kind.lower()}.yaml"]
     model = getattr(models, kind).model_validate(manifest)
     # Nothing that it does not know was dropped.
-    assert model.model_dump(mode="json", by_alias=True, exclude_none=True) == manifest
+    assert model.model_dump(mode="json", by_alias=True, exclude_unset=True) == manifest
 
 
 def test_kustomizations_name_files_that_are_there_and_leave_none_out() -> None:
@@ -154,6 +154,8 @@ def test_configuration_and_secrets_are_mounted_where_they_are_looked_for(
     assert loaded.source.password is not None
     assert loaded.qdrant.api_key is not None
     assert loaded.tables
+    # The default would count the cores of the node.
+    assert 1 <= loaded.migration.num_workers <= 4
     assert "password" not in tomllib.loads(file.read_text(encoding="utf-8"))["source"]
 
 

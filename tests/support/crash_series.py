@@ -36,14 +36,14 @@ _NOTES: Final = "notes"
 _ROWS: Final = 150
 #: How long a life may take to come to its failpoint while rows are changed.
 _PATIENCE_SECONDS: Final = 120.0
-#: Between two changes: the longer the more there were in this life, so that a slow machine is not
-#: given more of them than it can apply.
+#: Between two changes, first when a life begins and again when it streams: ever longer, so that a
+#: slow machine is not given more of them than it can apply.
 _FIRST_PAUSE_SECONDS: Final = 0.03
 _LONGEST_PAUSE_SECONDS: Final = 1.0
-_LONGER: Final = 1.15
+_LONGER: Final = 1.3
 #: Lives that end before they confirm leave their changes to the next one. After so many that are
 #: not confirmed for sure one life is to catch up.
-_UNCONFIRMED_CHANGES: Final = 300
+_UNCONFIRMED_CHANGES: Final = 150
 #: How long after it began to stream a pipeline whose copy was to crash is given up on as done.
 _DONE_SECONDS: Final = 0.3
 _POISON: Final = 1_000_000
@@ -129,15 +129,16 @@ class CrashSeries:
         try:
             pause = _FIRST_PAUSE_SECONDS
             while (code := life.exit_code(pause)) is None:
-                pause = min(pause * _LONGER, _LONGEST_PAUSE_SECONDS)
                 now = time.monotonic()
                 assert now < deadline, f"{failpoint.name} was not reached\n{life.log()}"
                 self._change()
-                if not self._copying:
+                pause = min(pause * _LONGER, _LONGEST_PAUSE_SECONDS)
+                if streams is None:
+                    if self._is_streaming(life):
+                        streams, pause = now, _FIRST_PAUSE_SECONDS
+                elif not self._copying:
                     if failpoint.passes > 1:
                         self._do(failpoint.needs)
-                elif streams is None:
-                    streams = now if self._is_streaming(life) else None
                 elif now - streams > _DONE_SECONDS:
                     break
         finally:

@@ -16,8 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from cdc_sync.sync import monitor
+
 #: As after kill -9.
 EXIT_CODE: Final = 137
+_LOOK_SECONDS: Final = 1.0
 
 SinkName = Literal["server", "edge"]
 _WRITES: Final = ("Upsert", "Delete", "UpdateBatch", "SetPayload", "OverwritePayload")
@@ -138,7 +141,9 @@ def resolve(failpoint: Failpoint) -> tuple[Any, str]:
 
 
 def arm_after(sabotage: Callable[[], None] | None, name: str, passes: int) -> None:
-    """Arm a failpoint in a program that was changed before."""
+    """Arm a failpoint in a program that was changed before. A life that is to end soon need not
+    look at the catalog as often as others of the tests."""
+    monitor.INTERVAL_SECONDS = _LOOK_SECONDS
     if sabotage is not None:
         sabotage()
     arm(name, passes)

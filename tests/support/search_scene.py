@@ -10,6 +10,7 @@ from cdc_sync.mapping.ids import compile_point_id
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.refetch import fetch_rows
+from cdc_sync.qdrant.edge import EdgeSink
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Changes
 from cdc_sync.rows import RawValue, TextValue
@@ -95,3 +96,20 @@ def change(settings: Settings, *, delete: Sequence[int | str] = ()) -> None:
             await sink.close()
 
     asyncio.run(write())
+
+
+def optimize(settings: Settings) -> None:
+    """Have an embedded database build its indexes."""
+
+    async def run() -> None:
+        sink = await open_sink(settings.qdrant)
+        try:
+            assert isinstance(sink, EdgeSink)
+            for planned in planned_tables(settings):
+                # It optimizes what it has opened.
+                await sink.inspect(planned.plan)
+            await sink.optimize()
+        finally:
+            await sink.close()
+
+    asyncio.run(run())

@@ -11,7 +11,7 @@ from cdc_sync.mapping.plan import ColumnPlan, IdScheme, TablePlan
 from cdc_sync.mapping.planner import PlanOptions
 from cdc_sync.mapping.table import Column, PgType, Table
 from cdc_sync.pgoutput import messages as m
-from cdc_sync.rows import UNCHANGED, Row
+from cdc_sync.rows import LARGE_ROW_BYTES, UNCHANGED, Row
 from cdc_sync.sync.gather import Batch, Gatherer
 from cdc_sync.sync.routing import Binding, PlannedTable, Unusable, bind
 from tests.support import frames
@@ -348,3 +348,18 @@ def test_a_change_of_an_unknown_relation_is_no_part_of_the_protocol() -> None:
     stream = Stopping()
     with pytest.raises(ProtocolError, match="before its Relation message"):
         stream.transaction(100, m.Insert(OID, row(1)))
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2, 3])
+def test_a_batch_with_a_large_row_says_so(batch_rows: int) -> None:
+    """Also if the row has closed its batch, or begun another."""
+    stream = Stream(batch_rows=batch_rows, batch_bytes=16 << 20)
+    large = b"x" * (LARGE_ROW_BYTES + 1)
+    stream.transaction(100, RELATION, m.Insert(OID, row(1)))
+    stream.transaction(200, m.Insert(OID, row(2, large)))
+    while stream.gatherer.ready:
+        batch = stream.take()
+        if batch.tables and 2 in pending(batch):
+            assert batch.large
+    stream.transaction(300, m.Insert(OID, row(3)))
+    assert not stream.take().large

@@ -193,7 +193,8 @@ def test_the_status_is_the_documented_contract(
     assert set(body) == {
         "format", "pipeline", "time", "state", "state_since", "message", "summary", "attention",
         "alive", "ready", "source", "sink", "positions", "lag", "lag_history", "slot", "slowed",
-        "dead_letters", "tables", "tasks", "events", "versions", "started", "uptime_seconds",
+        "verification", "dead_letters", "tables", "tasks", "events", "versions", "started",
+        "uptime_seconds",
     }  # fmt: skip
     assert body["format"] == 1
     assert body["pipeline"] == {"name": "default", "slot": "cdc_sync", "publication": "pub"}

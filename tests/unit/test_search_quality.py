@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -201,7 +202,7 @@ def test_rank_correlation() -> None:
 
 def test_two_common_results_have_no_correlation() -> None:
     assert judged([answers(2)]).correlations == (None,)
-    assert judged([answers(3)]).correlations == (pytest.approx(1.0),)
+    assert judged([answers(3)]).correlations[0] == pytest.approx(1.0)
     assert criterion(judged([answers(2)]), "Spearman").value is None
     # One query without does not spoil the others.
     assert criterion(judged([answers(2), answers(10)]), "Spearman").value == pytest.approx(1)
@@ -220,7 +221,9 @@ def test_ranks_of_equal_values_are_shared() -> None:
 # Tier 3
 
 
-def labelled(ours: Sequence[int], theirs: Sequence[int], grades: Mapping[int, float]) -> Answers:
+def labelled(
+    ours: Sequence[int], theirs: Sequence[int], grades: Mapping[PointId, float]
+) -> Answers:
     return Answers(
         1,
         None,
@@ -229,12 +232,13 @@ def labelled(ours: Sequence[int], theirs: Sequence[int], grades: Mapping[int, fl
         [(id_, float(place)) for place, id_ in enumerate(theirs)],
         found=[(id_, float(place)) for place, id_ in enumerate(ours)],
         exact=[],
-        grades=dict(grades),
+        grades=grades,
     )
 
 
 def test_ndcg_by_hand() -> None:
-    grades = {1: 3.0, 2: 2.0, 3: 1.0}
+    grades: dict[PointId, float] = {1: 3.0, 2: 2.0, 3: 1.0}
+    many: dict[PointId, float] = dict.fromkeys(range(20), 1.0)
     assert m.ndcg([1, 2, 3], grades) == pytest.approx(1)
     best = 7 + 3 / math.log2(3) + 1 / 2
     assert m.ndcg([9, 3, 1], grades) == pytest.approx((1 / math.log2(3) + 7 / 2) / best)
@@ -242,7 +246,7 @@ def test_ndcg_by_hand() -> None:
     assert m.ndcg([1], {1: 0.0}) == 0
     # What comes after the tenth does not count, and more relevant rows than ten do not either.
     assert m.ndcg([*range(50, 60), 1], {1: 1.0}) == 0
-    assert m.ndcg(list(range(10)), dict.fromkeys(range(20), 1.0)) == pytest.approx(1)
+    assert m.ndcg(list(range(10)), many) == pytest.approx(1)
 
 
 def test_reciprocal_rank() -> None:
@@ -379,3 +383,24 @@ def test_the_whole_is_as_bad_as_its_worst_part() -> None:
     assert m.worst([PASS, FAIL, INVESTIGATE]) is FAIL
     assert judged([answers(10)] * 50).verdict is PASS
     assert judged([]).verdict is PASS
+
+
+def test_the_thresholds_of_the_document() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "search-quality.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    cells = {row[0]: row[1:] for row in rows if len(row) == 4}
+    for name, threshold in {
+        "top-1 match": m.TOP_1_MATCH,
+        "top-10 overlap": m.TOP_10_OVERLAP,
+        "recall@10: mean": m.MEAN_RECALL,
+        "median": m.MEDIAN_RECALL,
+        "minimum": m.MINIMUM_RECALL,
+        "5th percentile": m.P5_RECALL,
+        "NDCG@10 of labelled queries": m.NDCG,
+        "MRR of labelled queries": m.MRR,
+    }.items():
+        assert cells[name][0].startswith(f">= {threshold.passes:.2f}")
+        if threshold.investigates is not None:
+            assert cells[name][2].startswith(f"< {threshold.investigates:.2f}")
+            between = f"{threshold.investigates:.2f} - {threshold.passes:.2f}"
+            assert cells[name][1].startswith(between)

@@ -192,7 +192,7 @@ def test_the_parameters_of_the_index_are_named() -> None:
     ],
 )
 def test_caveats_of_the_collection(more: Mapping[str, object], expected: str) -> None:
-    assert expected in caveats(findings(facts=facts(**more)))
+    assert expected in caveats(findings(facts=facts(None, **more)))
     assert expected.partition("(")[0] not in caveats(findings())
 
 

@@ -245,11 +245,11 @@ def test_an_answer_of_an_older_daemon_is_shown_as_far_as_it_goes() -> None:
 
 
 def test_a_verification_is_shown_once_there_is_one() -> None:
-    answer = told(streaming())
+    answer = told(copying())
     assert "verified" not in status_text(answer)
     table = {"name": "public.items", "missing": 2, "extra": 1, "different": 0}
     answer["verification"] = {"finished": "2026-01-01T12:00:00Z", "tables": [table]}
-    assert "verified      2026-01-01T12:00:00Z: 3 differ" in status_text(answer)
+    assert "verified      2026-01-01T12:00:00Z: 3 differences" in status_text(answer)
     answer["verification"] = {"finished": "2026-01-01T12:00:00Z", "ok": True}
     assert "no difference" in status_text(answer)
 

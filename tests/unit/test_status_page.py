@@ -252,6 +252,27 @@ def test_sending_less_is_worth_a_word_and_no_alarm(scene: Scene) -> None:
     assert attention(scene) == []
 
 
+def test_a_verification_is_there_once_something_was_verified() -> None:
+    scene = Scene()
+    scene.stream()
+    scene.board.set_lag(lag_bytes=0, seconds=0.0)
+    assert told(scene)["verification"] is None
+    scene.board.set_verification("public.a", missing=0, extra=0, different=0, finished=None)
+    found = told(scene)["verification"]
+    assert isinstance(found, dict)
+    assert (found["finished"], found["ok"], attention(scene)) == (None, True, [])
+    scene.board.set_verification("public.a", missing=0, extra=0, different=0, finished=86_400.0)
+    scene.board.set_verification("public.b", missing=2, extra=1, different=0, finished=1e9)
+    found = told(scene)["verification"]
+    assert isinstance(found, dict)
+    assert (found["finished"], found["ok"]) == ("1970-01-02T00:00:00.000Z", False)
+    assert found["tables"][1] == {
+        "name": "public.b", "missing": 2, "extra": 1, "different": 0,
+        "finished": "2001-09-09T01:46:40.000Z",
+    }  # fmt: skip
+    assert attention(scene) == [("warning", "public.b and its collection differ")]
+
+
 def test_a_loop_that_is_stuck_is_told(scene: Scene) -> None:
     scene.board.heartbeat("writer")
     scene.now += 61

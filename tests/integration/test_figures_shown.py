@@ -1,4 +1,5 @@
-"""The lag of a pipeline whose connection to the slot is away, by the metrics and the board."""
+"""What metrics and board of a running pipeline say: the lag while the connection to the slot is
+away, and the chunks of a copy."""
 
 from __future__ import annotations
 
@@ -57,3 +58,35 @@ def _lag(life: Running) -> float | None:
     assert life.pipeline.metrics.registry.get_sample_value("cdc_sync_lag_seconds") is not None
     assert seconds is None or isinstance(seconds, float | int)
     return seconds
+
+
+async def test_the_chunks_of_a_copy_are_pending_then_running_then_done(
+    database18: Database, qdrant: QdrantTarget
+) -> None:
+    database18.execute("CREATE TABLE docs (id bigint PRIMARY KEY, text text, v vector(3))")
+    database18.execute(
+        "INSERT INTO docs SELECT n, repeat('x', 1500), '[1,2,3]' FROM generate_series(1, 300) n"
+    )
+    database18.execute("ANALYZE docs")
+    settings = pipeline_settings(
+        database18, qdrant, "docs", migration={"chunk_rows": 100, "batch_delay": 300}
+    )
+
+    async with running(settings, database18, qdrant, wait=False) as life:
+        life.patience_seconds = 90
+
+        def chunks() -> list[float]:
+            states = ("pending", "running", "done")
+            return [life.metric("snapshot_chunks", table="public.docs", state=s) for s in states]
+
+        await life.wait(lambda: chunks()[1] == 1, "a chunk in progress")
+        total = sum(chunks())
+        assert total >= 3
+        await life.wait(lambda: chunks()[2] >= 1, "a chunk that is done")
+        assert sum(chunks()) == total
+        await life.wait_streaming()
+        assert chunks() == [0, 0, total]
+        assert life.metric("snapshot_rows_total", table="public.docs") == 300
+        summary = life.pipeline.board.snapshot()["summary"]
+        assert isinstance(summary, dict)
+        assert summary["severity"] in ("ok", "busy")
