@@ -12,6 +12,7 @@ from cdc_sync.cli.options import takes_settings
 
 if TYPE_CHECKING:
     from cdc_sync.loading import LoadedSettings
+    from cdc_sync.verify.data import Asked
 
 _WAIT_SECONDS = 300.0
 _PATIENCE_SECONDS = 60.0
@@ -67,19 +68,27 @@ def verify_data(
         raise typer.BadParameter("--sample and --where exclude each other.")
     if where is not None and not where.strip():
         raise typer.BadParameter("--where is empty.")
-    from cdc_sync.cli.verify_text import report_text
-    from cdc_sync.verify.data import Asked, verify
-    from cdc_sync.verify.screen import open_screen
+    from cdc_sync.verify.data import Asked
     from cdc_sync.verify.table import How
 
     how = How(sample=sample, where=where, rate=rate, examples=examples)
     asked = Asked(how, tuple(table or ()), patience)
+    return _verify(loaded, asked, timeout if repair else None, as_json)
+
+
+def _verify(
+    loaded: LoadedSettings, asked: Asked, repair_seconds: float | None, as_json: bool
+) -> int:
+    """Verify, repair if so many seconds may be waited for it, and print the report."""
+    from cdc_sync.cli.verify_text import report_text
+    from cdc_sync.verify.data import verify
+    from cdc_sync.verify.repair import repair
+    from cdc_sync.verify.screen import open_screen
+
     with open_screen(sys.stderr) as screen:
         verified = verify(loaded.settings, asked, screen.show)
     report = verified.report
-    if repair and not report.equal:
-        from cdc_sync.verify.repair import repair as start
-
+    if repair_seconds is not None and not report.equal:
         if not as_json:
             typer.echo(report_text(report) + "\n")
         said: list[str] = []
@@ -88,7 +97,7 @@ def verify_data(
             said.append(line)
             typer.echo(line, err=as_json)
 
-        start(loaded.settings, verified, timeout, say)
+        repair(loaded.settings, verified, repair_seconds, say)
         with open_screen(sys.stderr) as screen:
             report = verify(loaded.settings, asked, screen.show, before=verified).report
         report.repaired = said

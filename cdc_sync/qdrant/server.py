@@ -165,6 +165,7 @@ class ServerSink:
 
     def _pace(self, collection: str) -> Pace:
         """That of a collection: what it has shown holds for the writer of another plan, too."""
+
         def on_change(pace: Pace, slower: bool) -> None:
             self._rpc.paced(collection, pace, slower=slower)
 

@@ -75,7 +75,8 @@ class Trials:
         if isinstance(error, SinkError):
             # Room is made by somebody, and nobody else says how.
             full = error.kind is ErrorKind.SINK_FULL
-            self._board.set_sink(False, f"{error.message} {error.remedy}" if full else error.message)
+            text = f"{error.message} {error.remedy}" if full else error.message
+            self._board.set_sink(False, text)
             self._metrics.sink_retries[error.kind].inc()
         elif isinstance(error, SourceError):
             self._metrics.source_reconnects[error.kind].inc()

@@ -16,7 +16,7 @@ from cdc_sync.qdrant.sink import DeadLetter, PipelineState
 from cdc_sync.sync.planning import PipelinePlan, is_recorded_stale, plan_pipeline
 from cdc_sync.sync.routing import PlannedTable
 from cdc_sync.verify.report import Report, TableReport
-from cdc_sync.verify.source import SourceReader
+from cdc_sync.verify.source import SourceReader, patiently
 from cdc_sync.verify.stream import StreamWatch
 from cdc_sync.verify.table import How, Sides, TableFindings, TableVerifier
 
@@ -61,8 +61,9 @@ async def verify_once(
     began = time.monotonic()
     sink = await open_sink(settings.qdrant)
     try:
-        state = await sink.state.load(settings.pipeline.name)
-        letters = await sink.state.dead_letters(settings.pipeline.name)
+        name = settings.pipeline.name
+        state = await patiently(lambda: sink.state.load(name))
+        letters = await patiently(lambda: sink.state.dead_letters(name))
         tables, unplanned = await asyncio.to_thread(plan_tables, settings, asked, state)
         async with SourceReader(settings.source) as copying, SourceReader(settings.source) as ask:
             stream = StreamWatch(settings, ask, asked.patience_seconds)

@@ -150,7 +150,8 @@ class TableVerifier:
             return self._findings
         if self._how.sample is not None:
             await self._compare(self._reading().sample(self._how.sample, self._random))
-            await self._look_up(await self._random_points(self._how.sample))
+            number = self._how.sample
+            await self._look_up(await patiently(lambda: self._random_points(number)))
             await self._settle()
             await self._compare_counts()
         elif self._how.where is not None:
@@ -251,10 +252,7 @@ class TableVerifier:
         unique = is_unique(self._planned)
         if not unique:
             await self._look_up(self._known.repeated())
-        async for ids in self._writer.scroll_ids(_SCROLL_PAGE):
-            report.ids += len(ids)
-            await self._look_up(self._known.missing_from(ids))
-            self._tell("points")
+        await patiently(self._look_up_all)
         self._known = None
         for bucket in range(1, buckets):
             await self._look_up(await self._orphans(bucket, buckets))
@@ -262,6 +260,15 @@ class TableVerifier:
             report.notes.append("whether rows share an id was looked at in a part of them only")
         await self._settle()
         self._report.leaves = list(self._leaves.values())
+
+    async def _look_up_all(self) -> None:
+        """Look for points without a row; again from the beginning, if it fails."""
+        assert self._known is not None
+        self._report.ids = 0
+        async for ids in self._writer.scroll_ids(_SCROLL_PAGE):
+            self._report.ids += len(ids)
+            await self._look_up(self._known.missing_from(ids))
+            self._tell("points")
 
     def _reading(self) -> TableReading:
         return TableReading(self._planned, self._sides.copying)

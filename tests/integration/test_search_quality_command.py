@@ -369,7 +369,7 @@ def test_ids_of_the_migration_tool_and_keys_of_several_columns(
         database18,
         target,
         {"name": "docs", "namespace": "a"},
-        {"name": "old", "ids": "qdrant-migration"},
+        {"name": "old", "ids": "qdrant-migration", "unnamed_vector": "embedding"},
     )
     baseline = capture(settings, CaptureOptions(sampled=50))
     fill(settings)

@@ -285,3 +285,35 @@ def test_what_a_slot_holds_cannot_be_told(
     database18.execute("TRUNCATE items")
     table = only(verified(settings))
     assert (table.pending, table.equal) == (29, True)
+
+
+def test_tables_that_share_a_collection(database18: Database, qdrant: QdrantTarget) -> None:
+    database18.execute(
+        "CREATE TABLE books (isbn text, edition int, title text, emb vector(3),"
+        " PRIMARY KEY (isbn, edition));"
+        "CREATE TABLE films (id uuid PRIMARY KEY, title text, emb vector(3));"
+        "INSERT INTO books SELECT 'isbn ' || i, 1, 'title', '[1,2,3]'"
+        " FROM generate_series(1, 40) i;"
+        "INSERT INTO films SELECT gen_random_uuid(), 'title', '[1,2,3]' FROM generate_series(1, 40)"
+    )
+    shared = qdrant.new_collection_name()
+    tables: list[dict[str, object]] = [
+        {"name": "books", "collection": shared, "namespace": "b", "payload_key": "book"},
+        {"name": "films", "collection": shared, "namespace": "f", "rename": {"id": "film"}},
+    ]
+    settings = copied(database18, qdrant, *tables)
+    assert verified(settings).report.equal
+    client = qdrant.client()
+    records, _ = client.scroll(shared, limit=1_000, with_vectors=True)
+    by_table = {one: [r for r in records if (r.payload or {})["_table"] == one] for one in "bf"}
+    client.delete(shared, [by_table["b"][0].id, by_table["f"][0].id], wait=True)
+    stranger = q.PointStruct(id=7, vector=by_table["f"][1].vector or {}, payload={"_table": "f"})
+    client.upsert(shared, [stranger], wait=True)
+    database18.execute("DELETE FROM books WHERE isbn = 'isbn 17'")
+    books, films = verified(settings).report.tables
+    assert kinds(books) == {"missing": 1, "count": 1}
+    assert books.pending == 1
+    assert kinds(films) == {"missing": 1, "extra": 1}
+    assert "counts agree, although as many points are missing as are extra" in films.notes
+    (table,) = verified(settings, tables=("films",)).report.tables
+    assert table.table == "public.films"

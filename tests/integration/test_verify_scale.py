@@ -40,7 +40,12 @@ def measured(*arguments: str, timeout: float) -> tuple[dict[str, Any], int]:
 
 
 def copy_and_verify(
-    database: Database, qdrant: QdrantTarget, directory: Path, rows: int, timeout: float
+    database: Database,
+    qdrant: QdrantTarget,
+    directory: Path,
+    rows: int,
+    timeout: float,
+    workers: int = 0,
 ) -> tuple[float, float, int]:
     """Seconds of the copy and of the verification, and the peak of memory of the latter."""
     database.execute(
@@ -58,6 +63,7 @@ def copy_and_verify(
         source={"url": database.url, "slot": "scale", "publication": "scale"},
         qdrant={"url": qdrant.url, **({"api_key": qdrant.api_key} if qdrant.api_key else {})},
         pipeline={"name": "scale"},
+        migration={"num_workers": workers},
         http={"enabled": False},
         log={"format": "json"},
     )
@@ -72,7 +78,7 @@ def copy_and_verify(
 def test_memory_of_a_full_verification(
     database18: Database, qdrant: QdrantTarget, tmp_path: Path
 ) -> None:
-    _, _, peak = copy_and_verify(database18, qdrant, tmp_path, 3_000, 120)
+    _, _, peak = copy_and_verify(database18, qdrant, tmp_path, 2_000, 120, workers=1)
     assert peak < 300 << 20
 
 

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import psycopg
 import pytest
 
 from cdc_sync.demo.embedded import PostgresServer
 from tests.operate.dashboard import OF_QDRANT, alert_rules, expressions, load_dashboard, seconds
 from tests.operate.incident import FACTOR, SCRAPE_SECONDS, Scene
-from tests.support.fix_postgres import PrivatePostgres, create_database
+from tests.support.fix_postgres import Database, PrivatePostgres, create_database
 from tests.support.qdrant_control import QdrantProcess
 
 Window = tuple[float, float]
@@ -147,11 +148,20 @@ def slot_is_dropped(incident: Incident, scene: Scene) -> None:
     expected = {"CdcSyncSlotLost": (0.0, 12 + _LATE), "CdcSyncManualError": (0.0, 12 + _LATE)}
     allowed = {"CdcSyncLagHigh", "CdcSyncVerifyMismatch"}
     with incident.phase(expected, allowed) as all_fired:
-        scene.database.execute(
-            "SELECT pg_terminate_backend(active_pid), pg_sleep(0.1) FROM pg_replication_slots"
+        scene.wait(lambda: _slot_dropped(scene.database), "the end of the slot")
+        all_fired()
+
+
+def _slot_dropped(database: Database) -> bool:
+    """Whether it could be dropped before the daemon had taken it again."""
+    try:
+        database.execute(
+            "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots"
             " WHERE slot_name = 'incident'; SELECT pg_drop_replication_slot('incident')"
         )
-        all_fired()
+    except psycopg.errors.ObjectInUse:
+        return False
+    return True
 
 
 def _start_time(scene: Scene) -> float:

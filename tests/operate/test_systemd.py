@@ -169,6 +169,7 @@ async def test_the_watchdog_is_fed_only_while_something_moves(listener: socket.s
         notifier.close()
 
 
+@pytest.mark.campaign
 def test_a_daemon_that_may_map_no_code_copies_and_streams(
     database18: Database,
     sync_table: SyncTable,
