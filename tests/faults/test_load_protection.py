@@ -413,8 +413,7 @@ async def test_the_loop_lives_while_a_large_row_is_encoded(
         return point(codec, id_, row)
 
     async def look() -> None:
-        while not begun.is_set():
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(begun.wait, 20)
         seen.set()
 
     monkeypatch.setattr(WireCodec, "point", slow)
