@@ -12,8 +12,8 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not campaign" $(ARGS)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff format --check cdc_sync tests
-	$(BIN)/ruff check cdc_sync tests
+	$(BIN)/ruff format --check cdc_sync tests docker
+	$(BIN)/ruff check cdc_sync tests docker
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
@@ -24,7 +24,7 @@ audit: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench $(ARGS)
 
-campaign: $(VENV)/.dev
+campaign: $(VENV)/.deployment
 	$(BIN)/python -m pytest -m campaign $(ARGS)
 
 # Inputs of all targets, and a seed to have the same ones again: make fuzz RUNS=1000000 SEED=7
@@ -56,6 +56,10 @@ $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 
 $(VENV)/.libraries: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --group libraries
+	touch $@
+
+$(VENV)/.deployment: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --group deployment
 	touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev

@@ -144,7 +144,7 @@ def nodes_of(processes: list[psutil.Process]) -> set[int]:
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while not condition():
         assert time.monotonic() < end, f"waited for {what}"
         await asyncio.sleep(0.02)
