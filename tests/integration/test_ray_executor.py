@@ -282,12 +282,13 @@ async def test_a_lost_node_leaves_the_rest_to_the_other(
     executor: ChunkExecutor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cdc_sync.sync.ray_executor._PLACEMENT_SECONDS", 5.0)
     with case.snapshot() as snapshot:
         source = Chunks.of(case.tasks(snapshot, 6, batch_rows=50))
         faults.hold("write", times=2)
         copying = asyncio.create_task(executor.copy(source, source.done))
         await until(lambda: faults.held() == 2, "requests in flight")
+        # From here on there is only one place to be had.
+        monkeypatch.setattr("cdc_sync.sync.ray_executor._PLACEMENT_SECONDS", 5.0)
         nodes.cluster.remove_node(nodes.second, allow_graceful=False)
         faults.release()
         await copying
