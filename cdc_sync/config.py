@@ -300,7 +300,10 @@ class MigrationSettings(_Section):
     """The copy of tables."""
 
     num_workers: int = Field(
-        0, ge=0, le=256, description="Worker processes of the copy; 0: as many as CPU cores."
+        0,
+        ge=0,
+        le=256,
+        description="Worker processes of the copy; 0: as many as there are CPU cores to be used.",
     )
     batch_size: int = Field(
         1024, ge=1, le=100_000, description="Rows a worker reads and writes at once, at most."

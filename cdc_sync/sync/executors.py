@@ -14,8 +14,10 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
 from cdc_sync.config import Settings
@@ -34,6 +36,7 @@ Done: TypeAlias = Callable[[ChunkResult], Awaitable[None]]
 #: that kills its worker would do so for ever.
 MAX_LOSSES: Final = 5
 _FIRST_PAUSE_SECONDS: Final = 0.1
+_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
 
 
 class ChunkSource(Protocol):
@@ -71,6 +74,17 @@ def log_retry(error: CdcSyncError, seconds: float) -> None:
     log.warning("retrying", kind=error.kind.value, error=error.message, seconds=round(seconds, 2))
 
 
+def available_cpus(quota: Path = _QUOTA) -> int:
+    """How many CPUs this process may use: by its affinity, and by the quota of its control group
+    (``cpu.max`` of cgroup v2: microseconds a period, the period), where there is one."""
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    try:
+        microseconds, period = quota.read_text().split()
+        return max(1, min(cpus, round(int(microseconds) / int(period))))
+    except (OSError, ValueError):  # none, or "max"
+        return cpus
+
+
 def open_executor(settings: Settings, sink: Sink, on_retry: OnRetry = log_retry) -> ChunkExecutor:
     """The executor that the settings ask for; it starts workers as there are chunks for them.
 
@@ -78,7 +92,7 @@ def open_executor(settings: Settings, sink: Sink, on_retry: OnRetry = log_retry)
     :class:`ConfigError` where Ray is asked for but not installed, or cannot write to the sink.
     """
     migration = settings.migration
-    workers = migration.num_workers or os.cpu_count() or 1
+    workers = migration.num_workers or available_cpus()
     if migration.executor == "ray":
         if not sink.multi_process:
             raise ConfigError(

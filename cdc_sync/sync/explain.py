@@ -7,7 +7,6 @@ records from Qdrant, which need not be there. Nothing is created or written on e
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from typing import Final
 
@@ -30,6 +29,7 @@ from cdc_sync.qdrant.collection_config import vector_settings
 from cdc_sync.qdrant.collections import absent, payload_indexes
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import PipelineState, Sink, TableLedger
+from cdc_sync.sync.executors import available_cpus
 from cdc_sync.sync.explanation import (
     ColumnExplained,
     Explained,
@@ -76,7 +76,7 @@ def _copy(settings: Settings) -> dict[str, object]:
     # An embedded database can be open in one process only.
     embedded = settings.qdrant.url.startswith("edge:")
     return {
-        "workers": 1 if embedded else migration.num_workers or os.cpu_count() or 1,
+        "workers": 1 if embedded else migration.num_workers or available_cpus(),
         "executor": migration.executor,
         "batch_size": migration.batch_size,
         "batch_delay_ms": migration.batch_delay,

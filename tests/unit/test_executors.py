@@ -8,6 +8,7 @@ import pickle
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -22,6 +23,19 @@ from cdc_sync.sync.copying import Chunk, ChunkResult, CopyTask
 from cdc_sync.sync.executors import NoRoomError, WorkerPool
 from tests.support.chunk_source import Chunks
 from tests.support.sink_rows import items_plan
+
+
+@pytest.mark.parametrize(
+    ("quota", "wanted"),
+    [("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("900000 50000", 8), ("", 8)],
+)
+def test_as_many_workers_as_this_process_may_have_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, wanted: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    (tmp_path / "cpu.max").write_text(quota)
+    assert executors.available_cpus(tmp_path / "cpu.max") == wanted
+    assert executors.available_cpus(tmp_path / "none") == 8
 
 
 def chunks(count: int) -> Chunks:
