@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/cdc-sync demo $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not campaign" $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not campaign" $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check cdc_sync tests docker

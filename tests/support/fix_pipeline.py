@@ -78,7 +78,7 @@ def _least(
 
 
 @pytest.fixture
-def sync_table(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SyncTable]:
+def sync_table(tmp_path: Path, qdrant: QdrantTarget) -> Iterator[SyncTable]:
     """Make a daemon for a table: ``sync_table(database, "docs", target="server"|"edge", ...)``.
 
     It connects as a role with the least rights, made for this table, unless ``superuser`` or
@@ -87,6 +87,8 @@ def sync_table(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SyncT
     ``start=False`` leaves starting to the test. Other keywords go to the table's configuration;
     ``pipeline``, ``migration``, ``qdrant`` and ``pg_url`` to the daemon's.
     """
+    # Asked for here, so that daemons end before what they have made is removed.
+    shared = qdrant
     with ExitStack() as stack:
 
         def make(
@@ -107,7 +109,7 @@ def sync_table(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SyncT
             **table_settings: object,
         ) -> Synced:
             if target == "server" and qdrant is None:
-                qdrant = request.getfixturevalue("qdrant")
+                qdrant = shared
             slot = f"t{next(_numbers)}_{database.name}"[:60]
             if collection is None:
                 collection = qdrant.new_collection_name() if qdrant is not None else "docs"

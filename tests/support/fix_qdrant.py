@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cdc_sync.qdrant.server_state import COLLECTION
 from tests.support.qdrant_control import Faults, QdrantProcess, QdrantTarget
 
 __all__ = ["Faults", "QdrantProcess", "QdrantTarget", "qdrant", "qdrant_private", "qdrant_session"]
@@ -41,9 +42,12 @@ def _collections(target: QdrantTarget) -> set[str]:
 @pytest.fixture
 def qdrant(qdrant_session: QdrantTarget) -> Iterator[QdrantTarget]:
     """A running server. Collections made during the test, and scripted faults, are removed after
-    it.
+    it; the records of pipelines before it too.
     """
     before = _collections(qdrant_session)
+    if COLLECTION in before:
+        qdrant_session.client().delete_collection(COLLECTION)
+        before.remove(COLLECTION)
     if qdrant_session.faults is not None:
         qdrant_session.faults.clear_log()
     yield qdrant_session
