@@ -133,7 +133,8 @@ _POLICIES: Final[dict[ErrorKind, Policy]] = {
     ErrorKind.SLOT_LOST: Policy(
         Retry.MANUAL,
         ExitCode.DATA,
-        "Changes since the last confirmed position are gone; copy anew with --migration.restart.",
+        "Changes since the last confirmed position are gone; have every table read again by "
+        "source.on_slot_lost = recreate, or copy anew with --migration.restart.",
     ),
     ErrorKind.PROTOCOL: Policy(
         Retry.NEVER, ExitCode.BUG, "Report this with the message and the server version."

@@ -22,7 +22,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -43,7 +43,7 @@ from cdc_sync.settings_schema import (
 PREFIX: Final = "CDC_SYNC_"
 CONFIG_VARIABLE: Final = "CDC_SYNC_CONFIG"
 TABLES_VARIABLE: Final = "CDC_SYNC_TABLES"
-_FILE_SUFFIX: Final = "_FILE"
+FILE_SUFFIX: Final = "_FILE"
 _SECRET_FILE_LIMIT_BYTES: Final = 64 * 1024
 
 #: Variables with the prefix that are no settings.
@@ -267,11 +267,16 @@ def _line_suffix(text: str, location: tuple[str | int, ...]) -> str:
 # -- environment and secret files
 
 
+def variable_of(section: str, key: str) -> str:
+    """The environment variable of a setting."""
+    return f"{PREFIX}{section}__{key}".upper()
+
+
 def _variables() -> Iterator[tuple[str, str]]:
     """Every variable of a setting with the setting's dotted key."""
     for section, model in SECTIONS.items():
         for key in model.model_fields:
-            yield f"{PREFIX}{section}__{key}".upper(), f"{section}.{key}"
+            yield variable_of(section, key), f"{section}.{key}"
 
 
 _KEY_BY_VARIABLE: Final[Mapping[str, str]] = dict(_variables())
@@ -279,9 +284,9 @@ _KEY_BY_VARIABLE: Final[Mapping[str, str]] = dict(_variables())
 
 def _secret_key(variable: str) -> str | None:
     """The setting whose file ``variable`` names, unless it is one itself (``..._CA_FILE``)."""
-    if variable in _KEY_BY_VARIABLE or not variable.endswith(_FILE_SUFFIX):
+    if variable in _KEY_BY_VARIABLE or not variable.endswith(FILE_SUFFIX):
         return None
-    return _KEY_BY_VARIABLE.get(variable.removesuffix(_FILE_SUFFIX))
+    return _KEY_BY_VARIABLE.get(variable.removesuffix(FILE_SUFFIX))
 
 
 def _check_variables(environ: Mapping[str, str]) -> None:
@@ -316,7 +321,7 @@ def _variable_hint(name: str) -> str:
     settings = [variable.removeprefix(PREFIX) for variable in _KEY_BY_VARIABLE]
     others = [variable.removeprefix(PREFIX) for variable in (*OTHER_VARIABLES, TABLES_VARIABLE)]
     section_left_out = [known for known in settings if known.endswith(f"__{stem}")]
-    files = [known + _FILE_SUFFIX for known in settings]
+    files = [known + FILE_SUFFIX for known in settings]
     hint = next(iter(section_left_out), None) or suggest(stem, [*settings, *files, *others])
     return f"; did you mean {PREFIX}{hint}" if hint else ""
 
@@ -393,10 +398,11 @@ def _from_text(key: str, text: str) -> object:
     """
     section, name = key.split(".")
     annotation = SECTIONS[section].model_fields[name].annotation
-    if annotation not in (int, float, bool):
+    kinds = [kind for kind in get_args(annotation) or (annotation,) if kind in (int, float, bool)]
+    if len(kinds) != 1:
         return text
     try:
-        converted: object = TypeAdapter(annotation).validate_python(text)
+        converted: object = TypeAdapter(kinds[0]).validate_python(text)
     except ValidationError:
         return text
     return converted

@@ -106,6 +106,9 @@ def _type_text(annotation: object) -> str:
 def _bounds_text(info: FieldInfo) -> str:
     low: str | None = None
     high: str | None = None
+    longest = next(
+        (i.max_length for i in info.metadata if isinstance(i, annotated_types.MaxLen)), None
+    )
     for item in info.metadata:
         if isinstance(item, annotated_types.Ge):
             low = f"{item.ge}"
@@ -114,7 +117,7 @@ def _bounds_text(info: FieldInfo) -> str:
         elif isinstance(item, annotated_types.Gt):
             return f" greater than {item.gt}"
         elif isinstance(item, annotated_types.MinLen):
-            return " that is not empty"
+            return f" of 1 to {longest} characters" if longest else " that is not empty"
         elif pattern := getattr(item, "pattern", None):
             return f" that matches {pattern}"
     if low and high:

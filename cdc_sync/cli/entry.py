@@ -19,6 +19,7 @@ from cdc_sync.cli.app import Invocation, app, config_app, dlq_app, verify_app
 from cdc_sync.cli.baseline import baseline
 from cdc_sync.cli.check import check
 from cdc_sync.cli.config_init import config_init
+from cdc_sync.cli.config_reference import config_reference
 from cdc_sync.cli.config_show import config_show
 from cdc_sync.cli.demo import demo
 from cdc_sync.cli.dlq import dlq_drop, dlq_list, dlq_retry, dlq_show
@@ -58,6 +59,7 @@ app.command()(demo)
 app.command()(version)
 config_app.command("init")(config_init)
 config_app.command("show", cls=SwitchCommand)(config_show)
+config_app.command("reference")(config_reference)
 app.add_typer(config_app, name="config")
 
 

@@ -40,6 +40,7 @@ class Read:
         return {column.name for column in self.table.columns} <= set(self.columns)
 
 
+_STANDBY_SNAPSHOT_SINCE: Final = 160000
 _FACTS: Final = """
 SELECT current_database()::text, current_user::text,
        (SELECT rolsuper FROM pg_roles WHERE rolname = current_user),
@@ -101,6 +102,9 @@ def role_script(
             row_filters=row_filters,
         )
         parts.append(_publication(statement))
+    # A line break in the name would end the comment.
+    if conn.info.server_version >= _STANDBY_SNAPSHOT_SINCE and grantee.isprintable():
+        parts.append(_standby_snapshot(grantee))
     return "\n\n".join(parts) + "\n"
 
 
@@ -187,4 +191,12 @@ def _publication(statement: str) -> str:
         "-- slot, so before cdc-sync runs. Tables that are added to the configuration later must\n"
         "-- be added to it too (ALTER PUBLICATION ... ADD TABLE, as its owner).\n"
         f"{statement}"
+    )
+
+
+def _standby_snapshot(grantee: str) -> str:
+    return (
+        "-- Not needed, but it helps: the server can then drop the WAL that it kept for a window\n"
+        "-- of the copy right after it, and not only some seconds later.\n"
+        f"-- GRANT EXECUTE ON FUNCTION pg_catalog.pg_log_standby_snapshot() TO {grantee};"
     )

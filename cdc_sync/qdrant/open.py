@@ -96,6 +96,14 @@ def check_collection_config(settings: QdrantSettings, plan: TablePlan) -> None:
         edge_config(plan)
 
 
+def edge_directory(settings: QdrantSettings) -> Path | None:
+    """The directory of the embedded database; None for a server, and for a URL that names none."""
+    scheme, colon, rest = settings.url.partition(":")
+    if not colon or scheme != "edge" or not rest.removeprefix("//"):
+        return None
+    return _edge_path(rest)
+
+
 def _edge_path(rest: str) -> Path:
     path = rest.removeprefix("//")
     if not path:

@@ -16,6 +16,7 @@ from cdc_sync.qdrant.collections import Collections, check, found_vectors, quant
 from cdc_sync.qdrant.deferral import OLDEST_SERVER as OLDEST_DEFERRING
 from cdc_sync.qdrant.deferral import unsupported as cannot_defer
 from cdc_sync.qdrant.differences import differences
+from cdc_sync.qdrant.examination import CollectionFacts, examine
 from cdc_sync.qdrant.pace import Pace
 from cdc_sync.qdrant.rpc import HEALTH_CHECK, Rpc, RpcError, sink_error
 from cdc_sync.qdrant.search import ServerSearcher
@@ -98,6 +99,10 @@ class ServerSink:
         check(plan, found_vectors(info.config.params))
         points = await self._points(plan)
         return CollectionState(True, points, differences(plan, info.config))
+
+    async def examine(self, plan: TablePlan) -> CollectionFacts | None:
+        """Health, index, limits and replicas of the collection; None without one."""
+        return await examine(self._rpc, plan.collection)
 
     async def _points(self, plan: TablePlan) -> int:
         """Points of the collection; of a shard those that are its own, since the pipelines of the
