@@ -125,6 +125,7 @@ def test_it_lets_go_of_the_slot_while_qdrant_is_away(
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_qdrant_slow_limiting_and_losing_answers_under_load(
     database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
 ) -> None:
@@ -191,7 +192,7 @@ def test_a_slow_qdrant_is_no_reason_to_let_go(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [11, 12])
+@pytest.mark.parametrize("seed", [11, pytest.param(12, marks=pytest.mark.campaign)])
 def test_random_faults_under_load(
     database18: Database,
     sync_table: SyncTable,
@@ -242,7 +243,9 @@ def test_postgres_restarts_while_streaming(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "workers"), [("fast", 2), ("immediate", 1)])
+@pytest.mark.parametrize(
+    ("mode", "workers"), [pytest.param("fast", 2, marks=pytest.mark.campaign), ("immediate", 1)]
+)
 def test_postgres_restarts_while_copying(
     private_postgres: PrivatePostgres,
     database18_factory: DatabaseFactory,

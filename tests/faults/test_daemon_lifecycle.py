@@ -244,6 +244,7 @@ def test_a_second_signal_exits_at_once(
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_a_standby_is_ready_takes_over_and_stops_in_good_order(
     database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, tmp_path: Path
 ) -> None:

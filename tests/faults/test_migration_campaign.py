@@ -108,7 +108,7 @@ def parts(
     [
         "daemon",
         "worker",
-        *(pytest.param(v, marks=pytest.mark.slow) for v in ("qdrant", "postgres")),
+        *(pytest.param(v, marks=pytest.mark.campaign) for v in ("qdrant", "postgres")),
     ],
 )
 def test_what_is_on_record_is_not_copied_again(parts: Callable[..., Parts], victim: str) -> None:

@@ -162,7 +162,7 @@ def test_a_network_that_swallows_everything_in_the_middle_of_a_window(
     assert_resumed(synced)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.requirement("R7")
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_fast_shutdown_in_the_middle_of_a_healthy_window(

@@ -229,6 +229,7 @@ def late_standby(database: Database, delay_seconds: float) -> Iterator[None]:
 
 @pytest.mark.requirement("R71")
 @pytest.mark.slow
+@pytest.mark.campaign
 async def test_windows_under_eight_writers_and_a_late_standby(
     unseen: Database, qdrant: QdrantTarget, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -303,6 +303,7 @@ async def crash_after_a_window(
 
 
 @pytest.mark.requirement("R77")
+@pytest.mark.campaign
 async def test_nothing_is_copied_that_a_crash_may_undo(
     lazy: Database, qdrant: QdrantTarget, windows: Windows
 ) -> None:

@@ -59,8 +59,8 @@ def _after(seconds: float):  # type: ignore[no-untyped-def]
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.requirement("R67", "R83", "R19", "R21")
-def test_copy_under_writers_ends_equal(database: Database, sync_table: SyncTable) -> None:
-    synced = run_job(database, sync_table, "server", rows=2_000, dim=768, after_copy_seconds=4)
+def test_copy_under_writers_ends_equal(database18: Database, sync_table: SyncTable) -> None:
+    synced = run_job(database18, sync_table, "server", rows=2_000, dim=768, after_copy_seconds=4)
     synced.assert_equal()
 
 
@@ -68,13 +68,15 @@ def test_copy_under_writers_ends_equal(database: Database, sync_table: SyncTable
 @pytest.mark.timeout(300)
 @pytest.mark.requirement("R67", "R83", "R19", "R21")
 def test_copy_into_edge_under_writers_ends_equal(
-    database18: Database, sync_table: SyncTable
+    database16: Database, sync_table: SyncTable
 ) -> None:
-    synced = run_job(database18, sync_table, "edge", rows=2_000, dim=768, after_copy_seconds=4)
+    synced = run_job(database16, sync_table, "edge", rows=2_000, dim=768, after_copy_seconds=4)
     synced.assert_equal()
 
 
-@pytest.mark.parametrize("key", ["uuid", "text", "composite"])
+@pytest.mark.parametrize(
+    "key", ["composite", *(pytest.param(k, marks=pytest.mark.campaign) for k in ("uuid", "text"))]
+)
 def test_other_keys(database18: Database, sync_table: SyncTable, key: KeyKind) -> None:
     synced = run_job(
         database18, sync_table, "server", rows=500, dim=32, after_copy_seconds=3, key=key

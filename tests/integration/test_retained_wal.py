@@ -361,6 +361,7 @@ def limited(private_postgres: PrivatePostgres, database18_factory: DatabaseFacto
 
 @pytest.mark.slow
 @pytest.mark.requirement("R80")
+@pytest.mark.campaign
 async def test_a_long_copy_under_writers_does_not_cost_the_slot(
     limited: Database, qdrant: QdrantTarget, caplog: pytest.LogCaptureFixture
 ) -> None:

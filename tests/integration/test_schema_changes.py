@@ -291,6 +291,7 @@ def test_a_rewrite_while_a_resync_is_prepared(follow: Follow) -> None:
     followed.assert_equal()
 
 
+@pytest.mark.campaign
 def test_one_resync_is_enough_however_far_behind(follow: Follow) -> None:
     """Rows written by the old columns are still to come when the new ones are noticed."""
     followed = follow()

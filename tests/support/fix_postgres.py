@@ -186,6 +186,12 @@ def database(postgres: PostgresServer) -> Iterator[Database]:
 
 
 @pytest.fixture
+def database16(postgres16: PostgresServer) -> Iterator[Database]:
+    """A fresh database on 16."""
+    yield from _fresh(postgres16)
+
+
+@pytest.fixture
 def database18(postgres18: PostgresServer) -> Iterator[Database]:
     """A fresh database on 18: the one to take unless versions matter."""
     yield from _fresh(postgres18)
