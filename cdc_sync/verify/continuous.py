@@ -167,9 +167,9 @@ class ContinuousVerification:
     def _show(self, record: TableVerification) -> None:
         table = record.table
         found, last = dataclasses.asdict(record.found), dataclasses.asdict(record.last)
-        for kind, count in found.items():
-            self._metrics.verify_mismatches.labels(table, kind).set(max(count, last[kind]))
         worst = {kind: max(count, last[kind]) for kind, count in found.items()}
+        for kind, count in worst.items():
+            self._metrics.verify_mismatches.labels(table, kind).set(count)
         finished = float(record.completed) if record.completed else None
         self._pipeline.board.set_verification(table, **worst, finished=finished)
         if record.completed:
