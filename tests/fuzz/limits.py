@@ -37,7 +37,7 @@ class Limits:
     hundred; a field that claims 2^31 bytes is far beyond either.
     """
 
-    cpu_seconds: float = 2.0
+    cpu_seconds: float = 10.0
     base_bytes: int = 4 << 20
     bytes_a_byte: int = 512
 
