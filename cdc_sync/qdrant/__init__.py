@@ -1,0 +1,3 @@
+from cdc_sync.qdrant.client_packages import prepare
+
+prepare()

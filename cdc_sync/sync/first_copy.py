@@ -382,7 +382,7 @@ class FirstCopy:
             replication.close()
         try:
             log.info("copy_started", slot=created.name, lsn=str(Lsn(lsn)))
-            await self.resync.compare()
+            await self._until(self.resync.compare)
             for planned in plan.tables:
                 await self.backfill.begin(planned, sweep=self._adopting, repair=self._adopting)
             # From here on the copy is resumed, by those ledgers.

@@ -301,8 +301,9 @@ class Pipeline:
         than those on record as copied are refused."""
         assert self._resync is not None
         assert self._plan is not None
+        start = self._resync.start_stopped
         for stopped in self._plan.stopped:
-            await self._resync.start_stopped(stopped)
+            await self._trials.until(lambda s=stopped: start(s))  # type: ignore[misc]
         copied = {table.table for table in state.tables if table.copied}
         for planned in self.tables:
             try:
@@ -310,7 +311,8 @@ class Pipeline:
             except SinkError as error:
                 if planned.name not in copied or not concerns_one_table(error):
                     raise
-                await self._resync.start_stopped(Unplanned(planned.name, planned.plan.oid, error))
+                unfit = Unplanned(planned.name, planned.plan.oid, error)
+                await self._trials.until(lambda u=unfit: start(u))  # type: ignore[misc]
 
     def _adopt(self, plan: PipelinePlan, state: PipelineState) -> None:
         """Go on with the collections as they were made."""

@@ -132,6 +132,15 @@ class Faults:
         """Answer everything with UNAVAILABLE until called with False."""
         self._command("down", down)
 
+    def refuse_first_tries(self, refused: bool = True) -> None:
+        """Answer every request with UNAVAILABLE when it comes for the first time from now on."""
+        self._command("first_tries", refused)
+
+    def refuse_every(self, every: int, before: int = 0) -> None:
+        """Answer one of ``every`` requests with UNAVAILABLE, the first one after so many others
+        (modulo ``every``)."""
+        self._command("every", every, before % every + 1)
+
     def random(
         self, probability: float, seed: int, kinds: Sequence[RandomKind] = RANDOM_KINDS
     ) -> None:

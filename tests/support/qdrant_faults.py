@@ -148,6 +148,11 @@ class FaultPlan:
         self._random: _RandomFaults | None = None
         self._limiter: RateLimiter | None = None
         self._down = False
+        #: Requests that were refused once, while all are to be.
+        self._met: set[tuple[str, bytes]] | None = None
+        #: Of how many requests one is refused, and how many come before the next such one.
+        self._every: int | None = None
+        self._before = 0
         self._gate = threading.Event()
         self._held = 0
 
@@ -165,6 +170,8 @@ class FaultPlan:
             self._random = None
             self._limiter = None
             self._down = False
+            self._met = None
+            self._every = None
         self._gate.set()
 
     def release(self) -> None:
@@ -175,6 +182,16 @@ class FaultPlan:
     def set_down(self, down: bool) -> None:
         self._down = down
 
+    def set_first_tries(self, refused: bool) -> None:
+        """Whether every request is refused when it comes for the first time from now on."""
+        with self._lock:
+            self._met = set() if refused else None
+
+    def set_every(self, every: int | None, before: int) -> None:
+        """Refuse one of so many requests, the first one after ``before`` others."""
+        with self._lock:
+            self._every, self._before = every, before
+
     def set_random(self, probability: float, seed: int, kinds: Sequence[RandomKind]) -> None:
         with self._lock:
             self._random = _RandomFaults(probability, seed, kinds) if probability else None
@@ -183,7 +200,7 @@ class FaultPlan:
         with self._lock:
             self._limiter = RateLimiter(per_minute) if per_minute else None
 
-    def take(self, operation: str, points: int | None) -> Fault | None:
+    def take(self, operation: str, points: int | None, request: bytes) -> Fault | None:
         """The fault of the next request; ``points`` it writes, None for reads. Raises RefusalError
         while down or limited.
         """
@@ -191,6 +208,13 @@ class FaultPlan:
             raise unavailable("failed to connect to all addresses; scripted: the server is down")
         writes = points is not None
         with self._lock:
+            if self._met is not None and (operation, request) not in self._met:
+                self._met.add((operation, request))
+                raise unavailable(f"scripted: the first try of {operation}")
+            if self._every is not None:
+                self._before = (self._before or self._every) - 1
+                if self._before == 0:
+                    raise unavailable(f"scripted: one of {self._every} requests")
             for name in (operation, "write", "*") if writes else (operation, "*"):
                 queue = self._queues.get(name)
                 if queue:

@@ -226,6 +226,8 @@ class Gateway:
             "clear": self._faults.clear,
             "release": self._faults.release,
             "down": self._faults.set_down,
+            "every": self._faults.set_every,
+            "first_tries": self._faults.set_first_tries,
             "random": self._faults.set_random,
             "rate_limit": self._faults.set_rate_limit,
             "state": self._faults.state,
@@ -280,7 +282,8 @@ class Gateway:
         context.add_callback(functools.partial(self._log.leave, flight, "client gone"))
         outcome = "OK"
         try:
-            fault = self._faults.take(route.name, flight.entry.points)
+            asked = request.SerializeToString(deterministic=True)
+            fault = self._faults.take(route.name, flight.entry.points, asked)
             if fault is None:
                 return self._strict.handle(
                     route.name, route.writes, request, functools.partial(self._handle, route)

@@ -11,14 +11,15 @@ optimizers, clusters, snapshots, REST, inference, prefetches and fusion in queri
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import os
 import signal
 import sys
 import threading
-import types
 from pathlib import Path
+
+# Without it the client takes a second to import.
+import cdc_sync.qdrant  # noqa: F401
 
 
 def _arguments() -> argparse.Namespace:
@@ -36,15 +37,6 @@ def _arguments() -> argparse.Namespace:
         "--exit-with-stdin", action="store_true", help="stop when standard input is closed"
     )
     return parser.parse_args()
-
-
-def _leave_out_client() -> None:
-    """Make `qdrant_client.grpc` importable without the client around it, which takes a second."""
-    spec = importlib.util.find_spec("qdrant_client")
-    if spec is not None and spec.submodule_search_locations is not None:
-        package = types.ModuleType("qdrant_client")
-        package.__path__ = spec.submodule_search_locations
-        sys.modules["qdrant_client"] = package
 
 
 def _stop_with_stdin(stop: threading.Event) -> None:
@@ -87,7 +79,6 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     # A waiting handler should get the interpreter soon after the worker has answered it.
     sys.setswitchinterval(0.001)
-    _leave_out_client()
     serve(options)
     # Requests that a fault holds must not hold the process.
     os._exit(0)
