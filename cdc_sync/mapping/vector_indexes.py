@@ -24,7 +24,11 @@ _METRICS: Final = {
     "l1_ops": Metric.MANHATTAN,
     "hamming_ops": Metric.MANHATTAN,
 }
-_METHODS: Final = frozenset({"hnsw", "ivfflat"})
+_METHODS: Final = frozenset({"hnsw", "ivfflat", "scann"})
+#: Operator classes of AlloyDB's ScaNN, which are called by the distance alone.
+_SCANN: Final = {"cosine": Metric.COSINE, "l2": Metric.EUCLID, "dot_product": Metric.DOT}
+#: Methods of Postgres itself, whose indexes of a vector compare it as a value.
+_PLAIN_METHODS: Final = frozenset({"btree", "hash", "gin", "gist", "spgist", "brin"})
 #: Operator classes of vectors are called after their type and what they compare by, in other
 #: extensions too that index pgvector's types.
 _OPCLASS_TYPES: Final = frozenset({"vector", "halfvec", "sparsevec", "bit"})
@@ -147,7 +151,8 @@ def _indexed(part: IndexColumn) -> IndexedVector | None:
 def _metric(part: IndexColumn, vector: IndexedVector) -> Metric | None:
     if vector.use not in (IndexUse.WHOLE, IndexUse.HALF):
         return None
-    metric = _METRICS.get(_opclass(part).partition("_")[2])
+    opclass = _opclass(part)
+    metric = _SCANN.get(opclass, _METRICS.get(opclass.partition("_")[2]))
     # Unit vectors are ranked alike by angle, dot product and distance; only Cosine makes them so.
     normalized = vector.normalized and metric in (Metric.DOT, Metric.EUCLID)
     return Metric.COSINE if normalized else metric
@@ -232,6 +237,7 @@ def _unused(table: Table, vectors: set[str]) -> Iterator[str]:
     """What is indexed as a vector though it does not become one."""
     for index in table.indexes:
         if not _is_vector_index(index):
+            yield from _unknown(index, vectors)
             continue
         vector = _indexed(index.columns[0])
         if vector is None:
@@ -241,3 +247,16 @@ def _unused(table: Table, vectors: set[str]) -> Iterator[str]:
                 f"index {index.name} is on column {vector.column}, which does not become a vector: "
                 "it is not used"
             )
+
+
+def _unknown(index: Index, vectors: set[str]) -> Iterator[str]:
+    """An index of a method that nobody here knows, whose operator class says no metric."""
+    if index.method in _PLAIN_METHODS or not index.columns:
+        return
+    part = index.columns[0]
+    if part.column in vectors:
+        yield (
+            f"index {index.name} of column {part.column} is of the method {index.method} with the "
+            f"operator class {_opclass(part)}, which is not known here: no metric is taken from "
+            "it; say which one it is with `metrics`"
+        )

@@ -92,7 +92,9 @@ def search_target(
     quoted = quote_ident(column)
     expression = quoted
     if index is not None and not bits:
-        type_ = index.opclass.partition("_")[0]
+        indexed, _, distance = index.opclass.partition("_")
+        # Those of ScaNN are called by the distance alone, and are of the column's own type.
+        type_ = indexed if distance.endswith("ops") else base.name
         expression = index.index.columns[0].expression or quoted
     schema = _extension_schema(table) if bits else base.schema
     operator = _HAMMING if bits else _OPERATORS[metric]

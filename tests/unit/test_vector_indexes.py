@@ -191,6 +191,23 @@ def test_indexes_of_other_extensions_give_their_metric() -> None:
     assert vector_of(docs(on_column("tree", "vector_ops", "btree"))).metric is Metric.COSINE
 
 
+@pytest.mark.parametrize(
+    ("opclass", "metric"),
+    [("cosine", Metric.COSINE), ("l2", Metric.EUCLID), ("dot_product", Metric.DOT)],
+)
+def test_scann_indexes_give_their_metric(opclass: str, metric: Metric) -> None:
+    table = docs(on_column("tree", opclass, "scann", num_leaves="100"))
+    assert vector_of(table).metric is metric
+    assert "of the method scann" in notes_of(table)
+
+
+def test_a_method_that_nobody_knows_is_said_to_give_no_metric() -> None:
+    table = docs(on_column("odd", "angular", "quantum"))
+    assert vector_of(table).metric is Metric.COSINE
+    assert "the operator class angular, which is not known here" in notes_of(table)
+    assert "not known here" not in notes_of(docs(on_column("plain", "vector_ops", "btree")))
+
+
 def test_partial_indexes_and_those_of_partitions_are_taken_and_said() -> None:
     partial = dataclasses.replace(on_column("some", "vector_ip_ops"), predicate="(id > 3)")
     assert vector_of(docs(partial)).metric is Metric.DOT
