@@ -21,7 +21,7 @@ lint: $(VENV)/.dev
 audit: $(VENV)/.dev
 	$(BIN)/python -m tests.audit $(ARGS)
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.bench
 	$(BIN)/python -m tests.bench $(ARGS)
 
 campaign: $(VENV)/.deployment
@@ -60,6 +60,10 @@ $(VENV)/.libraries: $(VENV)/.dev
 
 $(VENV)/.deployment: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --group deployment
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --group bench
 	touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev

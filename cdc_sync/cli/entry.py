@@ -17,6 +17,7 @@ import typer
 
 from cdc_sync.cli.app import Invocation, app, config_app, dlq_app, verify_app
 from cdc_sync.cli.baseline import baseline
+from cdc_sync.cli.bench import bench
 from cdc_sync.cli.check import check
 from cdc_sync.cli.config_init import config_init
 from cdc_sync.cli.config_reference import config_reference
@@ -27,6 +28,7 @@ from cdc_sync.cli.migrate import migrate
 from cdc_sync.cli.official import MigrateCommand
 from cdc_sync.cli.options import SwitchCommand
 from cdc_sync.cli.plan import plan
+from cdc_sync.cli.rebuild import rebuild
 from cdc_sync.cli.resync import resync
 from cdc_sync.cli.run import run
 from cdc_sync.cli.status import status
@@ -43,6 +45,7 @@ app.command(cls=SwitchCommand)(run)
 app.command(cls=MigrateCommand, context_settings={"help_option_names": ["--help", "-h"]})(migrate)
 app.command(cls=SwitchCommand)(plan)
 app.command(cls=SwitchCommand)(resync)
+app.command(cls=SwitchCommand)(rebuild)
 app.command(cls=SwitchCommand)(baseline)
 verify_app.command("data", cls=SwitchCommand)(verify_data)
 verify_app.command("search", cls=SwitchCommand)(verify_search)
@@ -53,6 +56,7 @@ dlq_app.command("retry", cls=SwitchCommand)(dlq_retry)
 dlq_app.command("drop", cls=SwitchCommand)(dlq_drop)
 app.add_typer(dlq_app, name="dlq")
 app.command(cls=SwitchCommand)(check)
+app.command(cls=SwitchCommand)(bench)
 app.command()(status)
 app.command(cls=SwitchCommand)(uninstall)
 app.command()(demo)

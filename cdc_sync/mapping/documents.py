@@ -25,11 +25,21 @@ MAX_NESTED_MESSAGES: Final = 60
 #: What a level of nesting costs: ListValue and Value, or Struct, its map entry and Value.
 LIST_MESSAGES: Final = 2
 OBJECT_MESSAGES: Final = 3
+#: So many levels are not too many, whatever they are.
+_CERTAIN_LEVELS: Final = MAX_NESTED_MESSAGES // OBJECT_MESSAGES
 
 _INT32: Final = struct.Struct(">i")
 #: Numbers that may not fit int64 or a double, and escapes of lone surrogates: what the fast parser
 #: would bend or refuse.
 _NEEDS_CARE: Final = re.compile(rb"[0-9]{19}|[0-9][eE]\+?[0-9]{3}|\\u[dD][89a-fA-F]")
+#: What a document must have for that expression to find anything, seen without looking for it byte
+#: by byte: every digit becomes 0, E an e, and what is of no interest a blank.
+_SHAPE: Final = bytes(
+    0x30 if byte in b"0123456789" else 0x65 if byte in b"eE" else byte if byte == 0x5C else 0x20
+    for byte in range(256)
+)
+_LONG_NUMBER: Final = b"0" * 19
+_BACKSLASH: Final = 0x5C
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _HSTORE_PAIR: Final = re.compile(
     rb'"([^"\\]*(?:\\.[^"\\]*)*)"=>(?:"([^"\\]*(?:\\.[^"\\]*)*)"|NULL)(?:, (?=")|\Z)', re.DOTALL
@@ -83,7 +93,8 @@ def document(data: bytes) -> JsonValue:
     Integers beyond int64 and numbers beyond double become strings. Raises ValueError and
     RecursionError.
     """
-    if data.count(b"[") + data.count(b"{") > MAX_NESTED_MESSAGES // OBJECT_MESSAGES:
+    # Every level needs two bytes.
+    if len(data) > 2 * _CERTAIN_LEVELS and data.count(b"[") + data.count(b"{") > _CERTAIN_LEVELS:
         return _large_document(data)
     return _parse(data)
 
@@ -99,7 +110,10 @@ def _large_document(data: bytes) -> JsonValue:
 
 
 def _parse(data: bytes) -> JsonValue:
-    if _NEEDS_CARE.search(data) is None:
+    shape = data.translate(_SHAPE)
+    # find: to bytes, "in" is slower, but for a single byte.
+    suspect = shape.find(b"0e") >= 0 or shape.find(_LONG_NUMBER) >= 0 or _BACKSLASH in shape
+    if not (suspect and _NEEDS_CARE.search(data)):
         try:
             value: JsonValue = orjson.loads(data)
         except orjson.JSONDecodeError:

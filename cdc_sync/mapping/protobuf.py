@@ -8,12 +8,19 @@ null 1, double 2, integer 3, string 4, bool 5, struct 6, list 7; ``Struct.fields
 from __future__ import annotations
 
 import struct
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from cdc_sync.mapping.decoding import JsonValue
 
-_TABLE_SIZE: Final = 1 << 12
+#: Numbers of two bytes: 14 bits.
+_TABLE_SIZE: Final = 1 << 14
+_LOW_BITS: Final = _TABLE_SIZE - 1
 _pack_double: Final = struct.Struct("<d").pack
+
+#: Heads of map entries kept, and the longest key one is kept of.
+_KEPT_KEYS: Final = 1024
+_KEPT_KEY_LENGTH: Final = 64
 
 NULL: Final = b"\x08\x00"
 TRUE: Final = b"\x28\x01"
@@ -24,28 +31,30 @@ STRING: Final = b"\x22"
 STRUCT: Final = b"\x32"
 
 
-def _varint(number: int) -> bytes:
-    groups = bytearray()
-    while number > 0x7F:
-        groups.append(number & 0x7F | 0x80)
-        number >>= 7
-    groups.append(number)
-    return bytes(groups)
+LIST: Final = b"\x3a"
 
-
-_VARINTS: Final = tuple(_varint(number) for number in range(_TABLE_SIZE))
+#: Varints of numbers that have at most 14 bits, and the same bits before others that follow.
+_VARINTS: Final = tuple(
+    bytes((number,)) if number < 0x80 else bytes((number & 0x7F | 0x80, number >> 7))
+    for number in range(_TABLE_SIZE)
+)
+_LOW_VARINTS: Final = tuple(
+    bytes((number & 0x7F | 0x80, number >> 7 | 0x80)) for number in range(_TABLE_SIZE)
+)
 
 
 def varint(number: int) -> bytes:
     """Return a number from 0 to 2^64-1 as a varint."""
-    return _VARINTS[number] if number < _TABLE_SIZE else _varint(number)
+    if number < _TABLE_SIZE:
+        return _VARINTS[number]
+    return _LOW_VARINTS[number & _LOW_BITS] + varint(number >> 14)
 
 
 def signed_varint(number: int) -> bytes:
     """Return an int64 as a varint (negative ones as 2^64 less, in ten bytes)."""
     if 0 <= number < _TABLE_SIZE:
         return _VARINTS[number]
-    return _varint(number & 0xFFFF_FFFF_FFFF_FFFF)
+    return varint(number & 0xFFFF_FFFF_FFFF_FFFF)
 
 
 def tag(field: int) -> bytes:
@@ -62,30 +71,77 @@ def encode_value(value: JsonValue) -> bytes:
     """Return a ``Value`` message. Integers must be within int64, floats finite, strings Unicode
     text.
     """
-    if isinstance(value, str):
-        content = value.encode("utf-8")
-        return b"%b%b%b" % (STRING, varint(len(content)), content)
-    if value is None:
-        return NULL
-    if isinstance(value, bool):
-        return TRUE if value else FALSE
-    if isinstance(value, int):
-        return INTEGER + signed_varint(value)
-    if isinstance(value, float):
-        return DOUBLE + _pack_double(value)
-    if isinstance(value, list):
-        parts: list[bytes] = []
-        for item in value:
-            encoded = encode_value(item)
-            parts += (b"\x0a", varint(len(encoded)), encoded)
-        content = b"".join(parts)
-        return b"\x3a%b%b" % (varint(len(content)), content)
-    entries: list[bytes] = []
+    return _ENCODERS[type(value)](value)
+
+
+def _string(value: str) -> bytes:
+    content = value.encode("utf-8")
+    length = len(content)
+    return STRING + (_VARINTS[length] if length < _TABLE_SIZE else varint(length)) + content
+
+
+def _bool(value: bool) -> bytes:
+    return TRUE if value else FALSE
+
+
+def _integer(value: int) -> bytes:
+    return INTEGER + signed_varint(value)
+
+
+def _double(value: float) -> bytes:
+    return DOUBLE + _pack_double(value)
+
+
+def _list(value: list[JsonValue]) -> bytes:
+    parts: list[bytes] = []
+    for item in value:
+        encoded = _ENCODERS[type(item)](item)
+        parts += (b"\x0a", varint(len(encoded)), encoded)
+    content = b"".join(parts)
+    return LIST + varint(len(content)) + content
+
+
+class _Heads(dict[str, bytes]):
+    """The first field of a map entry and the tag of its second, by key."""
+
+    def __missing__(self, key: str) -> bytes:
+        content = key.encode("utf-8")
+        head = b"\x0a%b%b\x12" % (varint(len(content)), content)
+        if len(key) <= _KEPT_KEY_LENGTH:
+            if len(self) >= _KEPT_KEYS:
+                self.clear()
+            self[key] = head
+        return head
+
+
+_head: Final = _Heads().__getitem__
+
+
+def _struct(value: dict[str, JsonValue]) -> bytes:
+    parts: list[bytes] = []
     for key, item in value.items():
-        entry = map_entry(key.encode("utf-8"), encode_value(item))
-        entries += (b"\x0a", varint(len(entry)), entry)
-    content = b"".join(entries)
-    return b"%b%b%b" % (STRUCT, varint(len(content)), content)
+        encoded = _ENCODERS[type(item)](item)
+        head, length = _head(key), len(encoded)
+        whole = len(head) + 1 + length
+        if length < 0x80 and whole < _TABLE_SIZE:
+            parts += (b"\x0a", _VARINTS[whole], head, _VARINTS[length], encoded)
+        else:
+            size = varint(length)
+            parts += (b"\x0a", varint(whole - 1 + len(size)), head, size, encoded)
+    content = b"".join(parts)
+    return STRUCT + varint(len(content)) + content
+
+
+#: By the exact type: a bool is an int to isinstance.
+_ENCODERS: Final[Mapping[type, Callable[[Any], bytes]]] = {
+    str: _string,
+    type(None): lambda value: NULL,
+    bool: _bool,
+    int: _integer,
+    float: _double,
+    list: _list,
+    dict: _struct,
+}
 
 
 def map_entry(key: bytes, value: bytes) -> bytes:

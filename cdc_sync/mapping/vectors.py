@@ -181,9 +181,14 @@ def _checked_sparse(vector: SparseArrays) -> SparseArrays:
     return vector
 
 
+#: Types whose binary format is a header and components.
+_COMPONENTS: Final = {"vector": ">f4", "halfvec": ">f2"}
+#: As many as their header can say.
+_MOST_DIMENSIONS: Final = 0xFFFF
+
 _DENSE_BINARY: Final[Mapping[str, Callable[[bytes], Floats]]] = {
-    "vector": _dense_binary(">f4"),
-    "halfvec": _dense_binary(">f2"),
+    "vector": _dense_binary(_COMPONENTS["vector"]),
+    "halfvec": _dense_binary(_COMPONENTS["halfvec"]),
     "bit": _bits_binary,
     "varbit": _bits_binary,
 }
@@ -245,9 +250,9 @@ class _NotFiniteError(Exception):
     """A vector has components that Qdrant would store without complaint and search wrongly."""
 
 
-@np.errstate(over="ignore", invalid="ignore")
 def _squared_length(components: Floats) -> float:
-    return float(components.dot(components))
+    # Not ndarray.dot: that warns of overflow, and to keep it quiet costs more than the product.
+    return float(np.vdot(components, components))
 
 
 def _check_finite(components: Floats, metric: Metric) -> None:
@@ -278,7 +283,27 @@ def _compile_dense(name: str, plan: VectorPlan) -> tuple[VectorReader, VectorRea
 
         return reader
 
-    return checked(_DENSE_BINARY[name]), checked(_DENSE_TEXT[name])
+    binary, text = checked(_DENSE_BINARY[name]), checked(_DENSE_TEXT[name])
+    if name in _COMPONENTS and size is not None and 0 < size <= _MOST_DIMENSIONS:
+        return _quick_dense(_COMPONENTS[name], size, binary), text
+    return binary, text
+
+
+def _quick_dense(component: str, size: int, careful: VectorReader) -> VectorReader:
+    """Return the reader of vectors of one size; ``careful`` says what is wrong with all others."""
+    source, target = np.dtype(component), np.dtype("<f4")
+    header = _DENSE_HEADER.pack(size, 0)
+    length = len(header) + source.itemsize * size
+    view, product, isfinite = np.frombuffer, np.vdot, math.isfinite
+
+    def reader(data: bytes) -> VectorData:
+        if len(data) == length and data.startswith(header):
+            components = view(data, source, size, 4).astype(target)
+            if isfinite(product(components, components)):
+                return components
+        return careful(data)
+
+    return reader
 
 
 def _compile_sparse() -> tuple[VectorReader, VectorReader]:

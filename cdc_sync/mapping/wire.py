@@ -9,37 +9,20 @@ are the same from Qdrant 1.14 on.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Mapping
-from typing import Final, NamedTuple, NoReturn, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Final, NamedTuple, NoReturn, TypeAlias, cast
 
 import numpy as np
 
 from cdc_sync.errors import MappingError
-from cdc_sync.mapping.column_options import selects
 from cdc_sync.mapping.composed import compile_composed
-from cdc_sync.mapping.decoding import MALFORMED, DecodeOptions, Decoder, NonFiniteCount, describe
+from cdc_sync.mapping.decoding import MALFORMED, NonFiniteCount, describe
+from cdc_sync.mapping.entries import Encoder, compile_field, compile_frame, make_entry
 from cdc_sync.mapping.plan import ColumnPlan, TablePlan, VectorKind
-from cdc_sync.mapping.protobuf import (
-    DOUBLE,
-    FALSE,
-    INTEGER,
-    NULL,
-    STRING,
-    STRUCT,
-    TRUE,
-    delimited,
-    encode_value,
-    map_entry,
-    signed_varint,
-    tag,
-    varint,
-)
-from cdc_sync.mapping.strings import uuid_binary
-from cdc_sync.mapping.table import PgType, TypeKind
-from cdc_sync.mapping.times import timestamp_binary
-from cdc_sync.mapping.values import raw_binary_decoder, raw_text_decoder
+from cdc_sync.mapping.protobuf import STRUCT, delimited, encode_value, map_entry, tag, varint
 from cdc_sync.mapping.vectors import (
+    Floats,
     Indices,
     SparseArrays,
     VectorData,
@@ -47,12 +30,14 @@ from cdc_sync.mapping.vectors import (
     compile_vector,
     is_empty_array,
 )
-from cdc_sync.rows import UNCHANGED, PointId, Row, TextValue
+from cdc_sync.rows import UNCHANGED, PointId, RawValue, Row, TextValue
 
-#: From a value's bytes to the length and content of its payload map entry (all but the outer tag).
-_Encoder: TypeAlias = Callable[[bytes], bytes]
-#: From an encoded value to the same: ``_Frame`` puts key and lengths before it.
-_Frame: TypeAlias = Callable[[bytes], bytes]
+#: A payload column: position in rows, its encoders (binary, text), the entry that NULL becomes
+#: (None: left out), and its plan. A plain tuple: taking one apart is quickest.
+_Field: TypeAlias = tuple[int, Encoder, Encoder, "bytes | None", ColumnPlan]
+
+#: Reads the components of a dense vector from its binary format.
+DenseReader: TypeAlias = Callable[[bytes], Floats]
 
 _POINT_PAYLOAD: Final = tag(3)
 _POINT_VECTORS: Final = tag(4)
@@ -61,20 +46,6 @@ _FIELDS: Final = tag(1)
 #: ``Vectors`` with an empty ``NamedVectors``: a point without vectors.
 _NO_VECTORS: Final = tag(2) + b"\x00"
 _DENSE, _SPARSE, _MULTI = 101, 102, 103
-#: Entry headers kept by string length, a column; longer strings get theirs made each time.
-_CACHED_HEADERS: Final = 2048
-
-
-class _Field(NamedTuple):
-    """A payload column: position in rows, its plan, encoders, and the entry that NULL becomes
-    (None: left out).
-    """
-
-    position: int
-    column: ColumnPlan
-    binary: _Encoder
-    text: _Encoder
-    null: bytes | None
 
 
 class _VectorField(NamedTuple):
@@ -102,11 +73,12 @@ class WireCodec:
         self._plan = plan
         self._width = len(plan.columns)
         self._non_finite = NonFiniteCount()
-        self._fields = tuple(
-            _payload_field(position, column, plan, self._non_finite)
+        self._fields: tuple[_Field, ...] = tuple(
+            (position, *compile_field(column, plan, self._non_finite), column)
             for position, column in enumerate(plan.columns)
             if column.field is not None and column.part is None
         )
+        self._payload_values = _getter([position for position, *_ in self._fields])
         self._composed = compile_composed(plan, self._non_finite)
         # One unnamed vector is the message's ``vector``; beside others it is the one named "" among
         # them.
@@ -116,10 +88,33 @@ class WireCodec:
             for position, column in enumerate(plan.columns)
             if column.vector is not None
         )
+        self._single = self._compile_single()
+        # Columns that are only part of the key, or hidden.
+        used = {position for position, *_ in self._fields}
+        used.update(field.position for field in self._vectors)
+        self._neither = tuple(i for i in range(self._width) if i not in used)
         # What is the same in every row.
-        self._constants = [_entry(name, encode_value(value)) for name, value in plan.constants]
-        self._marks = [_entry(name, encode_value(value)) for name, value in plan.marks]
-        self._nest = None if plan.payload_key is None else _frame(plan.payload_key.encode("utf-8"))
+        self._constants = [make_entry(name, encode_value(value)) for name, value in plan.constants]
+        self._marks = [make_entry(name, encode_value(value)) for name, value in plan.marks]
+        self._nest = (
+            None if plan.payload_key is None else compile_frame(plan.payload_key.encode("utf-8"))
+        )
+
+    def _compile_single(self) -> tuple[int, DenseReader, bytes] | None:
+        """Where a point has one vector, and that is dense: its position, its reader, and all that
+        comes before its components in a point. None: another shape.
+        """
+        if len(self._vectors) != 1:
+            return None
+        field = self._vectors[0]
+        vector = field.column.vector
+        if vector is None or vector.kind is not VectorKind.DENSE:
+            return None
+        # All vectors of the column have the same size, so what comes before never changes.
+        zeros = np.zeros(vector.size or 0, "<f4")
+        message = self._vectors_message(field.encode(zeros))
+        point = _POINT_VECTORS + varint(len(message)) + message
+        return field.position, cast("DenseReader", field.binary), point[: -zeros.nbytes or None]
 
     @property
     def plan(self) -> TablePlan:
@@ -140,22 +135,20 @@ class WireCodec:
 
     def point(self, point_id: PointId, row: Row) -> bytes:
         """Return a serialized ``PointStruct`` of a row that is known in full."""
-        if UNCHANGED in row:
-            self._refuse_unchanged(row)
+        for position in self._neither:
+            if row[position] is UNCHANGED:
+                self._refuse_unchanged(row)
         identity = self.point_id(point_id)
-        vectors = self.vectors(row) or _NO_VECTORS
-        payload = self._payload(row, _POINT_PAYLOAD)
-        return b"".join(
-            (
-                b"\x0a",
-                varint(len(identity)),
-                identity,
-                payload,
-                _POINT_VECTORS,
-                varint(len(vectors)),
-                vectors,
-            )
-        )
+        head = b"\x0a" + varint(len(identity)) + identity
+        payload = self._payload(row, _POINT_PAYLOAD, head=head, whole=True)
+        if self._single is not None:
+            position, read, before = self._single
+            value = row[position]
+            if type(value) is bytes:
+                # One copy of the components, from the array to where they stay.
+                return b"".join((payload, before, read(value).data))
+        vectors = self._whole_vectors(row) or _NO_VECTORS
+        return b"".join((payload, _POINT_VECTORS, varint(len(vectors)), vectors))
 
     def payload_entries(
         self, row: Row, field: int, kept: Mapping[str, bytes] | None = None
@@ -165,6 +158,18 @@ class WireCodec:
         of :meth:`unknown_fields`.
         """
         return self._payload(row, tag(field), kept)
+
+    def partial(
+        self, row: Row, kept: Mapping[str, bytes]
+    ) -> tuple[bytes, bytes | None, tuple[str, ...]]:
+        """Return what :meth:`payload_entries` (of field 1), :meth:`vectors` and
+        :meth:`null_vectors` do.
+        """
+        payload = self._payload(row, _FIELDS, kept)
+        for field in self._vectors:
+            if row[field.position] is not UNCHANGED:
+                return payload, self.vectors(row), tuple(self.null_vectors(row))
+        return payload, None, ()
 
     def vectors(self, row: Row) -> bytes | None:
         """Return a serialized ``Vectors`` of the known vectors that are not NULL, or None."""
@@ -180,8 +185,15 @@ class WireCodec:
                 parts.append(field.encode(components))
         if not parts:
             return None
-        content = parts[0] if len(parts) == 1 else b"".join(parts)
+        return self._vectors_message(b"".join(parts))
+
+    def _vectors_message(self, content: bytes) -> bytes:
         return (b"\x0a" if self._unnamed else b"\x12") + varint(len(content)) + content
+
+    def _whole_vectors(self, row: Row) -> bytes | None:
+        if any(row[field.position] is UNCHANGED for field in self._vectors):
+            self._refuse_unchanged(row)
+        return self.vectors(row)
 
     def null_vectors(self, row: Row) -> list[str]:
         """Return the names of the vectors that the point must not have: NULL, or an empty array."""
@@ -198,17 +210,19 @@ class WireCodec:
     def has_unknown_payload(self, row: Row) -> bool:
         """Tell whether the value of some payload column is not in the row."""
         self._check_width(row)
-        return any(row[field.position] is UNCHANGED for field in self._fields)
+        return any(row[position] is UNCHANGED for position, *_ in self._fields)
 
     def unknown_fields(self, row: Row) -> list[str]:
         """Return the columns' payload fields whose value is not in the row; with a ``payload_key``
         they are fields of that object.
         """
-        if UNCHANGED not in row:
-            return []
         self._check_width(row)
+        if UNCHANGED not in self._payload_values(row):
+            return []
         return [
-            str(field.column.field) for field in self._fields if row[field.position] is UNCHANGED
+            str(column.field)
+            for position, _, _, _, column in self._fields
+            if row[position] is UNCHANGED
         ]
 
     def has_unknown_object(self, row: Row) -> bool:
@@ -228,36 +242,44 @@ class WireCodec:
         """
         self._check_width(row)
         known = {
-            str(field.column.field)
-            for field in self._fields
-            if row[field.position] is not UNCHANGED
+            str(column.field)
+            for position, _, _, _, column in self._fields
+            if row[position] is not UNCHANGED
         }
         known.update(name for name, _ in self._plan.constants)
         if self._plan.payload_key is not None:
             known.add(self._plan.payload_key)
         return known | {name for name, _ in self._plan.marks}
 
-    def _payload(self, row: Row, outer: bytes, kept: Mapping[str, bytes] | None = None) -> bytes:
-        entries = self._entries(row)
+    def _payload(
+        self,
+        row: Row,
+        outer: bytes,
+        kept: Mapping[str, bytes] | None = None,
+        *,
+        head: bytes = b"",
+        whole: bool = False,
+    ) -> bytes:
+        entries = self._entries(row, whole)
         if kept:
-            entries += [_entry(name, value) for name, value in kept.items()]
+            entries += [make_entry(name, value) for name, value in kept.items()]
         entries += self._constants
         if self._nest is not None:
             fields = _FIELDS.join(entries)
             entries = [b"", self._nest(b"%b%b%b" % (STRUCT, varint(len(fields)), fields))]
         entries += self._marks
+        entries[0] = head
         return outer.join(entries)
 
-    def _entries(self, row: Row) -> list[bytes]:
+    def _entries(self, row: Row, whole: bool) -> list[bytes]:
         """Return the entries of the columns that are known, to be joined by their tag; the empty
-        one in front puts it before each.
+        one in front puts it before each. ``whole``: all must be.
         """
         self._check_width(row)
         entries = [b""]
-        field = None
+        column = None
         try:
-            for field in self._fields:
-                position, _, binary, text, null = field
+            for position, binary, text, null, column in self._fields:  # noqa: B007
                 value = row[position]
                 if type(value) is bytes:
                     entries.append(binary(value))
@@ -266,18 +288,19 @@ class WireCodec:
                         entries.append(null)
                 elif value is not UNCHANGED:
                     entries.append(text(value))
+                elif whole:
+                    self._refuse_unchanged(row)
         except MALFORMED as error:
-            raise self._malformed(field) from error
+            raise self._malformed(column) from error
         if self._composed is not None:
             composed = self._composed.fields(row)
-            entries += [_entry(name, encode_value(value)) for name, value in composed.items()]
+            entries += [make_entry(name, encode_value(value)) for name, value in composed.items()]
         return entries
 
-    def _malformed(self, field: _Field | None) -> MappingError:
+    def _malformed(self, column: ColumnPlan | None) -> MappingError:
         where = self._plan.qualified_name
-        if field is None:
+        if column is None:
             return MappingError(f"{where}: a value is not of its column's type")
-        column = field.column
         return MappingError(
             f"{where}: column {column.name} does not hold a value of type {describe(column.type)}"
         )
@@ -301,156 +324,12 @@ class WireCodec:
         )
 
 
-# -- payload
-
-
-def _entry(name: str, value: bytes) -> bytes:
-    """Return length and content of a payload map entry."""
-    entry = map_entry(name.encode("utf-8"), value)
-    return varint(len(entry)) + entry
-
-
-def _payload_field(
-    position: int, column: ColumnPlan, plan: TablePlan, count: NonFiniteCount
-) -> _Field:
-    options = DecodeOptions(selects(plan.numeric_as_string, column.name), count)
-    key = str(column.field).encode("utf-8")
-    frame = _frame(key)
-    binary = _fast_encoder(column.type, key, options)
-    if binary is None:
-        binary = _generic_encoder(raw_binary_decoder(column.type, options), frame)
-    text = _generic_encoder(raw_text_decoder(column.type, options), frame)
-    null = None if selects(plan.drop_nulls, column.name) else frame(NULL)
-    return _Field(position, column, binary, text, null)
-
-
-def _entry_header(key: bytes, value_length: int) -> bytes:
-    """Return what comes before a value: the entry's length, the key, the value's tag and length."""
-    before_value = b"\x0a%b%b\x12%b" % (varint(len(key)), key, varint(value_length))
-    return varint(len(before_value) + value_length) + before_value
-
-
-def _frame(key: bytes) -> _Frame:
-    headers = tuple(_entry_header(key, length) for length in range(64))
-
-    def frame(value: bytes) -> bytes:
-        length = len(value)
-        return (headers[length] if length < 64 else _entry_header(key, length)) + value
-
-    return frame
-
-
-def _generic_encoder(decode: Decoder, frame: _Frame) -> _Encoder:
-    return lambda data: frame(encode_value(decode(data)))
-
-
-def _string_headers(key: bytes) -> Callable[[int], bytes]:
-    """Return the function from a string's length in bytes to everything before the string."""
-
-    def make(length: int) -> bytes:
-        value_header = STRING + varint(length)
-        return _entry_header(key, len(value_header) + length) + value_header
-
-    cached: dict[int, bytes] = {}
-
-    def header(length: int) -> bytes:
-        found = cached.get(length)
-        if found is None:
-            found = make(length)
-            if length < _CACHED_HEADERS:
-                cached[length] = found
-        return found
-
-    return header
-
-
-def _text_encoder(key: bytes) -> _Encoder:
-    header = _string_headers(key)
-
-    def encode(data: bytes) -> bytes:
-        if not data.isascii():
-            try:
-                data.decode("utf-8")
-            except UnicodeDecodeError:
-                data = data.decode("utf-8", "replace").encode("utf-8")
-        return header(len(data)) + data
-
-    return encode
-
-
-def _ascii_encoder(key: bytes, decode: Callable[[bytes], str]) -> _Encoder:
-    header = _string_headers(key)
-
-    def encode(data: bytes) -> bytes:
-        text = decode(data).encode("ascii")
-        return header(len(text)) + text
-
-    return encode
-
-
-def _integer_encoder(key: bytes, form: str) -> _Encoder:
-    unpack = struct.Struct(form).unpack
-    headers = tuple(_entry_header(key, 1 + length) + INTEGER for length in range(11))
-
-    def encode(data: bytes) -> bytes:
-        number = signed_varint(unpack(data)[0])
-        return headers[len(number)] + number
-
-    return encode
-
-
-def _bool_encoder(key: bytes) -> _Encoder:
-    frame = _frame(key)
-    entries = {b"\x00": frame(FALSE), b"\x01": frame(TRUE)}
-    return entries.__getitem__
-
-
-def _float_encoder(key: bytes, form: str, count: NonFiniteCount) -> _Encoder:
-    unpack = struct.Struct(form).unpack
-    pack = struct.Struct("<d").pack
-    header = _entry_header(key, 9) + DOUBLE
-    null = _frame(key)(NULL)
-
-    def encode(data: bytes) -> bytes:
-        number: float = unpack(data)[0]
-        if number - number == 0:  # false for NaN and infinities, and cheaper than a call
-            return header + pack(number)
-        count.value += 1
-        return null
-
-    return encode
-
-
-_TEXT_TYPES: Final = frozenset({"text", "varchar", "bpchar", "name", "xml"})
-_INTEGER_FORMS: Final = {
-    "int2": ">h",
-    "int4": ">i",
-    "int8": ">q",
-    "oid": ">I",
-}
-
-
-def _fast_encoder(type_: PgType, key: bytes, options: DecodeOptions) -> _Encoder | None:
-    """Return the encoder of a common type that skips the JSON value; None for other types."""
-    base = type_.base
-    if base.kind is TypeKind.ENUM or (base.extension, base.name) == ("citext", "citext"):
-        return _text_encoder(key)
-    if base.kind is not TypeKind.BASE or base.schema != "pg_catalog":
-        return None
-    if base.name in _TEXT_TYPES:
-        return _text_encoder(key)
-    if base.name in _INTEGER_FORMS:
-        return _integer_encoder(key, _INTEGER_FORMS[base.name])
-    if base.name == "bool":
-        return _bool_encoder(key)
-    if base.name in ("float4", "float8"):
-        form = ">f" if base.name == "float4" else ">d"
-        return _float_encoder(key, form, options.non_finite)
-    if base.name == "uuid":
-        return _ascii_encoder(key, uuid_binary)
-    if base.name in ("timestamp", "timestamptz"):
-        return _ascii_encoder(key, timestamp_binary)
-    return None
+def _getter(positions: Sequence[int]) -> Callable[[Row], Sequence[RawValue]]:
+    """Return the function from a row to its values at these positions."""
+    if len(positions) < 2:
+        # For one position itemgetter gives the value itself.
+        return lambda row: [row[position] for position in positions]
+    return itemgetter(*positions)
 
 
 # -- vectors

@@ -140,8 +140,9 @@ def verification_json(verified: Mapping[str, Verified]) -> dict[str, object] | N
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is judged. ``not_alive``: why ``/livez`` fails, if it does; ``slowed``: collections that
-    are sent less at once, with ``points`` and ``cause``; ``now`` in Unix seconds."""
+    """What is judged. ``not_alive``: why ``/livez`` fails, if it does; ``rebuilt``: collections, by
+    table, that the configuration does not name; ``slowed``: collections that are sent less at once,
+    with ``points`` and ``cause``; ``now`` in Unix seconds."""
 
     state: str
     state_since: float
@@ -155,6 +156,7 @@ class Facts:
     dead_letter_limit: int | None
     lag_seconds: float | None
     verified: Mapping[str, Verified]
+    rebuilt: Mapping[str, str]
     slowed: Sequence[Mapping[str, object]]
     now: float
 
@@ -199,6 +201,7 @@ def assess(facts: Facts) -> tuple[Summary, list[Notice]]:
         *_table_notices(facts.tables),
         *_dead_letter_notices(facts),
         *_verification_notices(facts.verified),
+        *_rebuilt_notices(facts.rebuilt),
         *_lag_notices(facts),
         *_slowed_notices(facts.slowed),
     ]
@@ -360,12 +363,25 @@ def _verification_notices(verified: Mapping[str, Verified]) -> list[Notice]:
         Notice(
             "warning",
             f"{name} and its collection differ",
-            f"{found.missing:,} points missing, {found.extra:,} without a row, "
-            f"{found.different:,} different.",
+            f"{found.missing:,} {'point' if found.missing == 1 else 'points'} missing, "
+            f"{found.extra:,} without a row, {found.different:,} different.",
             "cdc-sync verify --repair" if found.finished else None,
         )
         for name, found in verified.items()
         if found.mismatches
+    ]
+
+
+def _rebuilt_notices(rebuilt: Mapping[str, str]) -> list[Notice]:
+    return [
+        Notice(
+            "warning",
+            f"The configuration of {name} is out of date",
+            f"The table was rebuilt and is kept in collection {collection}, which the "
+            "configuration does not name.",
+            "Replace the configuration file by the one that was given to cdc-sync rebuild --to.",
+        )
+        for name, collection in rebuilt.items()
     ]
 
 

@@ -143,6 +143,7 @@ class _Endpoints:
             return _json(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": "internal error, see the log"})
 
     def _exposition(self, accept: str) -> Response:
+        self._board.refresh_lag()
         encode, content_type = choose_encoder(accept)
         return Response(HTTPStatus.OK, content_type, encode(self._metrics.registry))
 

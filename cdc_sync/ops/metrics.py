@@ -55,7 +55,9 @@ SlowdownCause = Literal["deadline", "slow", "rate_limit", "batch_limit", "messag
 Trigger = Literal["timer", "requested", "progress"]
 WalStatus = Literal["reserved", "extended", "unreserved", "lost"]
 CheckpointOutcome = Literal["ok", "error"]
-ControlOutcome = Literal["table", "rows", "invalid", "unknown_table", "limited", "unreadable"]
+ControlOutcome = Literal[
+    "table", "rows", "rebuild", "invalid", "unknown_table", "limited", "unreadable"
+]
 RereadResult = Literal["written", "deleted"]
 LetterRetry = Literal["written", "deleted", "refused", "unreadable"]
 

@@ -84,6 +84,9 @@ from cdc_sync.pgoutput.lsn import Lsn
 
 #: A loop that has not turned for so long is stuck.
 HEARTBEAT_LIMIT_SECONDS: Final = 60.0
+#: The loop that sets the lag, and how long it may be silent before that is not believed any more.
+_CLOCK: Final = "clock"
+_CLOCK_SILENT_SECONDS: Final = 10.0
 
 _WORKING: Final = frozenset({"snapshotting", "catching_up", "streaming"})
 
@@ -183,6 +186,7 @@ class StatusBoard:
         self._beats: dict[str, Gauge] = {}
         self._lag_history = LagHistory()
         self._verified: dict[str, Verified] = {}
+        self._rebuilt: dict[str, str] = {}
         if metrics is not None:
             metrics.set_state("starting")
 
@@ -278,6 +282,12 @@ class StatusBoard:
         with self._lock:
             self._verified[table] = Verified(missing, extra, different, finished)
 
+    def set_rebuilt(self, collections: Mapping[str, str]) -> None:
+        """Set which tables are kept in collections (by the table's name) that the configuration
+        does not name, since they were rebuilt."""
+        with self._lock:
+            self._rebuilt = dict(collections)
+
     def set_dead_letter_limit(self, limit: int) -> None:
         """Say beyond how many dead letters the pipeline stops."""
         with self._lock:
@@ -312,6 +322,15 @@ class StatusBoard:
             self._beats.pop(task, None)
         if known and self._metrics is not None:
             self._metrics.loop_heartbeat_timestamp_seconds.remove(task)
+
+    def refresh_lag(self) -> None:
+        """Have the metric say what ``/status`` says, also while the loop that sets it does not
+        turn."""
+        with self._lock:
+            seconds = self._lag_seconds()
+            turns = seconds == self._facts.lag_seconds
+        if self._metrics is not None and not turns:
+            self._metrics.lag_seconds.set(seconds)
 
     def supervisor_died(self, message: str) -> None:
         """Say that nothing supervises the tasks any more: not alive from now on."""
@@ -380,7 +399,7 @@ class StatusBoard:
                 "sink": facts.sink.to_json(),
                 "slowed": list(self._slowed.values()),
                 "positions": positions,
-                "lag": {"bytes": facts.lag_bytes, "seconds": facts.lag_seconds},
+                "lag": {"bytes": facts.lag_bytes, "seconds": self._lag_seconds()},
                 "lag_history": self._lag_history.to_json(now),
                 "slot": None if facts.slot is None else facts.slot.to_json(),
                 "verification": verification_json(self._verified),
@@ -413,7 +432,11 @@ class StatusBoard:
     def _assess(self) -> tuple[Summary, list[Notice]]:
         facts = self._facts
         dead = [check for check in self._liveness() if not check.ok]
-        reason = "; ".join(check.message or check.name for check in dead)
+        reason = "; ".join(
+            f"{check.name}: {check.message}" if check.name in self._heartbeats
+            else check.message or check.name
+            for check in dead
+        )  # fmt: skip
         return assess(
             Facts(
                 state=facts.state,
@@ -426,12 +449,19 @@ class StatusBoard:
                 tables={name: table.facts for name, table in self._tables.items()},
                 dead_letters=self._dead_letters(),
                 dead_letter_limit=facts.dead_letter_limit,
-                lag_seconds=facts.lag_seconds,
+                lag_seconds=self._lag_seconds(),
                 verified=self._verified,
+                rebuilt=self._rebuilt,
                 slowed=list(self._slowed.values()),
                 now=time.time(),
             )
         )
+
+    def _lag_seconds(self) -> float | None:
+        """The lag, and as long as nothing is known of it besides."""
+        lag, beat = self._facts.lag_seconds, self._heartbeats.get(_CLOCK)
+        silent = 0.0 if beat is None else self._monotonic() - beat
+        return lag if lag is None or silent < _CLOCK_SILENT_SECONDS else lag + silent
 
     def _dead_letters(self) -> int:
         return sum(table.facts.dead_letters for table in self._tables.values())

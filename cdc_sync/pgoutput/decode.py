@@ -199,6 +199,14 @@ def _tuple(frame: bytes, pos: int) -> tuple[Row, int]:
     return row, pos
 
 
+def read_tuple(frame: bytes, pos: int) -> tuple[Row, int] | None:
+    """Read a TupleData: the row and where it ends; None if it is malformed or cut short."""
+    try:
+        return _tuple(frame, pos)
+    except (struct.error, IndexError, _MalformedError):
+        return None
+
+
 def _string(frame: bytes, pos: int) -> tuple[str, int]:
     end = frame.find(0, pos)
     if end < 0:

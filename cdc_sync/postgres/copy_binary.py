@@ -15,6 +15,7 @@ import psycopg
 from psycopg import pq
 
 from cdc_sync.errors import ProtocolError
+from cdc_sync.pgoutput.tuple_readers import ObservedReader
 from cdc_sync.postgres.connect import PgConnection, result_error, translate
 from cdc_sync.rows import Row, TextValue
 
@@ -25,6 +26,7 @@ _MAX_ROW_BYTES: Final = 1 << 30
 #: No server sends an extension, so what claims a long one is something else.
 _MAX_EXTENSION_BYTES: Final = 1 << 16
 _TRAILER: Final = -1
+_TRAILER_BYTES: Final = 2
 _POLL_MILLISECONDS: Final = 1000
 #: Bytes a batch of rows, about: the last row of a batch may go beyond it.
 BATCH_BYTES: Final = 4 << 20
@@ -48,6 +50,7 @@ class CopyParser:
         self._rest_bytes = 0
         self._wanted = 0
         self._started = False
+        self._shapes = ObservedReader()
         self.finished = False
 
     def feed(self, data: bytes) -> list[Row]:
@@ -112,40 +115,52 @@ class CopyParser:
             raise ProtocolError(f"COPY: header extension of {extension} bytes")
         return _HEADER_BYTES + extension
 
-    # Int16 number of fields (-1: the end), then for each Int32 size (-1: NULL) and that many bytes
     def _rows(self, buffer: bytes, position: int) -> tuple[list[Row], int]:
         rows: list[Row] = []
-        columns = range(self._columns)
-        end = len(buffer)
-        start = position
-        try:
-            while not self.finished:
-                start = position
-                (count,) = _count_at(buffer, position)
-                position += 2
-                if count != self._columns:
-                    self._not_a_row(count)
+        append, read = rows.append, self._shapes.read
+        misses = 0
+        while not self.finished:
+            found = read(buffer, position)
+            if found is None:
+                found = self._row(buffer, position)
+                if found is None:
+                    if self.finished:
+                        position += _TRAILER_BYTES
                     break
-                row: Row = []
-                for _ in columns:
-                    (size,) = _size_at(buffer, position)
-                    position += 4
-                    if size >= 0:
-                        value_end = position + size
-                        row.append(buffer[position:value_end])
-                        position = value_end
-                    elif size == -1:
-                        row.append(None)
-                    else:
-                        raise ProtocolError(f"COPY: a field of {size} bytes")
-                if position > end:
-                    self._keep(buffer[start:], self._row_bytes(buffer, start))
-                    return rows, start
-                rows.append(row)
-        except struct.error:
-            self._keep(buffer[start:], self._row_bytes(buffer, start))
-            return rows, start
+                misses += 1
+            row, position = found
+            append(row)
+        self._shapes.learn(rows, misses)
         return rows, position
+
+    # Int16 number of fields (-1: the end), then for each Int32 size (-1: NULL) and that many bytes
+    def _row(self, buffer: bytes, start: int) -> tuple[Row, int] | None:
+        """Read one row; None for the end, and for a row that is not complete, which is kept."""
+        position = start
+        try:
+            (count,) = _count_at(buffer, position)
+            position += 2
+            if count != self._columns:
+                self._not_a_row(count)
+                return None
+            row: Row = []
+            for _ in range(count):
+                (size,) = _size_at(buffer, position)
+                position += 4
+                if size >= 0:
+                    value_end = position + size
+                    row.append(buffer[position:value_end])
+                    position = value_end
+                elif size == -1:
+                    row.append(None)
+                else:
+                    raise ProtocolError(f"COPY: a field of {size} bytes")
+        except struct.error:
+            position = len(buffer) + 1
+        if position > len(buffer):
+            self._keep(buffer[start:], self._row_bytes(buffer, start))
+            return None
+        return row, position
 
     def _not_a_row(self, count: int) -> None:
         if count != _TRAILER:

@@ -41,6 +41,27 @@ def lock_pipeline(source: SourceSettings) -> PgConnection:
     return connection
 
 
+_REBUILD = "SELECT pg_advisory_lock(hashtextextended('cdc_sync rebuild ' || %s, 0))"
+_REBUILD_SECONDS = 30.0
+
+
+def lock_rebuild(source: SourceSettings) -> PgConnection:
+    """Take the lock under which it is decided what becomes of rebuilds of the pipeline with this
+    slot; it is held until the connection returned is closed. Raises :class:`SourceError`
+    TABLE_LOCKED or SOURCE_UNAVAILABLE when it is not to be had in time."""
+    connection = connect(source, application_name="cdc_sync lock")
+    try:
+        set_lock_timeout(connection, _REBUILD_SECONDS)
+        connection.execute(_REBUILD, (source.slot,))
+    except psycopg.Error as error:
+        connection.close()
+        raise translate(error, "taking the lock of rebuilds") from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
 _WINDOW = "SELECT pg_advisory_lock(hashtextextended('cdc_sync window ' || %s, 0))"
 #: How long a new holder of the slot waits for the workers of the last one.
 _WINDOW_SECONDS = 30.0

@@ -281,6 +281,38 @@ def add_to_publication(
         raise translate(exc, f"altering publication {name}") from exc
 
 
+def publish_anew(
+    conn: PgConnection,
+    name: str,
+    wanted: Wanted,
+    server: ServerInfo,
+    row_filter: str | None = None,
+) -> None:
+    """Publish a table of a publication that we have created by other columns, in one transaction.
+    The connection is in autocommit mode and idle. Errors as :func:`create_publication`.
+
+    Changes of transactions that were open at that time may be sent by the columns of before.
+    """
+    table, columns = wanted
+    entry = publication_entry(table, columns, server.version_num, row_filter)
+    statements = (
+        f"ALTER PUBLICATION {quote_ident(name)} DROP TABLE {_relation(table)};",
+        f"ALTER PUBLICATION {quote_ident(name)} ADD TABLE {entry};",
+    )
+    try:
+        with conn.transaction():
+            for statement in statements:
+                conn.execute(statement.encode())
+    except psycopg.errors.InsufficientPrivilege as exc:
+        raise SourceError(
+            ErrorKind.SOURCE_PERMISSION,
+            f"role {conn.info.user} may not alter publication {name}: {exc.diag.message_primary}",
+            publication_remedy(" ".join(statements), conn.info.dbname),
+        ) from exc
+    except psycopg.Error as exc:
+        raise translate(exc, f"altering publication {name}") from exc
+
+
 def drop_publication(conn: PgConnection, name: str) -> bool:
     """Drop a publication that we have created; False when there is none. Raises
     :class:`SourceError`."""

@@ -182,9 +182,15 @@ class ReplicationConnection:
         return row is not None and row[0] in ("committed", None)
 
     def create_slot(
-        self, name: str, *, failover: bool = False, lock_timeout_seconds: float
+        self,
+        name: str,
+        *,
+        failover: bool = False,
+        temporary: bool = False,
+        lock_timeout_seconds: float,
     ) -> CreatedSlot:
-        """Make a logical slot and export its snapshot.
+        """Make a logical slot and export its snapshot. The server drops a ``temporary`` one with
+        this connection.
 
         Creation waits for every write transaction open at that moment; ``lock_timeout`` is the only
         setting that bounds it. Raises :class:`SourceError`: SLOT_BUSY naming them after the time is
@@ -194,7 +200,8 @@ class ReplicationConnection:
         validate_slot_name(name)
         self._query(f"SET lock_timeout = {max(1, round(lock_timeout_seconds * 1000))}", "SET")
         try:
-            row = self._conn.execute(self._create_command(name, failover).encode()).fetchone()
+            command = self._create_command(name, failover, temporary)
+            row = self._conn.execute(command.encode()).fetchone()
         except psycopg.errors.LockNotAvailable as exc:
             raise self._slot_busy(name, lock_timeout_seconds) from exc
         except psycopg.errors.DuplicateObject as exc:
@@ -207,8 +214,9 @@ class ReplicationConnection:
         assert row is not None
         return CreatedSlot(row[0], Lsn.parse(row[1]), row[2])
 
-    def _create_command(self, name: str, failover: bool) -> str:
-        command = f"CREATE_REPLICATION_SLOT {quote_ident(name)} LOGICAL pgoutput"
+    def _create_command(self, name: str, failover: bool, temporary: bool) -> str:
+        kind = "TEMPORARY LOGICAL" if temporary else "LOGICAL"
+        command = f"CREATE_REPLICATION_SLOT {quote_ident(name)} {kind} pgoutput"
         if failover and self.server_version >= _FAILOVER_SINCE:
             return f"{command} (SNAPSHOT 'export', FAILOVER)"
         # The form with parentheses is a syntax error on 14; this one works everywhere.

@@ -35,6 +35,7 @@ from cdc_sync.qdrant.rpc import (
     CREATE_COLLECTION,
     CREATE_FIELD_INDEX,
     DELETE_COLLECTION,
+    LIST_COLLECTIONS,
     UPDATE_COLLECTION,
     Rpc,
     RpcError,
@@ -186,6 +187,12 @@ class Collections:
 
     def __init__(self, rpc: Rpc) -> None:
         self._rpc = rpc
+
+    async def names(self) -> list[str]:
+        """The names of all collections."""
+        request = q.ListCollectionsRequest().SerializeToString()
+        answer = await self._rpc.request(LIST_COLLECTIONS, request, "the list of collections")
+        return [one.name for one in answer.collections]
 
     async def info(self, name: str) -> q.CollectionInfo | None:
         """The collection's (or alias's) description; None when there is none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Final, TypeAlias, TypeVar
 
 import numpy as np
@@ -18,7 +19,14 @@ from cdc_sync.mapping.python import PythonCodec
 from cdc_sync.mapping.vectors import SparseValue
 from cdc_sync.qdrant.edge_database import STEP_POINTS, EdgeDatabase, first_line
 from cdc_sync.qdrant.rpc import reason
-from cdc_sync.qdrant.sink import Applied, Changes, RetrievedPoint, StoredPoint, StoredVector
+from cdc_sync.qdrant.sink import (
+    Applied,
+    Changes,
+    PreparedRequest,
+    RetrievedPoint,
+    StoredPoint,
+    StoredVector,
+)
 from cdc_sync.qdrant.writer import require_disjoint
 from cdc_sync.rows import UNCHANGED, PointId, Row
 
@@ -80,6 +88,20 @@ class EdgeWriter:
             (*unmappable, *refused),
             frozenset(id_ for id_, _ in unmappable),
         )
+
+    def prepare(self, rows: Sequence[tuple[PointId, Row]]) -> list[PreparedRequest]:
+        """Turn rows, of which points can be made, into operations that are applied later: what the
+        engine takes without us.
+        """
+        requests = []
+        for some in _steps(rows):
+            points = [self._point(id_, row) for id_, row in some]
+            operation = edge.UpdateOperation.upsert_points(points)
+            requests.append(PreparedRequest(len(some), partial(self._send_prepared, operation)))
+        return requests
+
+    async def _send_prepared(self, operation: edge.UpdateOperation, _: int) -> None:
+        await self._database.run(self._update, operation)
 
     def _upsert(self, rows: Sequence[tuple[PointId, Row]], unmappable: Refusals) -> Refusals:
         refused: Refusals = []

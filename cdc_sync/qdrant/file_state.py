@@ -27,6 +27,7 @@ from cdc_sync.qdrant.records import (
 from cdc_sync.qdrant.sink import (
     DeadLetter,
     PipelineState,
+    RebuildState,
     SourceMark,
     TableLedger,
     TableVerification,
@@ -88,6 +89,10 @@ class FileStateStore:
     async def save_verification(self, verification: TableVerification) -> None:
         """Keep how far it is."""
         await self._database.run(self._save_verification, verification)
+
+    async def rebuilds(self, pipeline: str) -> list[RebuildState]:
+        """None: without aliases there are no rebuilds."""
+        return []
 
     async def park(self, letters: Sequence[DeadLetter]) -> None:
         """Keep dead letters."""

@@ -37,7 +37,10 @@ def point_id_value(message: q.PointId) -> PointId:
 
 def _ids(ids: Iterable[bytes]) -> bytes:
     """PointsSelector { points = 1: PointsIdsList { ids = 1 } } of serialized ids."""
-    return delimited(1, b"".join([delimited(1, one) for one in ids]))
+    parts: list[bytes] = []
+    for one in ids:
+        parts += (b"\x0a", varint(len(one)), one)
+    return delimited(1, b"".join(parts))
 
 
 def upsert(collection: str, points: Iterable[bytes]) -> bytes:
@@ -62,7 +65,11 @@ def touch(collection: str, ids: Iterable[bytes]) -> bytes:
 
 def overwrite_payload(id_: bytes, payload_entries: bytes) -> bytes:
     """PointsUpdateOperation that replaces one point's payload by entries (of field 1)."""
-    return delimited(4, payload_entries + delimited(2, _ids((id_,))))
+    # PointsSelector (field 2), PointsIdsList, PointId: of a number or UUID, so of few bytes.
+    size = len(id_)
+    selector = bytes((0x12, size + 4, 0x0A, size + 2, 0x0A, size))
+    whole = len(payload_entries) + len(selector) + size
+    return b"".join((b"\x22", varint(whole), payload_entries, selector, id_))
 
 
 def update_vectors(points: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -87,7 +94,8 @@ def update_batch(collection: str, operations: Iterable[bytes], *, wait: bool) ->
     parts = [delimited(1, collection.encode())]
     if wait:
         parts.append(_WAIT)
-    parts += [delimited(3, operation) for operation in operations]
+    for operation in operations:
+        parts += (b"\x1a", varint(len(operation)), operation)
     return b"".join(parts)
 
 

@@ -33,6 +33,7 @@ Batches of one or two operations are simply sent with ``wait=true``.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,12 +60,15 @@ from cdc_sync.rows import PointId, Row
 #: How often a batch is applied again to the points that are left once some turned out to be
 #: missing.
 _ROUNDS: Final = 5
+_NOTHING: Final[Mapping[str, bytes]] = {}
+#: After so many rows whoever reads from Postgres gets a turn.
+_SLICE: Final = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Partial:
     """A partial row, encoded: entries of its whole payload, Vectors to write, names of vectors to
-    remove.
+    remove. Not frozen, which would cost more than all else here; nobody changes one.
     """
 
     id: PointId
@@ -72,9 +76,11 @@ class Partial:
     payload: bytes
     vectors: bytes | None
     nulls: tuple[str, ...]
+    size: int
 
     def __len__(self) -> int:
-        return len(self.payload) + len(self.vectors or b"") + 2 * len(self.id_bytes)
+        """Bytes in a request, about."""
+        return self.size
 
 
 def operations(batch: Sequence[Partial]) -> list[bytes]:
@@ -94,13 +100,10 @@ def operations(batch: Sequence[Partial]) -> list[bytes]:
 
 
 def _encode(codec: WireCodec, id_: PointId, row: Row, kept: Mapping[str, bytes]) -> Partial:
-    return Partial(
-        id_,
-        codec.point_id(id_),
-        codec.payload_entries(row, 1, kept),
-        codec.vectors(row),
-        tuple(codec.null_vectors(row)),
-    )
+    id_bytes = codec.point_id(id_)
+    payload, vectors, nulls = codec.partial(row, kept)
+    size = len(payload) + 2 * len(id_bytes) + (0 if vectors is None else len(vectors))
+    return Partial(id_, id_bytes, payload, vectors, nulls, size)
 
 
 class PartialWriter:
@@ -134,17 +137,24 @@ class PartialWriter:
         missing: list[PointId] = []
         refused: list[tuple[PointId, str]] = []
         for id_, row in rows:
-            fields, there = gaps.get(id_, ()), stored.get(id_, {})
-            if self._codec.has_unknown_object(row) or any(field not in there for field in fields):
+            kept: Mapping[str, bytes] = _NOTHING
+            if self._codec.has_unknown_object(row):
                 missing.append(id_)
                 continue
-            kept = {field: there[field] for field in fields}
+            if gaps and id_ in gaps:
+                fields, there = gaps[id_], stored.get(id_, _NOTHING)
+                if any(field not in there for field in fields):
+                    missing.append(id_)
+                    continue
+                kept = {field: there[field] for field in fields}
             try:
                 if large and is_large(row):
                     encode = partial(_encode, id_=id_, row=row, kept=kept)
                     encoded.append(await self._large.encode(row, encode))
                 else:
                     encoded.append(_encode(self._codec, id_, row, kept))
+                    if not len(encoded) % _SLICE:
+                        await asyncio.sleep(0)
             except MappingError as exc:
                 refused.append((id_, exc.message))
         return encoded, missing, refused

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, cast, get_args
 
 from cdc_sync.errors import StateError
 from cdc_sync.qdrant.sink import (
@@ -15,8 +15,11 @@ from cdc_sync.qdrant.sink import (
     LeafLedger,
     Mismatches,
     PipelineState,
+    RebuildPhase,
+    RebuildState,
     SourceMark,
     TableLedger,
+    TableRebuild,
     TableState,
     TableVerification,
 )
@@ -48,6 +51,7 @@ def pipeline_record(state: PipelineState) -> Record:
                 "copied": table.copied,
                 "oid": table.oid,
                 "vectors": list(table.vectors),
+                **({"rebuild": dataclasses.asdict(table.rebuild)} if table.rebuild else {}),
             }
             for table in state.tables
         ],
@@ -285,6 +289,55 @@ def _table_state(record: object, where: str) -> TableState:
         copied=record["copied"] is True,
         oid=_number(record, "oid", where),
         vectors=_names(record, "vectors", where),
+        rebuild=_table_rebuild(record.get("rebuild"), where),
+    )
+
+
+def _table_rebuild(record: object, where: str) -> TableRebuild | None:
+    if record is None:
+        return None
+    if not isinstance(record, dict):
+        raise _damaged(where, "rebuild")
+    return TableRebuild(
+        answered=_text(record, "answered", where),
+        taken=_text(record, "taken", where),
+        settings=_text(record, "settings", where),
+        replaced=_text(record, "replaced", where),
+        alias=_text(record, "alias", where),
+    )
+
+
+def rebuild_record(state: RebuildState) -> Record:
+    """The record of a rebuild. The position is a string, as an unsigned 64-bit number."""
+    return {
+        "version": VERSION,
+        "kind": "rebuild",
+        **dataclasses.asdict(state),
+        "lsn": str(state.lsn),
+    }
+
+
+def rebuild_state(record: Mapping[str, object], where: str) -> RebuildState:
+    """The rebuild of a record read from ``where``. Raises :class:`StateError`."""
+    _check_version(record, where)
+    phase = _text(record, "phase", where)
+    if phase not in get_args(RebuildPhase):
+        raise _damaged(where, "phase")
+    return RebuildState(
+        pipeline=_text(record, "pipeline", where),
+        table=_text(record, "table", where),
+        worker=_text(record, "worker", where),
+        slot=_text(record, "slot", where),
+        settings=_text(record, "settings", where),
+        collection=_text(record, "collection", where),
+        old=_text(record, "old", where),
+        alias=_text(record, "alias", where),
+        phase=cast("RebuildPhase", phase),
+        token=_text(record, "token", where),
+        lsn=_number(record, "lsn", where),
+        made_collection=record.get("made_collection") is True,
+        made_alias=record.get("made_alias") is True,
+        widened=record.get("widened") is True,
     )
 
 

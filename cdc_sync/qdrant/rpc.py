@@ -58,6 +58,7 @@ SCROLL: Final = Method("/qdrant.Points/Scroll", q.ScrollResponse)
 COUNT: Final = Method("/qdrant.Points/Count", q.CountResponse)
 QUERY: Final = Method("/qdrant.Points/Query", q.QueryResponse)
 COLLECTION_INFO: Final = Method("/qdrant.Collections/Get", q.GetCollectionInfoResponse)
+LIST_COLLECTIONS: Final = Method("/qdrant.Collections/List", q.ListCollectionsResponse)
 CREATE_COLLECTION: Final = Method(
     "/qdrant.Collections/Create", q.CollectionOperationResponse, writes=True
 )
@@ -66,6 +67,10 @@ DELETE_COLLECTION: Final = Method(
 )
 UPDATE_COLLECTION: Final = Method(
     "/qdrant.Collections/Update", q.CollectionOperationResponse, writes=True
+)
+LIST_ALIASES: Final = Method("/qdrant.Collections/ListAliases", q.ListAliasesResponse)
+UPDATE_ALIASES: Final = Method(
+    "/qdrant.Collections/UpdateAliases", q.CollectionOperationResponse, writes=True
 )
 
 _MAX_CHANNELS: Final = 4

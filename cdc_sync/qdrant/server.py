@@ -11,6 +11,7 @@ from cdc_sync.config import QdrantSettings
 from cdc_sync.errors import ConfigError, ErrorKind, SinkError
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.qdrant import messages
+from cdc_sync.qdrant.aliases import Aliases
 from cdc_sync.qdrant.channel import opening_failure
 from cdc_sync.qdrant.collections import Collections, check, found_vectors, quantized_vectors
 from cdc_sync.qdrant.deferral import OLDEST_SERVER as OLDEST_DEFERRING
@@ -84,6 +85,23 @@ class ServerSink:
     def state(self) -> ServerStateStore:
         """The records in collection ``_cdc_sync``."""
         return self._state
+
+    @property
+    def aliases(self) -> Aliases:
+        """Other names of the server's collections."""
+        return Aliases(self._rpc)
+
+    async def exists(self, collection: str) -> bool:
+        """Whether there is a collection, or an alias, of this name."""
+        return await self._collections.info(collection) is not None
+
+    async def drop(self, collection: str) -> None:
+        """Remove a collection by name, present or not."""
+        await self._collections.drop(collection)
+
+    async def collections(self) -> list[str]:
+        """The names of the server's collections."""
+        return await self._collections.names()
 
     async def ping(self) -> None:
         """Raise :class:`SinkError` unless the server answers."""

@@ -28,6 +28,8 @@ from cdc_sync.qdrant.records import (
     mark_record,
     pipeline_record,
     pipeline_state,
+    rebuild_record,
+    rebuild_state,
     source_mark,
     table_ledger,
     table_verification,
@@ -45,6 +47,7 @@ from cdc_sync.qdrant.rpc import (
 from cdc_sync.qdrant.sink import (
     DeadLetter,
     PipelineState,
+    RebuildState,
     SourceMark,
     TableLedger,
     TableVerification,
@@ -142,6 +145,26 @@ class ServerStateStore:
         id_ = _verification_id(verification.pipeline, verification.table)
         await self._write([(id_, verification_record(verification))])
 
+    async def rebuilds(self, pipeline: str) -> list[RebuildState]:
+        """The rebuilds under way of the pipeline's tables, by table."""
+        records = await self._scroll(pipeline, "rebuild")
+        found = [rebuild_state(record, f"A rebuild in {_TARGET}") for record in records]
+        return sorted(found, key=lambda one: one.table)
+
+    async def rebuild(self, pipeline: str, table: str) -> RebuildState | None:
+        """The rebuild under way of a table, or None."""
+        record = await self._get(_rebuild_id(pipeline, table))
+        return None if record is None else rebuild_state(record, f"A rebuild in {_TARGET}")
+
+    async def save_rebuild(self, rebuild: RebuildState) -> None:
+        """Keep the record of a rebuild; it replaces the table's earlier one."""
+        id_ = _rebuild_id(rebuild.pipeline, rebuild.table)
+        await self._write([(id_, rebuild_record(rebuild))])
+
+    async def drop_rebuild(self, pipeline: str, table: str) -> None:
+        """Remove the record of a table's rebuild, present or not."""
+        await self._remove([_rebuild_id(pipeline, table)])
+
     async def park(self, letters: Sequence[DeadLetter]) -> None:
         """Keep dead letters."""
         # The last of equal ones counts, as if they were written one by one.
@@ -236,6 +259,10 @@ def _ledger_id(pipeline: str, table: str) -> bytes:
 
 def _verification_id(pipeline: str, table: str) -> bytes:
     return record_id(pipeline, "verification", table, "")
+
+
+def _rebuild_id(pipeline: str, table: str) -> bytes:
+    return record_id(pipeline, "rebuild", table, "")
 
 
 def _point(id_: bytes, record: Record) -> bytes:

@@ -3,9 +3,9 @@ engine is behind it."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from cdc_sync.mapping.comparison import StoredArray
 from cdc_sync.mapping.plan import TablePlan
@@ -52,6 +52,16 @@ class Applied:
     missing: frozenset[PointId] = frozenset()
     refused: tuple[tuple[PointId, str], ...] = ()
     unmappable: frozenset[PointId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that upserts so many ``points``, encoded already. ``send`` sends it on a lane, and
+    returns when Qdrant has completed it; errors as of :meth:`TableWriter.apply`.
+    """
+
+    points: int
+    send: Callable[[int], Awaitable[None]]
 
 
 #: A vector as stored: dense, multivector (a list of rows), or sparse. Cosine vectors are stored
@@ -159,6 +169,23 @@ class CollectionState:
 
 
 @dataclass(frozen=True, slots=True)
+class TableRebuild:
+    """What the pipeline has made of requests to go over to a rebuilt collection.
+
+    ``answered`` is the token of the last request that was decided, ``taken`` of the last that was
+    granted. Since that the table is kept by ``settings`` (JSON of a TableSettings; empty once the
+    configuration says the same), instead of in the collection ``replaced``. ``alias`` is still to
+    be pointed to the new one; empty once it is.
+    """
+
+    answered: str
+    taken: str = ""
+    settings: str = ""
+    replaced: str = ""
+    alias: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TableState:
     """Our record of one table of the pipeline; ``copied`` once its first copy is complete.
 
@@ -171,6 +198,7 @@ class TableState:
     copied: bool = False
     oid: int = 0
     vectors: tuple[str, ...] = ()
+    rebuild: TableRebuild | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +221,39 @@ class PipelineState:
     tables: tuple[TableState, ...] = ()
     owns_publication: bool = False
     adopting: bool = False
+
+
+#: What a rebuild is doing: filling its collection and following the table; asking to be taken over;
+#: standing at the request's position; being removed.
+RebuildPhase: TypeAlias = Literal["filling", "requested", "ready", "aborting"]
+
+
+@dataclass(frozen=True, slots=True)
+class RebuildState:
+    """Our record of a rebuild: a second collection that is filled from ``table``, to take the place
+    of the one that ``pipeline`` keeps. Written by the rebuild alone.
+
+    ``worker`` is the pipeline that fills it, from ``slot``, by ``settings`` (JSON of a
+    TableSettings) into ``collection``; readers come by ``alias`` to ``old``. ``token`` is that of
+    the request under way, ``lsn`` the commit position at which the rebuild stands when it is ready.
+    ``made_collection``, ``made_alias``: the rebuild has made them. ``widened``: the publication got
+    columns for it.
+    """
+
+    pipeline: str
+    table: str
+    worker: str
+    slot: str
+    settings: str
+    collection: str
+    old: str
+    alias: str
+    phase: RebuildPhase = "filling"
+    token: str = ""
+    lsn: int = 0
+    made_collection: bool = False
+    made_alias: bool = False
+    widened: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +419,11 @@ class StateStore(Protocol):
 
     async def save_verification(self, verification: TableVerification) -> None:
         """Keep how far it is; it replaces the table's earlier record."""
+        ...
+
+    async def rebuilds(self, pipeline: str) -> list[RebuildState]:
+        """The rebuilds under way of the pipeline's tables, by table; none where there are no
+        aliases."""
         ...
 
     async def park(self, letters: Sequence[DeadLetter]) -> None:

@@ -11,6 +11,7 @@ the call, and servers before 1.17 ignore it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -43,13 +44,22 @@ from cdc_sync.qdrant.rpc import (
     sink_error,
 )
 from cdc_sync.qdrant.settle import settle
-from cdc_sync.qdrant.sink import Applied, Changes, RetrievedPoint, StoredPoint, StoredVector
+from cdc_sync.qdrant.sink import (
+    Applied,
+    Changes,
+    PreparedRequest,
+    RetrievedPoint,
+    StoredPoint,
+    StoredVector,
+)
 from cdc_sync.rows import PointId, Row
 
 #: Ids a request of deletes, at most: they are small.
 _DELETE_IDS: Final = 4096
 #: Below this many points a request is not cut smaller to occupy another lane.
 _MIN_POINTS: Final = 64
+#: After so many rows whoever reads from Postgres gets a turn, so that it need not wait for us.
+_SLICE: Final = 64
 
 Item = TypeVar("Item")
 Encoded = TypeVar("Encoded", bytes, Partial)
@@ -61,6 +71,14 @@ class _Outcome:
     missing: set[PointId] = field(default_factory=set)
     refused: list[tuple[PointId, str]] = field(default_factory=list)
     unmappable: set[PointId] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Left:
+    """Rows that are not encoded yet, and the point that did not fit into the last request."""
+
+    rows: Iterator[tuple[PointId, Row]]
+    encoded: tuple[PointId, bytes] | None = None
 
 
 #: Sends one part of a batch on a lane.
@@ -84,6 +102,8 @@ class ServerWriter:
         self._collections = Collections(rpc)
         self._filter = messages.table_filter(plan)
         self._target = f"collection {plan.collection}"
+        # Lanes encode one after another: the first request is on its way the earlier.
+        self._turn = asyncio.Lock()
 
     @property
     def plan(self) -> TablePlan:
@@ -111,6 +131,36 @@ class ServerWriter:
         return Applied(
             frozenset(outcome.missing), tuple(outcome.refused), frozenset(outcome.unmappable)
         )
+
+    def prepare(self, rows: Sequence[tuple[PointId, Row]]) -> list[PreparedRequest]:
+        """Encode rows, of which points can be made, into requests of the largest size, to be sent
+        later: what the server takes without us. Their send() knows no pace and never divides.
+        """
+        requests: list[PreparedRequest] = []
+        points: list[bytes] = []
+        size = 0
+
+        def finish() -> None:
+            request = messages.upsert(self._plan.collection, points)
+            requests.append(PreparedRequest(len(points), partial(self._send_prepared, request)))
+
+        for id_, row in rows:
+            point = self._codec.point(id_, row)
+            too_large = size + len(point) > self._settings.request_bytes
+            if points and (too_large or len(points) >= self._settings.request_points):
+                finish()
+                points, size = [], 0
+            points.append(point)
+            size += len(point)
+        if points:
+            finish()
+        return requests
+
+    async def _send_prepared(self, request: bytes, lane: int) -> None:
+        try:
+            await self._update(UPSERT, request, lane)
+        except RpcError as failure:
+            raise sink_error(failure, self._target) from failure
 
     def _cut(self, changes: Changes) -> list[_Job]:
         requests, most = self._pace.requests, self._settings.request_points
@@ -144,10 +194,23 @@ class ServerWriter:
             await self._update(UPSERT, request, lane)
 
         for some in self._portions(rows):
-            most = self._pace.bytes
-            request: list[tuple[PointId, bytes]] = []
-            size = 0
-            for id_, row in some:
+            left = _Left(iter(some))
+            while request := await self._next_request(left, large, outcome):
+                await self._divide(request, send, outcome)
+
+    async def _next_request(
+        self, left: _Left, large: bool, outcome: _Outcome
+    ) -> list[tuple[PointId, bytes]]:
+        """Encode the points of the next request, as many as the pace allows bytes for."""
+        most, size = self._pace.bytes, 0
+        request: list[tuple[PointId, bytes]] = []
+        # Large rows are encoded in a thread, and for them the others need not wait.
+        async with contextlib.nullcontext() if large else self._turn:
+            if left.encoded is not None:
+                request.append(left.encoded)
+                size = len(left.encoded[1])
+                left.encoded = None
+            for id_, row in left.rows:
                 try:
                     if large and is_large(row):
                         point = await self._large.encode(row, partial(_point, id_, row))
@@ -158,12 +221,13 @@ class ServerWriter:
                     outcome.unmappable.add(id_)
                     continue
                 if request and size + len(point) > most:
-                    await self._divide(request, send, outcome)
-                    request, size = [], 0
+                    left.encoded = id_, point
+                    break
                 request.append((id_, point))
                 size += len(point)
-            if request:
-                await self._divide(request, send, outcome)
+                if not len(request) % _SLICE:
+                    await asyncio.sleep(0)
+        return request
 
     async def _partial(
         self, large: bool, rows: Sequence[tuple[PointId, Row]], lane: int, outcome: _Outcome
@@ -236,7 +300,7 @@ class ServerWriter:
             raise
         else:
             self._pace.completed(time.monotonic() - started)
-            outcome.completed.update(id_ for id_, _ in items)
+            outcome.completed.update([id_ for id_, _ in items])
             return
         finally:
             self._pace.ended(len(items))

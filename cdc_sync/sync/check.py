@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 
 from cdc_sync.config import Settings
+from cdc_sync.errors import CdcSyncError
 from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.preset_tables import collection_privileges
 from cdc_sync.postgres.role_script import Read, role_script
-from cdc_sync.sync.check_sink import check_sink
+from cdc_sync.qdrant.open import open_sink
+from cdc_sync.sync.check_sink import bounded_target, check_sink
 from cdc_sync.sync.check_source import check_source
 from cdc_sync.sync.findings import Finding
 from cdc_sync.sync.known_findings import finding
-from cdc_sync.sync.planning import plan_pipeline
+from cdc_sync.sync.planning import in_force, plan_pipeline
+from cdc_sync.sync.swaps import OUTDATED_REMEDY, rebuilt_tables
 from cdc_sync.sync.transport import transport_warnings
 
 
@@ -27,9 +30,32 @@ def run_checks(settings: Settings) -> list[Finding]:
         finding(f"{side}-transport", "warning", side, sentence)
         for side, sentence in transport_warnings(settings)
     ]
+    settings = asyncio.run(_in_force(settings, findings))
     source = check_source(settings, findings)
     asyncio.run(check_sink(settings, source, findings))
     return findings
+
+
+async def _in_force(settings: Settings, findings: list[Finding]) -> Settings:
+    """The settings with those of tables that were rebuilt since; as they are where Qdrant does not
+    answer, which is said elsewhere."""
+    if settings.qdrant.url.startswith("edge:"):
+        return settings
+    try:
+        sink = await open_sink(bounded_target(settings))
+    except CdcSyncError:
+        return settings
+    try:
+        state = await sink.state.load(settings.pipeline.name)
+        effective = in_force(settings, state)
+    except CdcSyncError:
+        return settings
+    finally:
+        await sink.close()
+    for table, collection in rebuilt_tables(settings, state).items():
+        text = f"{table} was rebuilt and is kept in {collection}, which is not configured"
+        findings.append(finding("rebuilt-table", "warning", table, text, OUTDATED_REMEDY))
+    return effective
 
 
 def role_sql(settings: Settings, role: str | None = None) -> str:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from cdc_sync.config import Settings
+from cdc_sync.config import QdrantSettings, Settings
 from cdc_sync.errors import CdcSyncError, ErrorKind
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.qdrant.collections import absent
@@ -29,10 +29,8 @@ async def check_sink(
     settings: Settings, source: SourceFacts | None, findings: list[Finding]
 ) -> None:
     """Add what there is to say of Qdrant, and of the collections of ``source``'s tables."""
-    patience = min(settings.qdrant.timeout_seconds, _ANSWER_SECONDS)
-    target = settings.qdrant.model_copy(update={"timeout_seconds": patience})
     try:
-        sink = await open_sink(target)
+        sink = await open_sink(bounded_target(settings))
     except CdcSyncError as error:
         findings.append(failed("qdrant-connection", "qdrant", error))
         return
@@ -45,6 +43,12 @@ async def check_sink(
         findings.append(failed("qdrant-connection", "qdrant", error))
     finally:
         await sink.close()
+
+
+def bounded_target(settings: Settings) -> QdrantSettings:
+    """Qdrant's settings, for somebody who does not wait long."""
+    patience = min(settings.qdrant.timeout_seconds, _ANSWER_SECONDS)
+    return settings.qdrant.model_copy(update={"timeout_seconds": patience})
 
 
 async def _check_open(

@@ -74,7 +74,10 @@ class TableBatch:
 
     def create(self, point_id: PointId, row: Row, xid: int) -> None:
         """A new point whose UNCHANGED values are nowhere in Qdrant under this id."""
-        self._replace(point_id, Pending(row, xid, rootless=True))
+        pending = self.pending
+        if point_id in pending:
+            self.superseded += 1
+        pending[point_id] = Pending(row, xid, True)
 
     def delete(self, point_id: PointId, xid: int) -> None:
         """The row is gone."""
@@ -100,12 +103,13 @@ class TableBatch:
         changes = Changes()
         fetch: list[PointId] = []
         for point_id, change in self.pending.items():
-            if change.row is None:
+            row = change.row
+            if row is None:
                 changes.deletes.append(point_id)
-            elif change.complete:
-                changes.upserts.append((point_id, change.row))
+            elif UNCHANGED not in row:
+                changes.upserts.append((point_id, row))
             elif change.rootless:
                 fetch.append(point_id)
             else:
-                changes.partials.append((point_id, change.row))
+                changes.partials.append((point_id, row))
         return changes, fetch

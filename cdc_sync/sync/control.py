@@ -9,15 +9,21 @@ The first asks to read the table again as a whole, the second to read the rows w
 again, which also removes the points of keys that have no row. Keys are values in Postgres's text
 format, in key order.
 
+    {"rebuild": {"pipeline": "default", "table": "public.docs", "token": "..."}}
+
+marks the position at which the pipeline goes over to a rebuilt collection
+(:mod:`cdc_sync.sync.swaps`), if a rebuild with this token is on record.
+
 Any role may write such messages, so none is trusted (R49): a request can do no more than have the
-pipeline read its own tables again. It holds no SQL, is checked to the last field, and is limited
-in rate. Rows of a table that are asked for faster than that are read with the table as a whole, so
-a request is refused only when whole tables are asked for too often.
+pipeline read its own tables again, or its own records. It holds no SQL, is checked to the last
+field, and is limited in rate. Rows of a table that are asked for faster than that are read with the
+table as a whole, so a request for rows is refused only when whole tables are asked for too often.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -41,6 +47,7 @@ MAX_KEY_COLUMNS: Final = 32
 #: An index entry has 2,700 bytes at the most, compressed.
 MAX_VALUE_CHARACTERS: Final = 8192
 _MAX_NAME_CHARACTERS: Final = 512
+_TOKEN: Final = re.compile(r"[0-9a-f]{32}")
 
 #: Whole tables: so many at once, then one in so many seconds, a table.
 TABLE_BURST: Final = 5
@@ -48,6 +55,9 @@ _SECONDS_A_TABLE: Final = 300.0
 #: Rows: so many keys at once, then so many a second, a table.
 KEY_BURST: Final = 60_000
 KEYS_A_SECOND: Final = 1_000
+#: Rebuilds: so many looks at the records at once, then one in so many seconds, a table.
+SWAP_BURST: Final = 10
+_SECONDS_A_SWAP: Final = 10.0
 #: What a message counts at the least: reading a single row takes a round trip too.
 _LEAST_KEYS: Final = 100
 
@@ -96,7 +106,31 @@ class ResyncRows:
         return self.planned.plan.oid
 
 
+@dataclass(frozen=True, slots=True)
+class SwapRequest(ResyncRows):
+    """A place in the stream at which a table may go over to a rebuilt collection: what comes before
+    it is written first, and nothing after it. As a request for rows it asks for none."""
+
+    token: str = ""
+
+
 Accepted: TypeAlias = ResyncTable | ResyncRows
+
+
+@dataclass(frozen=True, slots=True)
+class RebuildMessage:
+    """A message of a rebuild: ``table`` as of a :class:`Request`, ``token`` names the rebuild's
+    request on record."""
+
+    pipeline: str
+    table: str
+    token: str
+
+
+def rebuild_content(message: RebuildMessage) -> bytes:
+    """The content of a message that :func:`parse_message` reads."""
+    body = {"pipeline": message.pipeline, "table": message.table, "token": message.token}
+    return json.dumps({"rebuild": body}, separators=(",", ":")).encode("ascii")
 
 
 def request_content(request: Request) -> bytes:
@@ -111,6 +145,13 @@ def request_content(request: Request) -> bytes:
 
 
 def parse_request(prefix: str, content: bytes) -> Request | None:
+    """Read a request to read rows again; None for another message. Raises as
+    :func:`parse_message`."""
+    message = parse_message(prefix, content)
+    return message if isinstance(message, Request) else None
+
+
+def parse_message(prefix: str, content: bytes) -> Request | RebuildMessage | None:
     """Read a message; None if its prefix is not ours. Raises :class:`InvalidRequestError`."""
     if prefix != PREFIX:
         return None
@@ -121,6 +162,9 @@ def parse_request(prefix: str, content: bytes) -> Request | None:
     except orjson.JSONDecodeError:
         # Not chained: the error quotes the document.
         raise InvalidRequestError("it is not JSON") from None
+    if isinstance(document, dict) and "rebuild" in document:
+        body = _fields(_fields(document, {"rebuild"})["rebuild"], {"pipeline", "table", "token"})
+        return RebuildMessage(_name(body["pipeline"]), _name(body["table"]), _token(body["token"]))
     body = _fields(_fields(document, {"resync"})["resync"], {"pipeline", "table"}, {"keys"})
     return Request(
         _name(body["pipeline"]),
@@ -146,6 +190,12 @@ def _fields(
 def _name(value: object) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME_CHARACTERS:
         raise InvalidRequestError("a name is not a string of a name's length")
+    return value
+
+
+def _token(value: object) -> str:
+    if not isinstance(value, str) or _TOKEN.fullmatch(value) is None:
+        raise InvalidRequestError("`token` is not 32 hexadecimal digits")
     return value
 
 
@@ -195,12 +245,14 @@ class TokenBucket:
 class _Limits:
     tables: TokenBucket
     keys: TokenBucket
+    swaps: TokenBucket
 
 
 class ControlChannel:
     """Decides which messages are requests to this pipeline, and which of those are granted.
 
-    ``tables()`` gives the pipeline's tables with the plans in force.
+    ``tables()`` gives the pipeline's tables with the plans in force; ``follows`` names another
+    pipeline whose messages about rebuilds concern this one, too.
     """
 
     def __init__(
@@ -209,8 +261,11 @@ class ControlChannel:
         tables: Callable[[], Iterable[PlannedTable]],
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        follows: str | None = None,
     ) -> None:
         self._pipeline = pipeline
+        self._follows = follows
         self._tables = tables
         self._metrics = metrics
         self._clock = clock
@@ -221,8 +276,8 @@ class ControlChannel:
         if message.prefix != PREFIX:
             return None
         try:
-            request = parse_request(message.prefix, message.content)
-            if request is None or request.pipeline != self._pipeline:
+            request = parse_message(message.prefix, message.content)
+            if request is None or not self._concerns(request):
                 return None
             if not message.transactional:
                 # Such a message stands even if its transaction is rolled back, and its place
@@ -235,18 +290,37 @@ class ControlChannel:
         if planned is None:
             self._refuse("unknown_table", "it names no table of this pipeline")
             return None
+        if isinstance(request, RebuildMessage):
+            return self._swap(planned, request.token)
         if request.keys is not None and len(request.keys[0]) != len(planned.plan.key):
             self._refuse("invalid", f"a key has {len(planned.plan.key)} values", planned)
             return None
         return self._limited(planned, request.keys)
 
-    def _limited(self, planned: PlannedTable, keys: tuple[Key, ...] | None) -> Accepted | None:
+    def _concerns(self, request: Request | RebuildMessage) -> bool:
+        if isinstance(request, RebuildMessage) and self._follows is not None:
+            return request.pipeline == self._follows
+        return request.pipeline == self._pipeline
+
+    def _swap(self, planned: PlannedTable, token: str) -> Accepted | None:
+        if not self._limits_of(planned).swaps.take(1):
+            self._refuse("limited", "the table was asked for too often", planned)
+            return None
+        # Whether it is granted is seen once the stream is there.
+        return SwapRequest(planned, (), retry=True, token=token)
+
+    def _limits_of(self, planned: PlannedTable) -> _Limits:
         limits = self._limits.get(planned.plan.oid)
         if limits is None:
             limits = self._limits[planned.plan.oid] = _Limits(
                 TokenBucket(TABLE_BURST, 1 / _SECONDS_A_TABLE, self._clock),
                 TokenBucket(KEY_BURST, KEYS_A_SECOND, self._clock),
+                TokenBucket(SWAP_BURST, 1 / _SECONDS_A_SWAP, self._clock),
             )
+        return limits
+
+    def _limited(self, planned: PlannedTable, keys: tuple[Key, ...] | None) -> Accepted | None:
+        limits = self._limits_of(planned)
         if keys is not None and limits.keys.take(max(len(keys), _LEAST_KEYS)):
             self._metrics.control_requests["rows"].inc()
             log.info("resync_requested", table=planned.name, keys=len(keys))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from cdc_sync.config import QdrantSettings, SourceSettings
 from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError
@@ -178,7 +180,7 @@ class _Batch:
         changes, unmappable = _upserts(rows, point_id)
         self.refused += unmappable
         self.rows += len(rows)
-        size = sum(len(v) for row in rows for v in row if isinstance(v, bytes))
+        size = _size(rows)
         self.bytes += size
         # What is beyond a batch's measure belongs to one row.
         changes.large = size > BATCH_BYTES + LARGE_ROW_BYTES
@@ -201,6 +203,12 @@ class _Batch:
     def _count(self, error: CdcSyncError, seconds: float) -> None:
         self.retries[error.kind] += 1
         self._on_retry(error, seconds)
+
+
+def _size(rows: list[Row]) -> int:
+    """Bytes of the values: in a COPY they are bytes or None."""
+    values = itertools.chain.from_iterable(rows)
+    return sum(map(len, cast("Iterator[bytes]", filter(None, values))))
 
 
 def _upserts(rows: list[Row], point_id: Callable[[Row], PointId]) -> tuple[Changes, list[Refusal]]:

@@ -21,6 +21,7 @@ from cdc_sync.ops.status import StatusBoard
 from cdc_sync.sync.copy_report import CopyReporter
 from cdc_sync.sync.pipeline import Pipeline
 from cdc_sync.sync.progress import ProgressScreen, ProgressWatch, on_terminal
+from cdc_sync.sync.swaps import Swaps
 from cdc_sync.sync.task_dump import dump_tasks
 from cdc_sync.sync.transport import transport_warnings
 
@@ -45,6 +46,7 @@ def run_pipeline(
     once: bool = False,
     after: After | None = None,
     beside: Beside | None = None,
+    swaps: Swaps | None = None,
 ) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code. Raises :class:`CdcSyncError` for what
     needs somebody to act.
@@ -53,6 +55,7 @@ def run_pipeline(
     once, which is safe: what was not confirmed is sent again. ``once``: return by itself when every
     table is copied and caught up, once ``after`` has been awaited; a signal before that ends with
     128 and its number. ``beside`` is run as a task until the pipeline ends.
+    ``swaps``: what becomes of messages of rebuilds, if not what is usual.
     """
     screen = ProgressScreen() if settings.log.format != "json" and on_terminal(sys.stderr) else None
     recent = RecentEvents()
@@ -72,7 +75,7 @@ def run_pipeline(
             log.info("http_listening", host=server.host, port=server.port)
         for side, sentence in transport_warnings(settings):
             log.warning("connection_unprotected", side=side, reason=sentence)
-        pipeline = Pipeline(settings, metrics=metrics, board=board)
+        pipeline = Pipeline(settings, metrics=metrics, board=board, swaps=swaps)
         code = asyncio.run(_Life(pipeline, restart, once, after, beside, screen).run())
     finally:
         if server is not None:

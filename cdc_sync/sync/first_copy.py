@@ -196,13 +196,13 @@ class FirstCopy:
             self._adopting = True
         await self._until(lambda: self._check_collections(plan.tables, state))
         owned = await self._until(lambda: asyncio.to_thread(self._prepare_source, plan, state))
-        record = self._record(plan, slot_lsn=0, owned=owned)
+        record = self._record(plan, state, slot_lsn=0, owned=owned)
         # Before the slot exists: whatever happens from here on is known to be ours and unfinished.
         await self._until(lambda: self.sink.state.save(record))
         await self._until(self._forget)
         for planned in plan.tables:
             await self._until(lambda p=planned: self._empty(p, state))  # type: ignore[misc]
-        return await self._copy_from_new_slot(plan, owned)
+        return await self._copy_from_new_slot(plan, record)
 
     async def begin_anew(self, plan: PipelinePlan, state: PipelineState) -> int:
         """Make a new slot, for tables that are then all read again under the stream; returns the
@@ -356,7 +356,7 @@ class FirstCopy:
                 # One that existed has its index already.
                 await self.sink.defer_indexing(planned.plan)
 
-    async def _copy_from_new_slot(self, plan: PipelinePlan, owned: bool) -> int:
+    async def _copy_from_new_slot(self, plan: PipelinePlan, record: PipelineState) -> int:
         """Create the slot, copy the first window under its snapshot, return the slot's consistent
         point."""
         replication, created = await self._until(self._new_slot)
@@ -387,7 +387,7 @@ class FirstCopy:
                 await self.backfill.begin(planned, sweep=self._adopting, repair=self._adopting)
             # From here on the copy is resumed, by those ledgers.
             await self._until(
-                lambda: self.sink.state.save(self._record(plan, slot_lsn=lsn, owned=owned))
+                lambda: self.sink.state.save(dataclasses.replace(record, slot_lsn=lsn))
             )
             await self._first_window(plan, holder)
         finally:
@@ -439,7 +439,11 @@ class FirstCopy:
         with contextlib.suppress(SourceError), connect(self.settings.source) as connection:
             drop_slot(connection, self.settings.source.slot)
 
-    def _record(self, plan: PipelinePlan, *, slot_lsn: int, owned: bool) -> PipelineState:
+    def _record(
+        self, plan: PipelinePlan, before: PipelineState | None, *, slot_lsn: int, owned: bool
+    ) -> PipelineState:
+        # What settings are in force does not change by copying anew.
+        known = {t.table: t.rebuild for t in before.tables} if before is not None else {}
         return PipelineState(
             pipeline=self.settings.pipeline.name,
             slot=self.settings.source.slot,
@@ -447,7 +451,10 @@ class FirstCopy:
             system_identifier=plan.server.system_identifier,
             timeline=plan.server.timeline,
             slot_lsn=slot_lsn,
-            tables=tuple(table_state(planned, copied=False) for planned in plan.tables),
+            tables=tuple(
+                dataclasses.replace(table_state(p, copied=False), rebuild=known.get(p.name))
+                for p in plan.tables
+            ),
             owns_publication=owned,
             adopting=self._adopting,
         )

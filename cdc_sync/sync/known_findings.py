@@ -71,6 +71,7 @@ KNOWN: Final[Mapping[str, KnownFinding]] = {
     "table-privileges": _table("error"),
     "toast": _table("ok", "advice"),
     "vector-storage": _table("advice"),
+    "rebuilt-table": _table("warning"),
     "qdrant-transport": _qdrant("warning"),
     "qdrant-connection": _qdrant("ok", "error"),
     "qdrant-version": _qdrant("advice", "error"),

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ErrorKind, SourceError
@@ -14,7 +15,7 @@ from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.postgres.catalog import ServerInfo
-from cdc_sync.postgres.connect import PgConnection
+from cdc_sync.postgres.connect import PgConnection, set_lock_timeout
 from cdc_sync.postgres.publication import Publication, check_publication, read_publication
 from cdc_sync.postgres.watch import SourcePosition, definitions, source_position, table_signs
 from cdc_sync.sync.kept_connection import KeptConnection
@@ -29,14 +30,16 @@ log = get_logger(__name__)
 
 #: Seconds between two looks.
 INTERVAL_SECONDS = 5.0
+#: How long a look waits for a table that somebody has locked, as VACUUM FULL does for hours. The
+#: catalog's views lock what they show.
+_LOCK_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """What was seen: definitions by OID of the tables that are there, and by name what keeps a
-    table from being followed, and whatever tells whether something has changed about it."""
+class _Tables:
+    """What was seen of the tables: definitions by OID of those that are there, and by name what
+    keeps one from being followed, and whatever tells whether something has changed about it."""
 
-    position: SourcePosition
     found: dict[int, str]
     errors: Mapping[str, CdcSyncError]
     signs: Mapping[str, str]
@@ -75,7 +78,7 @@ class SourceMonitor:
             while True:
                 try:
                     began = time.monotonic()
-                    look = await asyncio.to_thread(self._connection.run, self._look)
+                    tables, position = await asyncio.to_thread(self._connection.run, self._look)
                 except SourceError as error:
                     if not is_transient(error):
                         raise
@@ -83,16 +86,29 @@ class SourceMonitor:
                     self._not_seen(last)
                 else:
                     last = time.time()
-                    self._publish(look.position)
-                    self._on_tables(look.errors, look.signs, began)
-                    self._on_look(look.position, look.found)
+                    self._publish(position)
+                    if tables is not None:
+                        self._on_tables(tables.errors, tables.signs, began)
+                        self._on_look(position, tables.found)
                 # Also while no session runs: what waits gets older.
                 publish_lag(self._positions, self._metrics, self._board)
                 await asyncio.sleep(INTERVAL_SECONDS)
         finally:
             self._connection.end()
 
-    def _look(self, connection: PgConnection) -> _Look:
+    def _look(self, connection: PgConnection) -> tuple[_Tables | None, SourcePosition]:
+        """The tables, unless one is locked, and then the position."""
+        set_lock_timeout(connection, _LOCK_SECONDS)
+        seen = None
+        try:
+            seen = self._tables(connection)
+        except SourceError as error:
+            if error.kind is not ErrorKind.TABLE_LOCKED:
+                raise
+            log.debug("monitor_failed", kind=error.kind.value, error=error.message)
+        return seen, source_position(connection, self._settings.source.slot)
+
+    def _tables(self, connection: PgConnection) -> _Tables:
         tables = self._relations.tables
         # First the publication: what it has been compared with is then not older.
         publication = self._publication(connection)
@@ -106,9 +122,7 @@ class SourceMonitor:
         stopped = {
             name: oid for name, oid in self._relations.oids.items() if self._is_stopped(name)
         }
-        signs = table_signs(connection, stopped, publication.name)
-        position = source_position(connection, self._settings.source.slot)
-        return _Look(position, found, errors, signs)
+        return _Tables(found, errors, table_signs(connection, stopped, publication.name))
 
     def _error(
         self, planned: PlannedTable, publication: Publication, definition: str | None

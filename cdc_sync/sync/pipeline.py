@@ -34,7 +34,13 @@ from cdc_sync.sync.backfill import Backfill
 from cdc_sync.sync.dead_letters import DeadLetterOffice
 from cdc_sync.sync.first_copy import Beginning, CopyAbandonedError, FirstCopy, added_tables
 from cdc_sync.sync.opening import opening
-from cdc_sync.sync.planning import PipelinePlan, Unplanned, plan_pipeline, without_new_vectors
+from cdc_sync.sync.planning import (
+    PipelinePlan,
+    Unplanned,
+    in_force,
+    plan_pipeline,
+    without_new_vectors,
+)
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.requests import RequestMetrics
 from cdc_sync.sync.resync import Resync
@@ -44,6 +50,12 @@ from cdc_sync.sync.source_history import SourceHistory
 from cdc_sync.sync.stopped_tables import concerns_one_table
 from cdc_sync.sync.stream import Positions
 from cdc_sync.sync.streaming import Streaming
+from cdc_sync.sync.swaps import (
+    PipelineSwaps,
+    Swaps,
+    TablesChangedError,
+    rebuilt_tables,
+)
 from cdc_sync.sync.table_records import TableRecords
 from cdc_sync.sync.trials import StoppedError, Trials
 
@@ -82,8 +94,14 @@ class Pipeline:
         *,
         metrics: Metrics | None = None,
         board: StatusBoard | None = None,
+        swaps: Swaps | None = None,
     ) -> None:
+        self._configured = settings
+        #: Those in force: a table that was rebuilt may be kept by others than are configured.
         self.settings = settings
+        self._swaps = swaps
+        #: The collections of such tables, by name.
+        self._rebuilt: dict[str, str] = {}
         self.metrics = metrics if metrics is not None else Metrics()
         self.board = (
             board
@@ -114,10 +132,22 @@ class Pipeline:
         return self._sink
 
     @property
+    def has_sink(self) -> bool:
+        """Whether :meth:`run` has opened the sink."""
+        return self._sink is not None
+
+    @property
     def tables(self) -> tuple[PlannedTable, ...]:
         """The planned tables, once :meth:`run` has read the catalog."""
         assert self._plan is not None, "the pipeline has not planned its tables yet"
         return self._plan.tables
+
+    @property
+    def stopped_tables(self) -> list[str]:
+        """Why tables have stopped, a sentence each."""
+        tables = self.board.snapshot()["tables"]
+        assert isinstance(tables, list)
+        return [str(table["error"]) for table in tables if table["state"] == "stopped"]
 
     async def run(self, stop: asyncio.Event, *, restart: bool = False, once: bool = False) -> None:
         """Run until ``stop`` is set; then finish the batch in flight, confirm it, and return.
@@ -228,10 +258,14 @@ class Pipeline:
             trials=self._trials,
             sink_watch=self._together.sink_watch,
             history=self._together.history,
+            swaps=self._swaps or self._own_swaps(self._plan),
             once=self._once,
         )
         try:
             await self._streaming.run()
+        except TablesChangedError:
+            log.info("tables_planned_anew", reason="a table is kept in another collection now")
+            return False
         except SourceError as error:
             if not self._begins_anew(error.kind):
                 raise
@@ -242,6 +276,16 @@ class Pipeline:
                     await self._stop.wait()
             return False
         return True
+
+    def _own_swaps(self, plan: PipelinePlan) -> Swaps:
+        collections = {planned.name: planned.plan.collection for planned in plan.tables}
+        return PipelineSwaps(
+            self._configured, self.sink, self._together.records, self.metrics, collections
+        )
+
+    def stop(self) -> None:
+        """Have :meth:`run` end as when its event is set."""
+        self._stop.set()
 
     def _begins_anew(self, kind: ErrorKind) -> bool:
         """Whether to begin the stream anew after such an error, if a closer look says so too."""
@@ -365,6 +409,9 @@ class Pipeline:
 
     async def _make_plan(self, restart: bool) -> PipelinePlan:
         state = await self.sink.state.load(self.settings.pipeline.name)
+        self.settings = in_force(self._configured, state)
+        self._rebuilt = rebuilt_tables(self._configured, state)
+        self.board.set_rebuilt(self._rebuilt)
         owned = state is not None and state.owns_publication
         try:
             # Where everything is copied anew, or has to be complete, no table may be missing.
@@ -411,6 +458,8 @@ class Pipeline:
             )
             for warning in planned.warnings:
                 log.warning("plan_warning", table=planned.name, warning=warning)
+        for table, collection in self._rebuilt.items():
+            log.warning("configuration_outdated", table=table, collection=collection)
         log.info(
             "pipeline_planned",
             version=__version__,

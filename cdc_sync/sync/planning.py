@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from cdc_sync.config import Settings, TableSettings
-from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, MappingError, SourceError
+from cdc_sync.errors import (
+    CdcSyncError,
+    ConfigError,
+    ErrorKind,
+    MappingError,
+    SourceError,
+    StateError,
+)
 from cdc_sync.mapping.column_options import present_options
 from cdc_sync.mapping.ids import plan_fingerprint
 from cdc_sync.mapping.planner import PlanOptions, build_plan, key_family, replan
@@ -23,7 +30,7 @@ from cdc_sync.postgres.publication import Publication, check_publication, read_p
 from cdc_sync.postgres.row_filters import resolve_filter
 from cdc_sync.postgres.shards import parse_shard
 from cdc_sync.qdrant.open import check_collection_config
-from cdc_sync.qdrant.sink import PipelineState, TableState
+from cdc_sync.qdrant.sink import PipelineState, TableRebuild, TableState
 from cdc_sync.sync.preset_options import preset_options
 from cdc_sync.sync.routing import PlannedTable
 from cdc_sync.sync.stopped_tables import concerns_one_table
@@ -143,6 +150,7 @@ def plan_pipeline(
     Raises :class:`SourceError`, :class:`MappingError` or :class:`ConfigError` naming the table and
     the remedy.
     """
+    settings = in_force(settings, state)
     server = server_info(connection)
     publication = read_publication(connection, settings.source.publication)
     # The OIDs of another cluster are others.
@@ -182,6 +190,36 @@ def plan_pipeline(
             {p.table.oid: p.row_filter for p in planned},
         )
     return plan
+
+
+def in_force(settings: Settings, state: PipelineState | None) -> Settings:
+    """The settings with those of rebuilt tables, as long as the configuration still names the
+    collection that was replaced (``cdc-sync rebuild``)."""
+    known = state.tables if state is not None else ()
+    if not any(table.rebuild is not None and table.rebuild.settings for table in known):
+        return settings
+    tables = [settings_in_force(entry, recorded_as(entry.name, known)) for entry in settings.tables]
+    return settings.model_copy(update={"tables": tables})
+
+
+def settings_in_force(entry: TableSettings, record: TableState | None) -> TableSettings:
+    """The settings of one table; ``record``: its own, if it has one."""
+    if record is None or record.rebuild is None or not record.rebuild.settings:
+        return entry
+    return entry if entry.collection == record.collection else rebuilt_settings(record.rebuild)
+
+
+def rebuilt_settings(rebuild: TableRebuild) -> TableSettings:
+    """The settings of a rebuilt table, as on record. Raises :class:`StateError`."""
+    try:
+        return TableSettings.model_validate_json(rebuild.settings)
+    except ValueError as error:
+        # Not chained: it quotes the document.
+        raise StateError(
+            "the record of a rebuilt table holds settings that this version cannot read "
+            f"({type(error).__name__})",
+            "Run the version that wrote it, or name the new collection in the configuration.",
+        ) from None
 
 
 def is_named(configured: str, name: str) -> bool:

@@ -308,18 +308,23 @@ class Resync:
             # It is the stream that frees WAL.
             self._next_try = time.monotonic() + WAIT_SECONDS
             return
+        waits: str | None = None
         try:
             await self._retry(lambda: self._window(ready))
         except (TableRewrittenError, WindowPostponedError) as error:
             # The stream goes on meanwhile.
             self._next_try = time.monotonic() + _RETRY_SECONDS
-            log.info("window_postponed", reason=str(error))
+            waits = str(error)
+            log.info("window_postponed", reason=waits)
             return
         except CdcSyncError as error:
             if not concerns_one_table(error):
                 raise
             await self._blame(ready, error)
             return
+        finally:
+            for name in names:
+                self._board.table(name).update(waiting=waits)
         for oid in ready:
             self._barriers.pop(oid, None)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from cdc_sync.config import Settings
@@ -22,7 +23,7 @@ from cdc_sync.postgres.exclusive import wait_for_window
 from cdc_sync.postgres.watch import SourcePosition
 from cdc_sync.qdrant.sink import Sink
 from cdc_sync.sync.applier import Applier
-from cdc_sync.sync.control import Accepted, ControlChannel
+from cdc_sync.sync.control import Accepted, ControlChannel, ResyncRows, SwapRequest
 from cdc_sync.sync.dead_letter_retries import LetterRetries
 from cdc_sync.sync.dead_letters import DeadLetterOffice
 from cdc_sync.sync.gather import Batch, Gatherer
@@ -30,13 +31,14 @@ from cdc_sync.sync.heartbeat import Heartbeat
 from cdc_sync.sync.monitor import SourceMonitor
 from cdc_sync.sync.opening import opening
 from cdc_sync.sync.planning import PipelinePlan
-from cdc_sync.sync.reading import RowReader
+from cdc_sync.sync.reading import Reread, RowReader
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.resync import Resync
 from cdc_sync.sync.retry import is_transient
 from cdc_sync.sync.sink_watch import LetGoError, SinkWatch
 from cdc_sync.sync.source_history import SourceHistory
 from cdc_sync.sync.stream import Positions, StreamSession
+from cdc_sync.sync.swaps import Swaps, TablesChangedError
 from cdc_sync.sync.taking_slot import confirmed_position, server_position, start_stream
 from cdc_sync.sync.task_dump import dump_tasks
 from cdc_sync.sync.trials import Trials
@@ -73,6 +75,7 @@ class Streaming:
     trials: Trials
     sink_watch: SinkWatch
     history: SourceHistory
+    swaps: Swaps
     once: bool = False
     watching: asyncio.Task[None] | None = None
     reader: RowReader = field(init=False)
@@ -106,10 +109,13 @@ class Streaming:
             self.metrics,
             self.trials.stalled,
             resync,
-            self.reader.reread,
+            self._reread,
         )
         control = ControlChannel(
-            self.settings.pipeline.name, lambda: relations.tables, self.metrics
+            self.settings.pipeline.name,
+            lambda: relations.tables,
+            self.metrics,
+            follows=self.swaps.follows,
         )
         monitor = SourceMonitor(
             self.settings,
@@ -148,6 +154,12 @@ class Streaming:
     def _accept(self, control: ControlChannel, message: LogicalMessage) -> Accepted | None:
         return None if self.heartbeat.arrived(message) else control.accept(message)
 
+    async def _reread(self, request: ResyncRows, xids: Collection[int]) -> Reread | None:
+        # A place in the stream, which asks for no rows: it is met with the applier at rest.
+        if isinstance(request, SwapRequest):
+            return None
+        return await self.reader.reread(request, xids)
+
     def _observe(self, position: SourcePosition, definitions: dict[int, str]) -> None:
         self._walsender_waits = (position.waiting or "").lower()
         self.history.observe(position)
@@ -182,6 +194,7 @@ class Streaming:
             # It may have parked rows and applied transactions.
             self.positions.go_back(await asyncio.to_thread(confirmed_position, source))
             await self.dead_letters.open()
+            await self.swaps.compare()
             await asyncio.to_thread(self.resync.open)
             await self.resync.compare()
             await self.history.compare(self.relations)
@@ -219,7 +232,12 @@ class Streaming:
             )
             self._show_tables()
             self.board.set_source(True)
-            await self._run_session(session)
+            try:
+                await self._run_session(session)
+            except TablesChangedError:
+                # What was confirmed last has to arrive: the stream begins there again.
+                await asyncio.to_thread(connection.stop)
+                raise
             await asyncio.to_thread(connection.stop)
         finally:
             connection.close()
@@ -247,6 +265,7 @@ class Streaming:
             self.watching.result()
         if batch is not None:
             self._keep_book(batch)
+            await self._meet_requests(batch)
         self.heartbeat.applied(self.positions.applied)
         if self.history.due:
             keep = self.history.keep
@@ -267,6 +286,15 @@ class Streaming:
         if self.once and not reading and letters is None:
             await self._end_when_caught_up()
         return letters
+
+    async def _meet_requests(self, batch: Batch) -> None:
+        """Where a table may go over to a rebuilt collection, decide about it."""
+        for request in batch.rereads:
+            if isinstance(request, SwapRequest):
+                settled = not self.resync.wanted
+                await self.trials.until_sink(
+                    lambda r=request, s=settled: self.swaps.meet(r, batch.last_lsn, settled=s)  # type: ignore[misc]
+                )
 
     async def _end_when_caught_up(self) -> None:
         """Stop once the stream has passed the position at which nothing was left to copy."""

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from cdc_sync.errors import StateError
 from cdc_sync.mapping.plan import TablePlan
-from cdc_sync.qdrant.sink import PipelineState, StateStore, TableState
+from cdc_sync.qdrant.sink import PipelineState, StateStore, TableRebuild, TableState
 from cdc_sync.sync.planning import as_stale, fingerprint, stale_fingerprint
 from cdc_sync.sync.routing import PlannedTable
 
@@ -73,6 +73,22 @@ class TableRecords:
         """Tables join the pipeline, not copied yet."""
         new = tuple(table_state(planned, copied=False) for planned in added)
         await self._update(lambda tables: tables + new)
+
+    async def rebuilt(self, new: TableState) -> None:
+        """The table is kept in another collection from here on, by other settings."""
+        await self._replace(new.table, lambda _: new)
+
+    async def rebuild(self, table: str, change: Callable[[TableRebuild], TableRebuild]) -> None:
+        """Change what is on record of the table's rebuilds."""
+        await self._replace(
+            table,
+            lambda t: dataclasses.replace(t, rebuild=change(t.rebuild or TableRebuild(""))),
+        )
+
+    async def _replace(self, table: str, change: Callable[[TableState], TableState]) -> None:
+        await self._update(
+            lambda tables: tuple(change(t) if t.table == table else t for t in tables)
+        )
 
     async def _change(self, planned: PlannedTable, **changes: object) -> None:
         await self._update(

@@ -32,8 +32,15 @@ async def remove_pipeline(settings: Settings, sink: Sink) -> Removed:
     """Drop the slot, the publication if it is ours, and the records: these last, since a slot
     without records would hold WAL for ever, and nobody would know whose it is.
 
-    Raises :class:`SourceError`, SLOT_ACTIVE while something streams, and as the state store.
+    Raises :class:`SourceError`, SLOT_ACTIVE while something streams, :class:`ConfigError` while a
+    rebuild of one of its tables is under way, and as the state store.
     """
+    rebuilds = await sink.state.rebuilds(settings.pipeline.name)
+    if rebuilds:
+        raise ConfigError(
+            f"a rebuild of table {rebuilds[0].table} is under way, which has a slot of its own",
+            f"cdc-sync rebuild --abort --table {rebuilds[0].table}",
+        )
     state = await sink.state.load(settings.pipeline.name)
     removed = await asyncio.to_thread(_drop, settings, state)
     await sink.state.forget(settings.pipeline.name)

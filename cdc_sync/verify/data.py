@@ -86,6 +86,7 @@ async def verify_once(
                 )
                 found = await (verifier.run() if earlier is None else verifier.again(earlier))
                 _note_copy(state, found)
+                _note_rebuilt(await patiently(lambda: sink.state.load(name)), found)
                 verified.findings.append(found)
                 report.tables.append(found.report)
     finally:
@@ -122,6 +123,20 @@ def _note_copy(state: PipelineState | None, found: TableFindings) -> None:
         notes.append("its first copy is not complete yet")
     elif is_recorded_stale(record.plan_fingerprint):
         notes.append("it is to be read again as a whole, by the pipeline itself")
+
+
+def _note_rebuilt(state: PipelineState | None, found: TableFindings) -> None:
+    """What was found of a collection that was replaced meanwhile says nothing."""
+    name, collection = found.planned.name, found.planned.plan.collection
+    for record in state.tables if state is not None else ():
+        if record.table != name or record.rebuild is None or record.collection == collection:
+            continue
+        report = found.report
+        report.findings.clear()
+        found.keys.clear()
+        found.ids.clear()
+        report.undecided = max(1, report.undecided)
+        report.notes.append(f"it was rebuilt meanwhile, into {record.collection}: verify again")
 
 
 def plan_tables(

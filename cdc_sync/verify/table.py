@@ -91,6 +91,9 @@ class How:
         return "sample" if self.sample else "where" if self.where is not None else "full"
 
 
+#: Why the point of a row that is a dead letter differs.
+LETTER_CAUSE: Final = "it could not be written, and is a dead letter: cdc-sync dlq list"
+
 #: Told of rows compared or points looked up so far, of how many are expected, of what is being
 #: done, and of differences found.
 Progress = Callable[[int, int, str, int], None]
@@ -419,8 +422,7 @@ class TableVerifier:
         letter = self._dead_letters.get(str(id_))
         for deviation in judged.details.deviations:
             if letter is not None:
-                cause = "it could not be written, and is a dead letter: cdc-sync dlq list"
-                deviation = dataclasses.replace(deviation, cause=cause)
+                deviation = dataclasses.replace(deviation, cause=LETTER_CAUSE)
             if deviation.kind is Kind.MISSING:
                 report.missing += 1
                 if candidate.leaf is not None and letter is None:

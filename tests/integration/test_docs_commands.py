@@ -35,10 +35,12 @@ PROGRAM: Final[Any] = typer.main.get_command(app)
 #: Programs of others that are named in shell blocks; anything else there is a mistyped name.
 OTHER_PROGRAMS: Final = frozenset(
     {
+        ".",
         "aws",
         "az",
         "curl",
         "docker",
+        "export",
         "gcloud",
         "git",
         "install",

@@ -4,6 +4,7 @@ rules, made quicker."""
 from __future__ import annotations
 
 import itertools
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from tests.support.qdrant_control import QdrantProcess
 FACTOR: Final = 30
 SCRAPE_SECONDS: Final = 0.5
 ROWS: Final = 4_000
+SLOT: Final = "shop"
 _WAL_BYTES_PER_SECOND: Final = 8_000_000
 
 #: What is no duration in square brackets or after ``for``, and has to be smaller all the same.
@@ -36,11 +38,21 @@ _THRESHOLDS: Final = (
     ("timestamp_seconds > 300", "timestamp_seconds > 10"),
     ("wal_bytes > 10e9", "wal_bytes > 64e6"),
 )
+#: A bug to be alarmed by: on SIGUSR2 the daemon's main thread stands still while a file is there.
+_HANG: Final = """
+import os, signal, time
+
+def hang(*_):
+    while os.path.exists({flag!r}):
+        time.sleep(0.1)
+
+signal.signal(signal.SIGUSR2, hang)
+"""
 _SCHEMA: Final = f"""
-CREATE TABLE items (id bigint PRIMARY KEY, note text, emb vector);
-CREATE TABLE others (id bigint PRIMARY KEY, emb vector(3));
-INSERT INTO items SELECT i, 'first', ARRAY[i, 1, 2]::vector FROM generate_series(1, {ROWS}) i;
-INSERT INTO others SELECT i, ARRAY[i, 1, 2]::vector FROM generate_series(1, 100) i;
+CREATE TABLE products (id bigint PRIMARY KEY, note text, emb vector);
+CREATE TABLE reviews (id bigint PRIMARY KEY, emb vector(3));
+INSERT INTO products SELECT i, 'first', ARRAY[i, 1, 2]::vector FROM generate_series(1, {ROWS}) i;
+INSERT INTO reviews SELECT i, ARRAY[i, 1, 2]::vector FROM generate_series(1, 100) i;
 ANALYZE;
 """
 
@@ -59,16 +71,24 @@ def make_tables(database: Database) -> None:
     database.execute(_SCHEMA)
 
 
+def hanging_while(directory: Path) -> Path:
+    """The file that keeps the daemon of that directory from going on."""
+    return directory / "hang"
+
+
 def make_daemon(
     directory: Path, database: Database, qdrant: QdrantProcess, batch_delay: int
 ) -> Daemon:
-    """A daemon for both tables that is quick to notice things."""
+    """A daemon for both tables that is quick to notice things, and can be made to hang."""
+    hook = directory / "hook" / "sitecustomize.py"
+    hook.parent.mkdir()
+    hook.write_text(_HANG.format(flag=str(hanging_while(directory))), encoding="utf-8")
     daemon = Daemon(
         directory,
         pg_url=database.url,
         qdrant_url=qdrant.url,
-        tables=[{"name": "items", "dimensions": {"emb": 3}}, {"name": "others"}],
-        slot="incident",
+        tables=[{"name": "products", "dimensions": {"emb": 3}}, {"name": "reviews"}],
+        slot=SLOT,
         pipeline={"let_go_seconds": 5.0, "heartbeat_seconds": 0.5},
         migration={
             "num_workers": 1,
@@ -76,18 +96,20 @@ def make_daemon(
             "batch_delay": batch_delay,
             "chunk_rows": 500,
         },
+        env={"PYTHONPATH": str(hook.parent)},
     )
     with daemon.config.open("a", encoding="utf-8") as config:
-        config.write("[verify]\ncontinuous = true\nrows_per_second = 4000\npause_seconds = 2\n")
+        config.write("[verify]\ncontinuous = true\nrows_per_second = 4000\npause_seconds = 25\n")
     return daemon
 
 
 @dataclass
 class Load:
-    """Transactions of an application, and as much WAL besides as is asked for."""
+    """Transactions of an application, unless paused, and as much WAL besides as is asked for."""
 
     database: Database
     wal_bytes: int = 0
+    paused: bool = False
     committed: int = 0
     _stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -116,12 +138,14 @@ class Load:
         for number in itertools.count(self.committed):
             if self._stopping.wait(0.02):
                 return
+            while self.paused and not self._stopping.wait(0.2):
+                pass
             id_ = number % ROWS + 1
             statement = (
-                "UPDATE items SET note = %(n)s::text WHERE id = %(id)s",
-                "UPDATE items SET emb = ARRAY[%(n)s, 2, 3]::vector WHERE id = %(id)s",
-                "DELETE FROM items WHERE id = %(id)s",
-                "INSERT INTO items VALUES (%(id)s, 'new', '[1,2,3]') ON CONFLICT DO NOTHING",
+                "UPDATE products SET note = %(n)s::text WHERE id = %(id)s",
+                "UPDATE products SET emb = ARRAY[%(n)s, 2, 3]::vector WHERE id = %(id)s",
+                "DELETE FROM products WHERE id = %(id)s",
+                "INSERT INTO products VALUES (%(id)s, 'new', '[1,2,3]') ON CONFLICT DO NOTHING",
             )[number // 7 % 4]
             connection.execute(statement, {"n": number, "id": id_})
             self.committed += 1
@@ -139,6 +163,7 @@ class Load:
 class Scene:
     """Everything of an incident, and what happened when."""
 
+    directory: Path
     daemon: Daemon
     database: Database
     qdrant: QdrantProcess
@@ -165,14 +190,26 @@ class Scene:
             make_daemon(directory, database, qdrant, batch_delay) as daemon,
             Load(database).running() as load,
         ):
-            scene = cls(daemon, database, qdrant, prometheus, load)
+            scene = cls(directory, daemon, database, qdrant, prometheus, load)
             scene.start()
             yield scene
 
-    def start(self) -> None:
+    def start(self, *arguments: str) -> None:
         """Start the daemon, and scrape it where it listens now."""
-        self.daemon.start(wait=False)
+        self.daemon.start(*arguments, wait=False)
         self.prometheus.scrape(self.daemon.port)
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Have the daemon's main thread stand still."""
+        flag = hanging_while(self.directory)
+        flag.touch()
+        assert self.daemon.process is not None
+        self.daemon.process.send_signal(signal.SIGUSR2)
+        try:
+            yield
+        finally:
+            flag.unlink()
 
     def wait(self, condition: Callable[[], bool], what: str, seconds: float = 120.0) -> float:
         """Wait, and return when it was so (Unix time)."""

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -58,7 +58,8 @@ class Series:
 
 
 class Prometheus:
-    """A server in a directory of its own. Targets are given by :meth:`scrape`."""
+    """A server in a directory of its own. Targets are given by :meth:`scrape`, unless it is given
+    its ``scrape_configs``."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class Prometheus:
         *,
         interval_seconds: float,
         rules: str | None = None,
+        scrape_configs: Sequence[object] | None = None,
     ) -> None:
         self._program = required_program("prometheus", "prometheus")
         self._directory = directory
@@ -79,7 +81,9 @@ class Prometheus:
                 "scrape_timeout": interval,
                 "evaluation_interval": interval,
             },
-            "scrape_configs": [
+            "scrape_configs": list(scrape_configs)
+            if scrape_configs is not None
+            else [
                 {
                     "job_name": "cdc-sync",
                     "file_sd_configs": [{"files": ["targets.json"], "refresh_interval": "1s"}],

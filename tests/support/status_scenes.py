@@ -1,15 +1,15 @@
-"""Scenes of a pipeline's life on a status board, for the status page, the terminal and their
-pictures: ``python -m tests.support.status_scenes DIRECTORY`` draws them all."""
+"""Scenes of a pipeline's life on a status board, for tests of the status page and the terminal.
+
+The pictures in docs/images are of a real daemon: tests/operate/screenshots.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Final
 
 from cdc_sync.ops.http import HttpServer
@@ -17,7 +17,6 @@ from cdc_sync.ops.logging import EventLogger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.recent_events import RecentEvents
 from cdc_sync.ops.status import StatusBoard
-from tests.support.chromium import Browser, find_chromium
 
 MIB: Final = 1 << 20
 HOSTILE: Final = (
@@ -204,47 +203,3 @@ def served(scene: Scene) -> Iterator[HttpServer]:
     """The scene's endpoint."""
     with HttpServer("127.0.0.1", 0, board=scene.board, metrics=scene.metrics) as server:
         yield server
-
-
-def draw_all(directory: Path) -> None:
-    """Draw every scene, light and wide; some dark, and as on a phone."""
-    program = find_chromium()
-    if program is None:
-        raise SystemExit("no chromium here")
-    directory.mkdir(parents=True, exist_ok=True)
-    with Browser(program) as browser:
-        for name, make in SCENES.items():
-            _draw(browser, make(), directory / f"status-{name}.png")
-        _draw(browser, streaming(), directory / "status-streaming-dark.png", dark=True)
-        _draw(browser, qdrant_away(), directory / "status-qdrant-away-dark.png", dark=True)
-        _draw(browser, copying(), directory / "status-copying-phone.png", width=360)
-        _draw(
-            browser, stopped_table(), directory / "status-stopped-table-phone.png",
-            width=360, dark=True,
-        )  # fmt: skip
-        _draw(browser, streaming(), directory / "status-daemon-gone.png", gone=True)
-
-
-def _draw(
-    browser: Browser,
-    scene: Scene,
-    path: Path,
-    *,
-    width: int = 1120,
-    dark: bool = False,
-    gone: bool = False,
-) -> None:
-    with browser.page(width=width, height=200, dark=dark) as tab:
-        with served(scene) as server:
-            tab.go(f"{server.url}/")
-            tab.wait("document.querySelector('#tables td') !== null")
-        if gone:
-            tab.wait("document.body.innerText.includes('No answer since')")
-        height = tab.evaluate("Math.ceil(document.querySelector('.page').offsetHeight) + 40")
-        assert isinstance(height, int)
-        tab.resize(width, height)
-        tab.screenshot(path)
-
-
-if __name__ == "__main__":
-    draw_all(Path(sys.argv[1]))

@@ -43,6 +43,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("dlq", "retry"),
     ("dlq", "drop"),
     ("check",),
+    ("bench",),
     ("status",),
     ("demo",),
     ("version",),

@@ -277,6 +277,33 @@ def test_a_loop_that_is_stuck_is_told(scene: Scene) -> None:
     scene.board.heartbeat("writer")
     scene.now += 61
     assert summary(scene) == ("critical", "Stuck")
+    found = told(scene)["summary"]
+    assert isinstance(found, dict)
+    assert found["text"] == "writer: last turn 61 s ago"
+
+
+def test_a_lag_that_nobody_measures_grows(scene: Scene) -> None:
+    def measured() -> object:
+        scene.board.refresh_lag()
+        return scene.metrics.registry.get_sample_value("cdc_sync_lag_seconds")
+
+    scene.stream()
+    scene.board.set_lag(lag_bytes=0, seconds=2.0)
+    scene.board.heartbeat("clock")
+    scene.now += 9
+    assert (told(scene)["lag"], measured()) == ({"bytes": 0, "seconds": 2.0}, 2.0)
+    scene.now += 21
+    assert (told(scene)["lag"], measured()) == ({"bytes": 0, "seconds": 32.0}, 32.0)
+    assert summary(scene) == ("busy", "Catching up")
+    scene.board.set_lag(lag_bytes=0, seconds=0.0)
+    scene.board.heartbeat("clock")
+    assert (told(scene)["lag"], measured()) == ({"bytes": 0, "seconds": 0.0}, 0.0)
+    scene.now += 30
+    scene.board.set_lag(lag_bytes=None, seconds=None)
+    assert (told(scene)["lag"], measured()) == ({"bytes": None, "seconds": None}, None)
+    scene.board.set_lag(lag_bytes=0, seconds=0.0)
+    scene.board.retire("clock")
+    assert (told(scene)["lag"], measured()) == ({"bytes": 0, "seconds": 0.0}, 0.0)
 
 
 def test_the_progress_of_a_copy_is_that_of_its_rows() -> None:

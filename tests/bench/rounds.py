@@ -1,0 +1,64 @@
+"""Rounds in which several ways take turns, and what they come to.
+
+Rates depend on the machine and on who else uses it; the ratio of two ways that ran one after the
+other does so much less. So ratios are taken round by round, and their median counts.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Median:
+    """The median of rounds, and the least and the largest."""
+
+    value: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Median:
+        """Raises ``ValueError`` for no values."""
+        if not values:
+            raise ValueError("no rounds were measured")
+        return cls(statistics.median(values), min(values), max(values))
+
+
+def take_turns(
+    rounds: int, *ways: Callable[[], T], warm_up: int = 1, rest: Callable[[], object] = gc.collect
+) -> list[list[T]]:
+    """Run every way once a round, and every second round in reverse order, so that a drift of the
+    machine's speed favours none. Returns the results by way.
+
+    Results of ``warm_up`` rounds before are thrown away. ``rest`` is called before each.
+    """
+    results: list[list[T]] = [[] for _ in ways]
+    for number in range(-warm_up, rounds):
+        order = list(zip(ways, results, strict=True))
+        for way, found in order if number % 2 == 0 else reversed(order):
+            rest()
+            result = way()
+            if number >= 0:
+                found.append(result)
+    return results
+
+
+def ratios(of: Sequence[float], to: Sequence[float]) -> Median:
+    """The median of the ratios, round by round."""
+    return Median.of([a / b for a, b in zip(of, to, strict=True)])
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    """The value below which that part (0 to 1) of the values lies: the nearest rank. Raises
+    ``ValueError`` for no values."""
+    if not values:
+        raise ValueError("no values")
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, round(part * len(ordered)) - 1))]
