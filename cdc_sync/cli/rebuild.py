@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from cdc_sync.qdrant.sink import RebuildState
     from cdc_sync.sync.rebuild_end import Progress
     from cdc_sync.verify.rebuild import Rebuilt
+
+_INDEX_SECONDS = 600.0
 
 
 @takes_settings
@@ -46,6 +48,12 @@ def rebuild(
         bool,
         typer.Option("--no-swap", help="Fill and verify only; run again without it to go over."),
     ] = False,
+    index_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0.0, help="How long Qdrant may build its index before the swap."
+        ),
+    ] = _INDEX_SECONDS,
     show: Annotated[
         bool, typer.Option("--status", help="Say how far the rebuild is, and end.")
     ] = False,
@@ -69,21 +77,25 @@ def rebuild(
     if sum((show, abort, drop_old is not None)) > 1:
         raise typer.BadParameter("--status, --abort and --drop-old exclude each other.")
     if show:
-        return asyncio.run(_with_sink(loaded.settings, _status(loaded.settings, table, as_json)))
+        return _with_sink(loaded.settings, _status(loaded.settings, table, as_json))
     if abort:
-        return asyncio.run(_with_sink(loaded.settings, _abort(loaded.settings, table)))
+        return _with_sink(loaded.settings, _abort(loaded.settings, table))
     if drop_old is not None:
-        work = _drop(loaded.settings, table, drop_old, yes)
-        return asyncio.run(_with_sink(loaded.settings, work))
+        return _with_sink(loaded.settings, _drop(loaded.settings, table, drop_old, yes))
     if to is None or alias is None:
         raise typer.BadParameter("--to and --alias are needed.")
-    return _rebuild(loaded, table, to, alias, (not no_swap, as_json))
+    how = _How(not no_swap, index_timeout, as_json)
+    return _rebuild(loaded, table, to, alias, how)
 
 
-def _rebuild(
-    loaded: LoadedSettings, table: str, to: Path, alias: str, how: tuple[bool, bool]
-) -> int:
-    swap, as_json = how
+@dataclass(frozen=True, slots=True)
+class _How:
+    swap: bool
+    index_seconds: float
+    as_json: bool
+
+
+def _rebuild(loaded: LoadedSettings, table: str, to: Path, alias: str, how: _How) -> int:
     with ended_by_sigterm(128 + signal.SIGTERM):
         from cdc_sync.sync.rebuild_begin import Order
         from cdc_sync.verify.rebuild import rebuild as start
@@ -91,11 +103,11 @@ def _rebuild(
         order = Order(loaded.settings, _wanted(loaded, to), table, alias)
 
         def say(line: str) -> None:
-            typer.echo(line, err=as_json)
+            typer.echo(line, err=how.as_json)
 
         http = loaded.origin("http.port").kind == "flag"
-        rebuilt = start(order, say, swap=swap, http=http)
-    typer.echo(_as_json(rebuilt) if as_json else _as_text(rebuilt))
+        rebuilt = start(order, say, swap=how.swap, index_seconds=how.index_seconds, http=http)
+    typer.echo(_as_json(rebuilt) if how.as_json else _as_text(rebuilt))
     return _exit_code(rebuilt)
 
 
@@ -184,15 +196,21 @@ def _as_text(rebuilt: Rebuilt) -> str:
 Work = Callable[["ServerSink"], Awaitable[int]]
 
 
-async def _with_sink(settings: Settings, work: Work) -> int:
-    from cdc_sync.qdrant.open import open_sink
-    from cdc_sync.sync.rebuild import as_server
+def _with_sink(settings: Settings, work: Work) -> int:
+    # Not above: help is given without it.
+    import asyncio
 
-    sink = await open_sink(settings.qdrant)
-    try:
-        return await work(as_server(sink))
-    finally:
-        await sink.close()
+    async def run() -> int:
+        from cdc_sync.qdrant.open import open_sink
+        from cdc_sync.sync.rebuild import as_server
+
+        sink = await open_sink(settings.qdrant)
+        try:
+            return await work(as_server(sink))
+        finally:
+            await sink.close()
+
+    return asyncio.run(run())
 
 
 async def _found(settings: Settings, sink: ServerSink, table: str) -> RebuildState:

@@ -218,6 +218,8 @@ _ORDER: Final[Sequence[Severity]] = ("critical", "warning", "busy", "ok")
 
 def _undisturbed(facts: Facts) -> Summary:
     if facts.state == "streaming":
+        if again := [t for t in facts.tables.values() if t.state in _UNFINISHED or t.waiting]:
+            return _reading_again(again, facts.tables)
         if facts.lag_seconds is None:
             return Summary("busy", "Streaming", "How far Qdrant is behind is not known yet.")
         if facts.lag_seconds >= IN_STEP_SECONDS:
@@ -247,6 +249,16 @@ def _copy_text(tables: Mapping[str, TableFacts]) -> str:
     done = sum(_rows(table)[0] for table in tables.values())
     which = "1 table is" if unfinished == 1 else f"{unfinished} tables are"
     return f"{done:,} rows so far; {which} not complete. Changes are applied in between."
+
+
+def _reading_again(again: Sequence[TableFacts], tables: Mapping[str, TableFacts]) -> Summary:
+    which = "1 table is" if len(again) == 1 else f"{len(again)} tables are"
+    text = f"{which} read again; until that is done, points may differ from their rows."
+    waiting = next((table.waiting for table in again if table.waiting), None)
+    if waiting:
+        text += f" Waiting: {waiting}."
+    copies = any(table.state in _UNFINISHED for table in again)
+    return Summary("busy", "Reading again", text, _progress(tables) if copies else None)
 
 
 _UNFINISHED: Final = frozenset({"pending", "copying"})

@@ -241,15 +241,21 @@ def _gather(
     append, get_copy_data = chunks.append, pgconn.get_copy_data
     poller = select.poll()
     poller.register(pgconn.socket, select.POLLIN)
+    fresh = False
     while max_chunks > 0 and max_bytes > 0:
         size, data = get_copy_data(1)
         if size > 0:
             append(data)
             max_chunks -= 1
             max_bytes -= size
+            fresh = False
         elif size == 0:
-            poller.poll(_POLL_MILLISECONDS)
+            # Most of the time there is more on the socket: to wait for it would be a system call
+            # more, and a turn for another thread each time.
+            if fresh:
+                poller.poll(_POLL_MILLISECONDS)
             pgconn.consume_input()
+            fresh = True
         else:
             return chunks, True
     return chunks, False

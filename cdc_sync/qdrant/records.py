@@ -51,6 +51,8 @@ def pipeline_record(state: PipelineState) -> Record:
                 "copied": table.copied,
                 "oid": table.oid,
                 "vectors": list(table.vectors),
+                "read_lsn": str(table.read_lsn),
+                "swept_lsn": str(table.swept_lsn),
                 **({"rebuild": dataclasses.asdict(table.rebuild)} if table.rebuild else {}),
             }
             for table in state.tables
@@ -290,6 +292,9 @@ def _table_state(record: object, where: str) -> TableState:
         oid=_number(record, "oid", where),
         vectors=_names(record, "vectors", where),
         rebuild=_table_rebuild(record.get("rebuild"), where),
+        # Records of earlier versions have none.
+        read_lsn=_number({"read_lsn": 0, **record}, "read_lsn", where),
+        swept_lsn=_number({"swept_lsn": 0, **record}, "swept_lsn", where),
     )
 
 

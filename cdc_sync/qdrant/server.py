@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 
-from qdrant_client.grpc import HealthCheckReply
+from qdrant_client.grpc import CollectionStatus, HealthCheckReply
 
 from cdc_sync.config import QdrantSettings
 from cdc_sync.errors import ConfigError, ErrorKind, SinkError
@@ -94,6 +94,12 @@ class ServerSink:
     async def exists(self, collection: str) -> bool:
         """Whether there is a collection, or an alias, of this name."""
         return await self._collections.info(collection) is not None
+
+    async def status(self, collection: str) -> str:
+        """Green, yellow (being optimized), grey (waiting for that) or red; empty if there is no
+        such collection."""
+        info = await self._collections.info(collection)
+        return "" if info is None else CollectionStatus.Name(info.status).lower()
 
     async def drop(self, collection: str) -> None:
         """Remove a collection by name, present or not."""

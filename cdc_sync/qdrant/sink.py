@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 
 from cdc_sync.mapping.comparison import StoredArray
 from cdc_sync.mapping.plan import TablePlan
@@ -185,11 +185,19 @@ class TableRebuild:
     alias: str = ""
 
 
+#: A position that no stream comes to.
+NEVER: Final = (1 << 64) - 1
+
+
 @dataclass(frozen=True, slots=True)
 class TableState:
     """Our record of one table of the pipeline; ``copied`` once its first copy is complete.
 
     ``oid`` is the table's, ``vectors`` its columns that are vectors of the collection.
+    ``read_lsn`` is where the stream was, at the least, when its rows were last read for changes
+    that the stream does not bring; ``swept_lsn`` when its points were last looked through for
+    rows that are gone without a message. A stream that begins before that makes it necessary
+    again; :data:`NEVER` says that it is to be done.
     """
 
     table: str
@@ -199,6 +207,8 @@ class TableState:
     oid: int = 0
     vectors: tuple[str, ...] = ()
     rebuild: TableRebuild | None = None
+    read_lsn: int = 0
+    swept_lsn: int = 0
 
 
 @dataclass(frozen=True, slots=True)

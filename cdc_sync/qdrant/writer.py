@@ -71,6 +71,8 @@ class _Outcome:
     missing: set[PointId] = field(default_factory=set)
     refused: list[tuple[PointId, str]] = field(default_factory=list)
     unmappable: set[PointId] = field(default_factory=set)
+    #: Lanes encode one after another: the first request is on its way the earlier.
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 @dataclass(slots=True)
@@ -102,8 +104,6 @@ class ServerWriter:
         self._collections = Collections(rpc)
         self._filter = messages.table_filter(plan)
         self._target = f"collection {plan.collection}"
-        # Lanes encode one after another: the first request is on its way the earlier.
-        self._turn = asyncio.Lock()
 
     @property
     def plan(self) -> TablePlan:
@@ -205,7 +205,7 @@ class ServerWriter:
         most, size = self._pace.bytes, 0
         request: list[tuple[PointId, bytes]] = []
         # Large rows are encoded in a thread, and for them the others need not wait.
-        async with contextlib.nullcontext() if large else self._turn:
+        async with contextlib.nullcontext() if large else outcome.turn:
             if left.encoded is not None:
                 request.append(left.encoded)
                 size = len(left.encoded[1])

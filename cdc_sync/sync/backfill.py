@@ -31,6 +31,7 @@ from cdc_sync.sync.executors import ChunkExecutor, open_executor
 from cdc_sync.sync.ledger import Ledger
 from cdc_sync.sync.opening import opening
 from cdc_sync.sync.orphans import sweep
+from cdc_sync.sync.planning import fingerprint
 from cdc_sync.sync.retention import RetainedWal, WindowCutError, WindowTime
 from cdc_sync.sync.routing import PlannedTable
 
@@ -92,6 +93,10 @@ class Backfill:
     def has_begun(self, table: str) -> bool:
         """Whether a copy of the table is under way."""
         return table in self._ledgers
+
+    def is_outdated(self, planned: PlannedTable) -> bool:
+        """Whether the table is not as it was when the copy under way was last gone on with."""
+        return self._ledgers[planned.name].record.fingerprint != fingerprint(planned)
 
     def may_be_older(self, table: str) -> bool:
         """Whether a copy of the table is under way that found points there, or may have."""

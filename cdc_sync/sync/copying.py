@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Final, cast
 
 from cdc_sync.config import QdrantSettings, SourceSettings
 from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError
@@ -32,6 +32,8 @@ from cdc_sync.sync.writing import writing
 
 #: How long a lock on a table may be waited for in a window.
 LOCK_SECONDS = 2.0
+#: Turns of the event loop that a writer needs to send its first requests, and one more.
+_TURNS: Final = 3
 #: Told of every retry: the error, and the seconds until the next try.
 OnRetry = Callable[[CdcSyncError, float], None]
 
@@ -100,25 +102,25 @@ async def copy_chunk(
 ) -> ChunkResult:
     """Copy the chunk over a connection that has imported the snapshot.
 
-    The next rows are read while the last ones are written. Transient sink errors are retried
-    without end. Once ``stop`` is set it ends after the write in progress and raises
-    :class:`CopyStoppedError`; the connection is then closed.
+    The next rows are read, and prepared as far as that goes without the writer, while the last ones
+    are written. Transient sink errors are retried without end. Once ``stop`` is set it ends after
+    the write in progress and raises :class:`CopyStoppedError`; the connection is then closed.
     """
     started = time.monotonic()
     point_id = compile_point_id(task.plan)
     nulled = writer.values_nulled
     batch = _Batch(task, writer, _Pauses(stop), on_retry)
     batches = _batches(connection, task)
-    rows = await asyncio.to_thread(_next_rows, batches)
-    while rows:
+    prepared = await asyncio.to_thread(_next_rows, batches, point_id)
+    while prepared is not None:
         batch.pauses.check()
-        reading = asyncio.ensure_future(asyncio.to_thread(_next_rows, batches))
+        reading = asyncio.ensure_future(_read_behind(batches, point_id))
         try:
-            await batch.write(rows, point_id)
+            await batch.write(prepared)
         finally:
             # The thread cannot be cancelled; the connection is used by nobody else until it is
             # done.
-            rows = await reading
+            prepared = await reading
     return ChunkResult(
         chunk=task.chunk,
         rows=batch.rows,
@@ -141,8 +143,37 @@ def _batches(connection: PgConnection, task: CopyTask) -> Iterator[list[Row]]:
     return copy_rows(connection, query, text_columns, batch_rows=task.batch_rows)
 
 
-def _next_rows(batches: Iterator[list[Row]]) -> list[Row]:
-    return next(batches, [])
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """Rows with the ids of their points, and those of which no id could be made."""
+
+    changes: Changes
+    unmappable: list[Refusal]
+    rows: int
+    bytes: int
+
+
+async def _read_behind(
+    batches: Iterator[list[Row]], point_id: Callable[[Row], PointId]
+) -> _Prepared | None:
+    """Read once the first requests have been sent: while they are encoded Qdrant has nothing to do,
+    and a thread that reads meanwhile would make that take longer."""
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
+    return await asyncio.to_thread(_next_rows, batches, point_id)
+
+
+def _next_rows(
+    batches: Iterator[list[Row]], point_id: Callable[[Row], PointId]
+) -> _Prepared | None:
+    rows = next(batches, [])
+    if not rows:
+        return None
+    changes, unmappable = _upserts(rows, point_id)
+    size = _size(rows)
+    # What is beyond a batch's measure belongs to one row.
+    changes.large = size > BATCH_BYTES + LARGE_ROW_BYTES
+    return _Prepared(changes, unmappable, len(rows), size)
 
 
 class _Pauses:
@@ -176,14 +207,11 @@ class _Batch:
         self.refused: list[Refusal] = []
         self.retries: Counter[ErrorKind] = Counter()
 
-    async def write(self, rows: list[Row], point_id: Callable[[Row], PointId]) -> None:
-        changes, unmappable = _upserts(rows, point_id)
-        self.refused += unmappable
-        self.rows += len(rows)
-        size = _size(rows)
-        self.bytes += size
-        # What is beyond a batch's measure belongs to one row.
-        changes.large = size > BATCH_BYTES + LARGE_ROW_BYTES
+    async def write(self, prepared: _Prepared) -> None:
+        changes = prepared.changes
+        self.refused += prepared.unmappable
+        self.rows += prepared.rows
+        self.bytes += prepared.bytes
         applied = await (self._repair(changes) if self._task.repair else self._apply(changes))
         self.refused += refusals(self._task.plan, applied, changes.upserts)
         if self._task.batch_delay_seconds > 0:

@@ -289,6 +289,9 @@ async def _examine(
             f"alias {alias} stands for {aliases[alias]}, not for {old}, which holds {record.table}",
             "Name the alias by which the table's collection is read.",
         )
+    if alias in aliases:
+        # Where it points already: that it can be moved is better known now than after the swap.
+        await sink.aliases.point(alias, old)
     worker, slot = worker_names(order.settings, record.table)
     return RebuildState(
         pipeline=order.settings.pipeline.name,

@@ -75,6 +75,24 @@ class Relations:
                 elif planned.table.partitioned and is_stored_anew(known.plan_fingerprint, planned):
                     self.mark_unswept(planned)
 
+    def mark_replayed(self, state: PipelineState, begins: int) -> list[tuple[PlannedTable, bool]]:
+        """Mark the tables of which a stream that begins there brings changes again that others have
+        followed which it does not bring (R34, R39). The slot's position goes back when Postgres
+        crashes before it has saved it. Returns them, each with whether its rows must be read."""
+        found = []
+        reason = "the stream begins before the table was last read"
+        for known in state.tables:
+            planned = self.find(known.table)
+            if planned is None or max(known.read_lsn, known.swept_lsn) <= begins:
+                continue
+            rows = known.read_lsn > begins
+            if rows:
+                self.mark(planned, reason)
+            else:
+                self.mark_unswept(planned, reason)
+            found.append((planned, rows))
+        return found
+
     def is_redefined(self, oid: int, definition: str) -> bool:
         """Whether a table is not defined any more as when it was read as a whole."""
         known = self._definitions.get(oid)
@@ -221,11 +239,13 @@ class Relations:
             self.stale.add(planned.plan.oid)
             log.info("resync_wanted", table=planned.name, reason=reason)
 
-    def mark_unswept(self, planned: PlannedTable) -> None:
+    def mark_unswept(
+        self, planned: PlannedTable, reason: str = "a partition has other storage"
+    ) -> None:
         """Have the table's points looked through for those without a row."""
         if planned.plan.oid not in self.unswept:
             self.unswept.add(planned.plan.oid)
-            log.info("sweep_wanted", table=planned.name, reason="a partition has other storage")
+            log.info("sweep_wanted", table=planned.name, reason=reason)
 
     def _resolve(self, oid: int, typmod: int) -> PgType:
         known = self._types.get((oid, typmod))

@@ -43,7 +43,7 @@ from cdc_sync.postgres.watch import (
     source_position,
     transaction_horizon,
 )
-from cdc_sync.qdrant.sink import CollectionState, Sink, TableState
+from cdc_sync.qdrant.sink import NEVER, CollectionState, Sink, TableState
 from cdc_sync.sync.backfill import Backfill, Retry
 from cdc_sync.sync.copying import LOCK_SECONDS
 from cdc_sync.sync.gather import Batch
@@ -101,6 +101,8 @@ class Resync:
         self._uncopied: set[str] = set()
         #: Tables of which points may be there, be they copied or not.
         self._touched: set[str] = set()
+        #: Tables that are to be read again since the stream brings old changes once more.
+        self._replayed: set[str] = set()
         self._barriers: dict[int, _Barrier] = {}
         self._next_try = 0.0
         self._replanner = Replanner(settings)
@@ -151,9 +153,9 @@ class Resync:
         for oid, definition in definitions.items():
             self._relations.observe(oid, definition)
 
-    async def compare(self) -> None:
-        """Mark tables that are not as the record says, or not copied yet. Errors as of the state
-        store."""
+    async def compare(self, begins: int | None = None) -> None:
+        """Mark tables that are not as the record says, or not copied yet; ``begins`` is where the
+        stream does, if it does. Errors as of the state store."""
         state = await self._records.load()
         if state is None:
             return
@@ -177,6 +179,11 @@ class Resync:
         for planned in self._relations.tables:
             if planned.name in self._uncopied:
                 self._relations.mark(planned, "not copied yet")
+        replayed = [] if begins is None else self._relations.mark_replayed(state, begins)
+        for planned, rows in replayed:
+            await self._records.reading(planned, NEVER, rows=rows)
+        self._replayed = {planned.name for planned, _ in replayed}
+        self._touched |= self._replayed
         wanted = self._relations.stale | self._relations.unswept
         names = {p.name for p in self._relations.tables if p.plan.oid in wanted}
         ledgers = await self._sink.state.ledgers(self._settings.pipeline.name)
@@ -186,7 +193,7 @@ class Resync:
                 await self._sink.state.drop_ledger(ledger.pipeline, ledger.table)
         self._backfill.take_up(ledger for ledger in ledgers if ledger.table in names)
         for planned in self._relations.tables:
-            if self.stopped.holds(planned.name):
+            if self.stopped.holds(planned.name) or planned.name in self._replayed:
                 await self._backfill.restart(planned)
 
     async def note(self, batch: Batch) -> None:
@@ -469,8 +476,14 @@ class Resync:
         await self._sink.ensure_collection(
             planned.plan, create=self._settings.migration.create_collection
         )
-        if not self._backfill.has_begun(planned.name):
+        fresh = not self._backfill.has_begun(planned.name)
+        if fresh:
             await self._begin(planned)
+        outdated = self._backfill.is_outdated(planned) or planned.name in self._replayed
+        if outdated or (fresh and self._backfill.may_be_older(planned.name)):
+            again = planned.name not in self._uncopied and oid in self._relations.stale
+            await self._records.reading(planned, self._barriers[oid].lsn, rows=again)
+            self._replayed.discard(planned.name)
         if not found.exists:
             # Whatever was copied is gone with it.
             await self._backfill.restart(planned)

@@ -148,7 +148,8 @@ class Streaming:
             self.reader.close()
 
     def _is_busy(self) -> bool:
-        """Whether something goes on that moves no position: a window, or work of the walsender."""
+        """Whether something goes on that moves no position: a window, a rebuild that is awaited, or
+        work of the walsender."""
         return self._in_window or self._walsender_waits not in _IDLE_WAITS
 
     def _accept(self, control: ControlChannel, message: LogicalMessage) -> Accepted | None:
@@ -196,7 +197,7 @@ class Streaming:
             await self.dead_letters.open()
             await self.swaps.compare()
             await asyncio.to_thread(self.resync.open)
-            await self.resync.compare()
+            await self.resync.compare(self.positions.applied)
             await self.history.compare(self.relations)
             timeout = connection.wal_sender_timeout_seconds
             gatherer = Gatherer(
@@ -290,11 +291,16 @@ class Streaming:
     async def _meet_requests(self, batch: Batch) -> None:
         """Where a table may go over to a rebuilt collection, decide about it."""
         for request in batch.rereads:
-            if isinstance(request, SwapRequest):
-                settled = not self.resync.wanted
+            if not isinstance(request, SwapRequest):
+                continue
+            settled = not self.resync.wanted
+            self._in_window = True
+            try:
                 await self.trials.until_sink(
                     lambda r=request, s=settled: self.swaps.meet(r, batch.last_lsn, settled=s)  # type: ignore[misc]
                 )
+            finally:
+                self._in_window = False
 
     async def _end_when_caught_up(self) -> None:
         """Stop once the stream has passed the position at which nothing was left to copy."""

@@ -191,7 +191,9 @@ class PipelineSwaps:
             if filled is None or not filled.copied or is_recorded_stale(filled.plan_fingerprint):
                 await self._let_go(rebuild, "the table is to be read again")
                 return False
-            await self._take(sink, rebuild, filled)
+            # Of what was changed before its slot was made, that one's stream brings nothing.
+            read_lsn = max(filled.read_lsn, worker.slot_lsn if worker is not None else 0)
+            await self._take(sink, rebuild, replace(filled, read_lsn=read_lsn))
         finally:
             await asyncio.to_thread(lock.close)
         return True

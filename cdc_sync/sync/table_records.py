@@ -33,6 +33,11 @@ class TableRecords:
         text = stale_fingerprint(planned) if stale else fingerprint(planned)
         await self._change(planned, plan_fingerprint=text, copied=True)
 
+    async def reading(self, planned: PlannedTable, lsn: int, *, rows: bool) -> None:
+        """The table's points are going to be looked through, and its ``rows`` be read if so, with
+        the stream at ``lsn`` or beyond."""
+        await self._change(planned, swept_lsn=lsn, **({"read_lsn": lsn} if rows else {}))
+
     async def stale(self, planned: PlannedTable) -> None:
         """The table must be copied again."""
         await self._change(planned, plan_fingerprint=stale_fingerprint(planned))

@@ -40,10 +40,14 @@ from cdc_sync.verify.table import LETTER_CAUSE, How
 
 log = get_logger(__name__)
 
+#: How long Qdrant may take to build its index before readers go over.
+INDEX_SECONDS: Final = 600.0
 _POLL_SECONDS: Final = 0.2
 #: Between a request that was let go of and the next.
 _RETRY_SECONDS: Final = 5.0
 _PATIENCE_SECONDS: Final = 60.0
+#: How often it is looked whether somebody wants to abort, while something else takes long.
+_LOOK_SECONDS: Final = 1.0
 
 Say = Callable[[str], None]
 
@@ -71,15 +75,18 @@ class Rebuilt:
 @dataclass(slots=True)
 class Conductor:
     """Leads the pipeline that rebuilds from the first row to the swap. :meth:`run` it beside that;
-    the pipeline ends with it."""
+    the pipeline ends with it. ``swap``: have pipeline and readers go over; ``index_seconds``: how
+    long Qdrant may take to build its index before that."""
 
     settings: Settings
     rebuilt: Rebuilt
     say: Say
     swap: bool = True
+    index_seconds: float = INDEX_SECONDS
     error: CdcSyncError | None = None
     _said: set[str] = field(default_factory=set)
     _verified: bool = False
+    _indexing_since: float | None = None
 
     async def run(self, pipeline: Pipeline) -> None:
         """Until there is an outcome, or an error that does not pass by itself."""
@@ -119,7 +126,7 @@ class Conductor:
             return await self._verify(sink, rebuild)
         elif not self.swap:
             return Outcome.FILLED
-        elif await self._may_ask(sink, rebuild):
+        elif await self._is_indexed(sink, rebuild) and await self._may_ask(sink, rebuild):
             await self._ask(sink, rebuild)
         return None
 
@@ -144,7 +151,18 @@ class Conductor:
     async def _verify(self, sink: ServerSink, rebuild: RebuildState) -> Outcome | None:
         self._once(f"{rebuild.table}: copied into {rebuild.collection}; verifying")
         asked = Asked(How(examples=5), (), _PATIENCE_SECONDS)
-        verified = await verify_once(worker_settings(self.settings, rebuild), asked, _quiet)
+        work = asyncio.create_task(
+            verify_once(worker_settings(self.settings, rebuild), asked, _quiet)
+        )
+        try:
+            while not (await asyncio.wait([work], timeout=_LOOK_SECONDS))[0]:
+                now = await self._record(sink)
+                if now is None or now.phase == "aborting":
+                    return Outcome.ABORTED
+        finally:
+            work.cancel()
+            await asyncio.wait([work])
+        verified = work.result()
         report = self.rebuilt.report = verified.report
         if not report.equal:
             letters = await _shared_letters(sink, rebuild)
@@ -160,6 +178,17 @@ class Conductor:
         return None
 
     # -- the swap
+
+    async def _is_indexed(self, sink: ServerSink, rebuild: RebuildState) -> bool:
+        """Whether Qdrant has built what it builds in the background, or has had time enough: until
+        then readers would be slower than before."""
+        status = await sink.status(rebuild.collection)
+        if status == "green":
+            return True
+        if self._indexing_since is None:
+            self._indexing_since = time.monotonic()
+            self._once(f"waiting for Qdrant to optimize {rebuild.collection}: it is {status}")
+        return time.monotonic() - self._indexing_since > self.index_seconds
 
     async def _may_ask(self, sink: ServerSink, rebuild: RebuildState) -> bool:
         """Whether somebody streams from the pipeline's slot, and is not busy with this table."""
@@ -263,9 +292,16 @@ def _quiet(table: str, done: int, expected: int, doing: str, different: int) -> 
     """No progress is shown."""
 
 
-def rebuild(order: Order, say: Say, *, swap: bool = True, http: bool = False) -> Rebuilt:
-    """Rebuild a table, or go on with it; returns when there is an outcome. ``swap``: have pipeline
-    and readers go over; ``http``: answer at the HTTP endpoint meanwhile.
+def rebuild(
+    order: Order,
+    say: Say,
+    *,
+    swap: bool = True,
+    index_seconds: float = INDEX_SECONDS,
+    http: bool = False,
+) -> Rebuilt:
+    """Rebuild a table, or go on with it; returns when there is an outcome. ``swap`` and
+    ``index_seconds`` as of :class:`Conductor`; ``http``: answer at the HTTP endpoint meanwhile.
 
     Raises :class:`CdcSyncError` as :func:`~cdc_sync.sync.rebuild_begin.begin` and the pipeline.
     """
@@ -286,7 +322,7 @@ def rebuild(order: Order, say: Say, *, swap: bool = True, http: bool = False) ->
         update={"http": settings.http.model_copy(update={"enabled": http})}
     )
     stand = RebuildStand(order.settings, record)
-    conductor = Conductor(order.settings, rebuilt, say, swap)
+    conductor = Conductor(order.settings, rebuilt, say, swap, index_seconds)
 
     async def beside(pipeline: Pipeline) -> None:
         stand.attach(pipeline)

@@ -124,10 +124,10 @@ class RequestLoop:
     """Sends finished upserts to a server, a few at a time, as many as the pipeline sends side by
     side, and does nothing else."""
 
-    def __init__(self, address: str, api_key: str | None, parallel: int) -> None:
-        self._channels = [
-            grpc.insecure_channel(address, options=_CHANNEL_OPTIONS) for _ in range(parallel)
-        ]
+    def __init__(
+        self, address: str, api_key: str | None, parallel: int, *, secure: bool = False
+    ) -> None:
+        self._channels = [_channel(address, secure) for _ in range(parallel)]
         self._metadata = (("api-key", api_key),) if api_key else ()
         self._calls = [
             channel.unary_unary(
@@ -159,6 +159,12 @@ class RequestLoop:
         """Close the channels."""
         for channel in self._channels:
             channel.close()
+
+
+def _channel(address: str, secure: bool) -> grpc.Channel:
+    if secure:
+        return grpc.secure_channel(address, grpc.ssl_channel_credentials(), _CHANNEL_OPTIONS)
+    return grpc.insecure_channel(address, _CHANNEL_OPTIONS)
 
 
 def _completed(answer: q.PointsOperationResponse) -> None:

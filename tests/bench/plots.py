@@ -11,7 +11,7 @@ from typing import Final
 from tests.bench.targets import Figure, number
 
 _WIDTH: Final = 760
-_LABELS: Final = 270
+_LABELS: Final = 300
 _VALUES: Final = 90
 _BAR: Final = 18
 _STEP: Final = 26

@@ -79,14 +79,14 @@ class ServerBench:
         self, name: str, title: str, url: str, api_key: str | None, pid: int | None
     ) -> None:
         self.name, self.title, self._url, self._api_key, self._pid = name, title, url, api_key, pid
-        self.address = urlsplit(url).netloc
+        self.address, self._secure = urlsplit(url).netloc, url.startswith("https:")
         self._settings = QdrantSettings.model_validate({"url": url, "api_key": api_key})
         host, _, port = self.address.rpartition(":")
         self.client = QdrantClient(
             host=host,
             grpc_port=int(port),
             prefer_grpc=True,
-            https=False,
+            https=self._secure,
             api_key=api_key,
             check_compatibility=False,
             timeout=600,
@@ -129,7 +129,8 @@ class ServerBench:
 
     def loop(self) -> RequestLoop:
         """A loop that sends as much side by side as the pipeline does."""
-        return RequestLoop(self.address, self._api_key, self._settings.parallel_requests)
+        parallel = self._settings.parallel_requests
+        return RequestLoop(self.address, self._api_key, parallel, secure=self._secure)
 
     def drop(self, collection: str) -> None:
         self.client.delete_collection(collection)

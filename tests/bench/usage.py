@@ -64,6 +64,17 @@ class Reading:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a pipeline measured of one of its lives: the cost of the copy and its rows, of the stream
+    up to a position, and the peak of its memory, in MB."""
+
+    copy: Cost | None
+    copied_rows: int
+    stream: Cost | None
+    peak_mb: float
+
+
 class Meter:
     """Reads the clocks of this process and of other process trees, by the names and process ids
     given."""

@@ -4,99 +4,41 @@ that nobody made, a pipeline that does not wait, a standby, restarts with the ol
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import secrets
-from collections.abc import AsyncIterator
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from cdc_sync.config import Settings
-from cdc_sync.errors import CdcSyncError, ConfigError
-from cdc_sync.qdrant.server import ServerSink
-from cdc_sync.qdrant.sink import RebuildState
+from cdc_sync.errors import ConfigError, ErrorKind, SinkError
+from cdc_sync.qdrant.aliases import Aliases
 from cdc_sync.sync import swaps
 from cdc_sync.sync.control import PREFIX, RebuildMessage, SwapRequest, rebuild_content
 from cdc_sync.sync.rebuild import RebuildStand
 from cdc_sync.sync.rebuild_begin import Order, begin
-from cdc_sync.sync.rebuild_end import check_droppable
+from cdc_sync.sync.rebuild_end import check_droppable, is_gone_over
 from cdc_sync.sync.swaps import PipelineSwaps
 from cdc_sync.sync.uninstall import remove_pipeline
 from cdc_sync.verify import rebuild as conducting
+from cdc_sync.verify.data import Verified, verify_once
 from cdc_sync.verify.rebuild import Outcome
 from tests.support.fix_postgres import Database
-from tests.support.pipeline_task import Running, pipeline_settings, running
+from tests.support.pipeline_task import pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
 from tests.support.rebuild_scene import (
     TABLE,
     abort_rebuild,
     assert_no_trace,
-    create_items,
     finish_rebuild,
     left_over,
+    make_scene,
+    notices,
     rebuilding,
     sink_of,
+    swapped,
     until,
     with_table,
 )
-
-
-@dataclasses.dataclass
-class Scene:
-    """A pipeline of one table, and what it shall become."""
-
-    settings: Settings
-    wanted: Settings
-    alias: str
-    qdrant: QdrantTarget
-
-    @property
-    def old(self) -> str:
-        return str(self.settings.tables[0].collection)
-
-    @property
-    def new(self) -> str:
-        return str(self.wanted.tables[0].collection)
-
-    def alias_of(self, collection: str) -> list[str]:
-        found = self.qdrant.client().get_collection_aliases(collection).aliases
-        return [one.alias_name for one in found]
-
-    async def records(self) -> list[RebuildState]:
-        async with sink_of(self.settings) as sink:
-            return await sink.state.rebuilds(self.settings.pipeline.name)
-
-    async def is_ready(self) -> bool:
-        return [one.phase for one in await self.records()] == ["ready"]
-
-
-def make_scene(
-    database: Database, qdrant: QdrantTarget, *, first: dict[str, Any] | None = None, **changes: Any
-) -> Scene:
-    create_items(database, 60)
-    settings = pipeline_settings(database, qdrant, {"name": "items", **(first or {})})
-    new, alias = qdrant.new_collection_name(), qdrant.new_collection_name("alias")
-    return Scene(settings, with_table(settings, collection=new, **changes), alias, qdrant)
-
-
-def notices(life: Running) -> list[dict[str, str]]:
-    """What ``/status`` says needs attention."""
-    found = life.pipeline.board.snapshot()["attention"]
-    assert isinstance(found, list)
-    return found
-
-
-@contextlib.asynccontextmanager
-async def swapped(scene: Scene, database: Database) -> AsyncIterator[Running]:
-    """The pipeline after a rebuild, of which nothing is left."""
-    async with running(scene.settings, database, scene.qdrant) as life:
-        async with rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild:
-            await rebuild.ended()
-        await finish_rebuild(scene.settings, rebuild.rebuilt.rebuild)
-        await life.wait(lambda: life.pipeline.settings.tables[0] == scene.wanted.tables[0], "swap")
-        yield life
 
 
 @pytest.mark.requirement("R49")
@@ -432,7 +374,8 @@ async def test_an_abort_keeps_what_was_there(
 
 
 @pytest.mark.parametrize(
-    "phase", ["copying", pytest.param("streaming", marks=pytest.mark.campaign), "standing"]
+    "phase",
+    ["copying", pytest.param("streaming", marks=pytest.mark.campaign), "verifying", "standing"],
 )
 async def test_an_abort_while_it_is_at_work(
     database18: Database, qdrant: QdrantTarget, phase: str
@@ -453,13 +396,20 @@ async def test_an_abort_while_it_is_at_work(
     )
     wanted = scene.wanted.model_copy(update={"migration": worker.migration})
     async with running(scene.settings, database18, qdrant) as life:
-        with mock.patch.object(PipelineSwaps, "meet", meet_later):
+        with (
+            mock.patch.object(PipelineSwaps, "meet", meet_later),
+            mock.patch.object(
+                conducting, "verify_once", verify_for_ever if phase == "verifying" else verify_once
+            ),
+        ):
             async with rebuilding(worker, wanted, scene.alias, swap=phase == "standing") as rebuild:
                 if phase == "standing":
                     await asyncio.wait_for(standing.wait(), 60)
                     await until(scene.is_ready)
                 elif phase == "copying":
                     await rebuild.reached("snapshotting")
+                elif phase == "verifying":
+                    await rebuild.has_said("verifying")
                 else:
                     rebuild.conductor.swap = False
                     await rebuild.reached("streaming")
@@ -473,6 +423,11 @@ async def test_an_abort_while_it_is_at_work(
             assert life.pipeline.tables[0].plan.collection == scene.old
             assert life.metric("control_requests_total", outcome="rebuild") == 0
     await assert_no_trace(database18, qdrant, scene.settings, record)
+
+
+async def verify_for_ever(*_: object) -> Verified:
+    await asyncio.Event().wait()
+    raise AssertionError
 
 
 async def test_no_abort_after_the_swap(database18: Database, qdrant: QdrantTarget) -> None:
@@ -499,161 +454,30 @@ async def test_no_abort_after_the_swap(database18: Database, qdrant: QdrantTarge
         await life.assert_equal(exclude=["body"])
 
 
-# -- others that run the pipeline
-
-
-async def test_a_standby_that_planned_before_takes_over(
+async def test_an_alias_that_cannot_be_moved_is_moved_later(
     database18: Database, qdrant: QdrantTarget
 ) -> None:
     scene = make_scene(database18, qdrant, exclude=["body"])
-    async with (
-        running(scene.settings, database18, qdrant) as first,
-        running(scene.settings, database18, qdrant, wait=False) as second,
-    ):
-        await second.wait(lambda: second.state == "standby", "the standby")
-        async with rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild:
-            await rebuild.ended()
-        await finish_rebuild(scene.settings, rebuild.rebuilt.rebuild)
-        # Either may have the slot now: the first lets go of it for a moment at the swap.
-        await first.stop()
-        await second.wait_streaming()
-        database18.execute("UPDATE items SET n = n + 1 WHERE id < 20")
-        await second.assert_equal(exclude=["body"])
-        assert second.pipeline.tables[0].plan.collection == scene.new
+    point, allowed = Aliases.point, [False]
 
+    async def refuse(self: Aliases, alias: str, collection: str) -> None:
+        if collection == scene.new and not allowed[0]:
+            raise SinkError(ErrorKind.SINK_AUTH, "not allowed")
+        await point(self, alias, collection)
 
-async def test_a_rebuild_waits_for_a_pipeline(database18: Database, qdrant: QdrantTarget) -> None:
-    scene = make_scene(database18, qdrant, exclude=["body"])
-    async with running(scene.settings, database18, qdrant) as life:
-        await life.stop()
-    async with rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild:
-        await rebuild.has_said("nothing streams from slot")
+    with mock.patch.object(Aliases, "point", refuse):
         async with running(scene.settings, database18, qdrant) as life:
-            await rebuild.ended()
-            await finish_rebuild(scene.settings, rebuild.rebuilt.rebuild)
-            database18.execute("UPDATE items SET n = n + 1 WHERE id < 20")
+            async with rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild:
+                await rebuild.ended()
             await life.wait(lambda: life.pipeline.settings != scene.settings, "the swap")
+            database18.execute("UPDATE items SET n = 5 WHERE id = 1")
             await life.assert_equal(exclude=["body"])
-
-
-# -- the publication
-
-
-async def test_columns_that_the_publication_lacks(
-    database18: Database, qdrant: QdrantTarget
-) -> None:
-    columns = ["id", "n", "embedding"]
-    scene = make_scene(database18, qdrant, first={"columns": columns}, columns=[*columns, "title"])
-    async with running(scene.settings, database18, qdrant) as life:
-        async with rebuilding(scene.settings, scene.wanted, scene.alias, swap=False) as rebuild:
-            assert await rebuild.ended() is Outcome.FILLED
-        assert published(database18) == ["embedding", "id", "n", "title"]
-        said = await abort_rebuild(scene.settings)
-        assert any("as before" in line for line in said)
-        assert published(database18) == ["embedding", "id", "n"]
-        await assert_no_trace(database18, qdrant, scene.settings, rebuild.rebuilt.rebuild)
-        async with rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild:
-            await rebuild.ended()
-        await finish_rebuild(scene.settings, rebuild.rebuilt.rebuild)
-        await life.wait(lambda: life.pipeline.settings != scene.settings, "the swap")
-        database18.execute(
-            "UPDATE items SET title = 'other' WHERE id < 20;"
-            " INSERT INTO items VALUES (1000, 'late', 'b', 1, '[1,2,3,4]', '[1,2,3]')"
-        )
-        await life.assert_equal(columns=[*columns, "title"])
-
-
-def published(database: Database) -> list[str]:
-    ((names,),) = database.execute("SELECT attnames FROM pg_publication_tables")
-    return sorted(str(name) for name in names)  # type: ignore[attr-defined]
-
-
-async def test_a_publication_of_others_is_not_changed(
-    database18: Database, qdrant: QdrantTarget
-) -> None:
-    columns = ["id", "n", "embedding"]
-    scene = make_scene(database18, qdrant, first={"columns": columns}, columns=[*columns, "title"])
-    name = scene.settings.source.publication
-    database18.execute(f'CREATE PUBLICATION "{name}" FOR TABLE items (id, n, embedding)')
-    async with running(scene.settings, database18, qdrant):
-        with pytest.raises(CdcSyncError, match=r"does not publish .title.") as caught:
-            async with rebuilding(scene.settings, scene.wanted, scene.alias):
-                pass
-        assert f'ALTER PUBLICATION "{name}" DROP TABLE' in caught.value.remedy
-        assert '("id", "title", "n", "embedding")' in caught.value.remedy
-        assert await scene.records() == []
-        assert scene.alias_of(scene.old) == []
-    assert published(database18) == ["embedding", "id", "n"]
-
-
-# -- what is refused
-
-
-#: Changes of the table's section, the alias to ask for, and what is said.
-REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"collection": None, "exclude": ["body"]}, "alias", "names no other collection"),
-    ({"where": "n > 3"}, "alias", "selects other rows"),
-    ({"metrics": {"nothing": "dot"}}, "alias", "nothing"),
-    ({"collection_config": {"sharding": 3}}, "alias", "sharding"),
-    ({}, "new", "is an alias; the new collection needs a name of its own"),
-    ({}, "old", "is a collection, and no alias of Qdrant"),
-    ({}, "pointing", "stands for"),
-]
-
-
-async def test_what_cannot_be_rebuilt_is_refused_before_anything_is_made(
-    database18: Database, qdrant: QdrantTarget
-) -> None:
-    scene = make_scene(database18, qdrant)
-    other, pointing = qdrant.new_collection_name(), qdrant.new_collection_name("alias")
-    names = {"alias": scene.alias, "new": scene.new, "old": scene.old, "pointing": pointing}
-    async with running(scene.settings, database18, qdrant), sink_of(scene.settings) as sink:
-        client = qdrant.client()
-        client.create_collection(other, vectors_config={})
-        await sink.aliases.point(pointing, other)
-        for changes, alias, message in REFUSED:
-            wanted = with_table(scene.wanted, **changes)
-            order = Order(scene.settings, wanted, "items", names[alias])
-            with pytest.raises(CdcSyncError, match=message):
-                await begin(order, sink)
-            assert await scene.records() == []
-            assert scene.alias_of(scene.old) == []
-        assert left_over(database18, scene.settings) == []
-        client.delete_collection(other)
-
-
-async def test_other_differences_are_refused(database18: Database, qdrant: QdrantTarget) -> None:
-    scene = make_scene(database18, qdrant)
-    database18.execute("CREATE TABLE more (id int PRIMARY KEY)")
-    async with running(scene.settings, database18, qdrant):
-        source = scene.wanted.source.model_copy(update={"slot": "other"})
-        more = [*scene.wanted.tables, scene.wanted.tables[0].model_copy(update={"name": "more"})]
-        async with sink_of(scene.settings) as sink:
-            for changed, table, message in (
-                ({"source": source}, "items", "differ in source.slot"),
-                ({"tables": more}, "items", "differ in other tables"),
-                ({}, "more", "does not belong to pipeline"),
-            ):
-                wanted = scene.wanted.model_copy(update=changed)
-                with pytest.raises(ConfigError, match=message):
-                    await begin(Order(scene.settings, wanted, table, scene.alias), sink)
-            record = await begin(Order(scene.settings, scene.wanted, TABLE, scene.alias), sink)
-            other = with_table(scene.wanted, exclude=["n"])
-            for order in (
-                Order(scene.settings, other, "items", scene.alias),
-                Order(scene.settings, scene.wanted, "items", "another"),
-            ):
-                with pytest.raises(ConfigError, match="under way with other settings"):
-                    await begin(order, sink)
-            again = await begin(Order(scene.settings, scene.wanted, "items", scene.alias), sink)
-            assert again == record
-        await abort_rebuild(scene.settings)
-    await assert_no_trace(database18, qdrant, scene.settings, record)
-
-
-def test_an_embedded_database_is_refused() -> None:
-    from cdc_sync.sync.rebuild import as_server
-
-    with pytest.raises(ConfigError, match="has no aliases"):
-        as_server(mock.create_autospec(spec=object, instance=True))
-    assert isinstance(mock.Mock(spec=ServerSink), ServerSink)
+            assert scene.alias_of(scene.old) == [scene.alias]
+            async with sink_of(scene.settings) as sink:
+                assert not await is_gone_over(scene.settings, sink, rebuild.rebuilt.rebuild)
+        allowed[0] = True
+        async with running(scene.settings, database18, qdrant) as life:
+            async with sink_of(scene.settings) as sink:
+                assert await is_gone_over(scene.settings, sink, rebuild.rebuilt.rebuild)
+            assert scene.alias_of(scene.new) == [scene.alias]
+            await finish_rebuild(scene.settings, rebuild.rebuilt.rebuild)

@@ -97,9 +97,14 @@ class Incident:
             assert earliest - 1.5 <= fired[name] <= latest, (name, fired)
 
 
+def rows_copied(scene: Scene) -> bool:
+    """Whether any row has been."""
+    return any(table["rows_copied"] for table in scene.daemon.status()["tables"])
+
+
 def copy(incident: Incident, scene: Scene) -> None:
     """The first copy, which takes a while."""
-    scene.daemon.wait_state("snapshotting", 120)
+    scene.daemon.wait(lambda: rows_copied(scene), "the first rows", 120)
     incident.look("copying", "Copying", " %")
     incident.look("copying-phone", "Copying", " %", width=PHONE, short=True)
     scene.daemon.wait_state("streaming", 120)
@@ -222,23 +227,19 @@ def slot_is_dropped(incident: Incident, scene: Scene) -> None:
     allowed = {"CdcSyncLagHigh", "CdcSyncVerifyMismatch"}
     with incident.phase(expected, allowed) as all_fired:
         scene.wait(lambda: _slot_dropped(scene.database), "the end of the slot")
+        incident.look("slot-lost", "Reading again", " %")
         all_fired()
-    incident.look("slot-lost", "public.products")
 
 
 def copy_stands_still(incident: Incident, scene: Scene) -> None:
     """It is begun anew, and Qdrant takes what it writes and does not answer."""
-
-    def begun() -> bool:
-        return any(table["rows_copied"] for table in scene.daemon.status()["tables"])
-
     # The stream rests meanwhile, and no answer at last is an error.
     allowed = {"CdcSyncDown", "CdcSyncLagHigh", "CdcSyncLagVeryHigh", "CdcSyncSinkErrors"}
     allowed |= {"CdcSyncSinkUnavailable", "CdcSyncSlotInactive", "CdcSyncRestarting"}
     with incident.phase({"CdcSyncSnapshotStuck": (40, 80 + _LATE)}, allowed) as all_fired:
         assert scene.daemon.terminate() == 0
         scene.start("--migration.restart")
-        scene.daemon.wait(begun, "the first rows")
+        scene.daemon.wait(lambda: rows_copied(scene), "the first rows")
         scene.qdrant.script.hold("Upsert", times=1000)
         all_fired()
     scene.qdrant.script.clear()

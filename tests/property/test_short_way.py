@@ -209,3 +209,16 @@ def test_the_short_way_is_taken() -> None:
     assert batches[0]["transaction_changes"] == [40, 40]
     # All but the first of each kind, whichever way the values alternate.
     assert taken == 2 * 40 - 2
+
+
+def test_bindings_that_are_made_anew_count_from_the_next_change_on() -> None:
+    source = Source()
+    source.send(relation(1001, (0, 1, 2)))
+    source.send(m.Begin(source.lsn + 500, 0, 1))
+    for number in range(6):
+        if number == 4:
+            source.turns += [len(source.frames)] * 2
+        source.send(m.Insert(1001, [struct.pack(">q", number), b"a", b"b"]))
+    _, seen = gathered(Gatherer, source, 1000, 0)
+    assert seen == gathered(LongWay, source, 1000, 0)[1]
+    assert seen[3] == 2  # ignored: the table is none of ours any more

@@ -20,13 +20,15 @@ import os
 import platform
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tests.support import hot_path
 
@@ -41,6 +43,10 @@ LIBRARIES: Final = ("numpy", "orjson")
 _FEW_ROWS, _MANY_ROWS = 256, 768
 #: So that most of what is counted is ours, and not the arithmetic of one processor or another.
 _DIMENSION: Final = 64
+#: Few rows and many of every path and of the reference.
+_RUNS: Final = 2 * (len(hot_path.PATHS) + 1)
+#: References that differ by less are of the same build.
+_SAME: Final = 0.01
 _SECONDS: Final = 600
 _ROOT: Final = Path(__file__).parents[2]
 
@@ -52,9 +58,35 @@ def unavailable() -> str | None:
     return None if shutil.which("valgrind") else "valgrind is not installed"
 
 
-def count() -> dict[hot_path.Path, int]:
-    """Count the instructions a row of every path, in a process of its own (10 s, or more on a busy
-    machine)."""
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Instructions a row of every path, and a round of :func:`_reference`, which shows how this
+    CPython was built; with the versions of libraries that take part."""
+
+    paths: dict[hot_path.Path, int]
+    reference: int
+    libraries: dict[str, str]
+
+    def alike(self, other: Counts) -> bool:
+        """Whether both were counted in the same surroundings."""
+        same = abs(self.reference / other.reference - 1) < _SAME
+        return same and self.libraries == other.libraries
+
+    def grown(self, before: Counts) -> dict[hot_path.Path, float]:
+        """The paths that take more than the tolerance allows, and how much more, as a part of what
+        they took. In other surroundings that is scaled by the reference, and the tolerance
+        doubled."""
+        alike = self.alike(before)
+        scale = 1.0 if alike else self.reference / before.reference
+        most = TOLERANCE if alike else 2 * TOLERANCE
+        growth = {
+            path: self.paths[path] / (then * scale) - 1 for path, then in before.paths.items()
+        }
+        return {path: round(part, 3) for path, part in growth.items() if part > most}
+
+
+def count() -> Counts:
+    """Count, in a process of its own (15 s, or more on a busy machine)."""
     with tempfile.TemporaryDirectory(prefix="cdc_sync_instructions_") as directory:
         out = Path(directory, "out")
         subprocess.run(
@@ -74,12 +106,13 @@ def count() -> dict[hot_path.Path, int]:
             timeout=_SECONDS,
             env={**os.environ, "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
         )
-        counts = [_total(out.with_name(f"out.{n}")) for n in range(1, 2 * len(hot_path.PATHS) + 1)]
+        counts = [_total(dump) for dump in (out.with_name(f"out.{n}") for n in range(1, _RUNS + 1))]
     rows = _MANY_ROWS - _FEW_ROWS
-    return {
-        path: (many - few) // rows
-        for path, few, many in zip(hot_path.PATHS, counts[::2], counts[1::2], strict=True)
-    }
+    differences = [
+        (many - few) // rows for few, many in zip(counts[::2], counts[1::2], strict=True)
+    ]
+    paths = dict(zip(hot_path.PATHS, differences, strict=False))
+    return Counts(paths, differences[-1], {name: version(name) for name in LIBRARIES})
 
 
 def _total(dump: Path) -> int:
@@ -88,30 +121,23 @@ def _total(dump: Path) -> int:
     return int(found[1])
 
 
-def baseline() -> dict[hot_path.Path, int] | None:
+def baseline() -> Counts | None:
     """The baseline of this Python version; None: there is none."""
-    entry = json.loads(BASELINE_FILE.read_text()).get(_python())
-    return None if entry is None else entry["instructions"]
+    entry = _baselines().get(_python())
+    return None if entry is None else Counts(**entry)
 
 
-def baseline_libraries() -> dict[str, str]:
-    """The versions of libraries with which it was counted."""
-    found: dict[str, str] = json.loads(BASELINE_FILE.read_text())[_python()]["libraries"]
+def _baselines() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads(BASELINE_FILE.read_text())
     return found
-
-
-def libraries() -> dict[str, str]:
-    """The versions of libraries here."""
-    return {name: version(name) for name in LIBRARIES}
 
 
 def _python() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def _renew(counts: dict[hot_path.Path, int]) -> None:
-    known = json.loads(BASELINE_FILE.read_text()) if BASELINE_FILE.exists() else {}
-    known[_python()] = {"instructions": counts, "libraries": libraries()}
+def _renew(counts: Counts) -> None:
+    known = {**_baselines(), _python(): asdict(counts)}
     BASELINE_FILE.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
 
 
@@ -144,16 +170,36 @@ def _compile_request() -> Callable[[int], None]:
 def _work() -> None:
     request = _compile_request()
     gc.disable()
-    for path in hot_path.PATHS:
+
+    def measure(prepare: Callable[[int], Callable[[], object]]) -> None:
         # What is made at first use is made before, as is code that CPython specializes.
-        hot_path.prepare(path, _FEW_ROWS, _DIMENSION)[0]()
+        prepare(_FEW_ROWS)()
         for rows in (_FEW_ROWS, _MANY_ROWS):
-            run, _ = hot_path.prepare(path, rows, _DIMENSION)
+            run = prepare(rows)
             request(_START)
             request(_ZERO_STATS)
             run()
             request(_DUMP_STATS)
             request(_STOP)
+
+    for path in hot_path.PATHS:
+        measure(lambda rows, path=path: hot_path.prepare(path, rows, _DIMENSION)[0])  # type: ignore[misc]
+    measure(lambda rows: lambda: _reference(rows))
+
+
+def _reference(rounds: int) -> int:
+    """What a hot path is made of, and no line of ours: calls, look-ups, structs, joined bytes."""
+    unpack, known, total = struct.Struct(">IB").unpack_from, {b"a": b"x", b"b": b"y"}, 0
+
+    def one(data: bytes, at: int) -> bytes:
+        size, kind = unpack(data, at)
+        return known[data[at + 5 : at + 6]] if kind else bytes(size)
+
+    frame = struct.pack(">IB", 1, 1) + b"a"
+    for _ in range(rounds):
+        parts = [one(frame, 0) for _ in range(20)]
+        total += len(b"".join(parts))
+    return total
 
 
 def main() -> int:
@@ -167,10 +213,12 @@ def main() -> int:
     if (reason := unavailable()) is not None:
         sys.stderr.write(f"{reason}\n")
         return 1
-    counts = count()
-    known = baseline() or {} if BASELINE_FILE.exists() else {}
-    for path, instructions in counts.items():
-        sys.stdout.write(f"{path}: {instructions:,} a row (baseline {known.get(path, 0):,})\n")
+    counts, known = count(), baseline()
+    for path, instructions in counts.paths.items():
+        before = f"{known.paths[path]:,}" if known else "none"
+        sys.stdout.write(f"{path}: {instructions:,} instructions a row (baseline: {before})\n")
+    if known and not counts.alike(known):
+        sys.stdout.write("CPython's build or libraries differ from the baseline's.\n")
     if arguments.renew:
         _renew(counts)
     return 0

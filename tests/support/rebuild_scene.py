@@ -24,6 +24,7 @@ from cdc_sync.sync.rebuild_begin import Order, begin
 from cdc_sync.sync.rebuild_end import abort, finish
 from cdc_sync.verify.rebuild import Conductor, Outcome, Rebuilt
 from tests.support.fix_postgres import Database
+from tests.support.pipeline_task import Running, pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
 
 TABLE = "public.items"
@@ -317,3 +318,62 @@ async def abort_rebuild(settings: Settings) -> list[str]:
         (known,) = await sink.state.rebuilds(settings.pipeline.name)
         await abort(settings, sink, known, said.append)
     return said
+
+
+# -- a small scene
+
+
+@dataclass
+class Scene:
+    """A pipeline of one table, and what it shall become."""
+
+    settings: Settings
+    wanted: Settings
+    alias: str
+    qdrant: QdrantTarget
+
+    @property
+    def old(self) -> str:
+        return str(self.settings.tables[0].collection)
+
+    @property
+    def new(self) -> str:
+        return str(self.wanted.tables[0].collection)
+
+    def alias_of(self, collection: str) -> list[str]:
+        found = self.qdrant.client().get_collection_aliases(collection).aliases
+        return [one.alias_name for one in found]
+
+    async def records(self) -> list[RebuildState]:
+        async with sink_of(self.settings) as sink:
+            return await sink.state.rebuilds(self.settings.pipeline.name)
+
+    async def is_ready(self) -> bool:
+        return [one.phase for one in await self.records()] == ["ready"]
+
+
+def make_scene(
+    database: Database, qdrant: QdrantTarget, *, first: dict[str, Any] | None = None, **changes: Any
+) -> Scene:
+    create_items(database, 60)
+    settings = pipeline_settings(database, qdrant, {"name": "items", **(first or {})})
+    new, alias = qdrant.new_collection_name(), qdrant.new_collection_name("alias")
+    return Scene(settings, with_table(settings, collection=new, **changes), alias, qdrant)
+
+
+def notices(life: Running) -> list[dict[str, str]]:
+    """What ``/status`` says needs attention."""
+    found = life.pipeline.board.snapshot()["attention"]
+    assert isinstance(found, list)
+    return found
+
+
+@contextlib.asynccontextmanager
+async def swapped(scene: Scene, database: Database) -> AsyncIterator[Running]:
+    """The pipeline after a rebuild, of which nothing is left."""
+    async with running(scene.settings, database, scene.qdrant) as life:
+        async with rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild:
+            await rebuild.ended()
+        await finish_rebuild(scene.settings, rebuild.rebuilt.rebuild)
+        await life.wait(lambda: life.pipeline.settings.tables[0] == scene.wanted.tables[0], "swap")
+        yield life

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from typing import cast
 
 import pytest
 
@@ -14,7 +15,7 @@ from cdc_sync.ops.metrics import Metrics
 from cdc_sync.pgoutput import messages as m
 from cdc_sync.postgres.slot import validate_slot_name
 from cdc_sync.qdrant.records import pipeline_record, pipeline_state, rebuild_record, rebuild_state
-from cdc_sync.qdrant.sink import PipelineState, RebuildState, TableRebuild, TableState
+from cdc_sync.qdrant.sink import PipelineState, RebuildState, Sink, TableRebuild, TableState
 from cdc_sync.sync.control import (
     PREFIX,
     SWAP_BURST,
@@ -28,7 +29,8 @@ from cdc_sync.sync.control import (
 )
 from cdc_sync.sync.planning import in_force
 from cdc_sync.sync.rebuild import worker_names, worker_settings
-from cdc_sync.sync.swaps import rebuilt_tables
+from cdc_sync.sync.swaps import PipelineSwaps, rebuilt_tables
+from cdc_sync.sync.table_records import TableRecords
 from tests.unit.test_gather import planned_table
 
 TOKEN = "0123456789abcdef" * 2
@@ -120,6 +122,27 @@ def test_requests_are_limited_and_must_stand_in_a_transaction(
     assert value("cdc_sync_control_requests_total", {"outcome": "limited"}) == 5
     assert value("cdc_sync_control_requests_total", {"outcome": "invalid"}) == 1
     assert all(TOKEN not in repr(vars(record)) for record in caplog.records)
+
+
+class _Records:
+    async def load(self) -> PipelineState | None:
+        return PipelineState("default", "s", "p", "1", 1, 5, (TableState("public.t", "t", "f"),))
+
+
+@pytest.mark.requirement("R49")
+async def test_without_aliases_nothing_is_granted() -> None:
+    metrics = Metrics()
+    swaps = PipelineSwaps(
+        settings({"name": "t"}),
+        cast("Sink", object()),
+        cast("TableRecords", _Records()),
+        metrics,
+        {"public.t": "t"},
+    )
+    await swaps.compare()
+    await swaps.meet(SwapRequest(planned_table(), (), True, TOKEN), 5, settled=True)
+    value = metrics.registry.get_sample_value
+    assert value("cdc_sync_control_requests_total", {"outcome": "invalid"}) == 1
 
 
 # -- records

@@ -282,6 +282,24 @@ def test_a_loop_that_is_stuck_is_told(scene: Scene) -> None:
     assert found["text"] == "writer: last turn 61 s ago"
 
 
+def test_tables_that_are_read_again_are_not_in_step(scene: Scene) -> None:
+    scene.stream()
+    scene.board.set_lag(lag_bytes=0, seconds=0.0)
+    assert summary(scene) == ("ok", "In step")
+    name = next(table["name"] for table in told(scene)["tables"])  # type: ignore[attr-defined]
+    table = scene.board.table(name)
+    table.update(waiting="a table is locked")
+    found = told(scene)["summary"]
+    assert isinstance(found, dict)
+    assert (found["title"], found["progress"]) == ("Reading again", None)
+    assert found["text"].startswith("1 table is read again;")
+    assert found["text"].endswith(" Waiting: a table is locked.")
+    table.update(waiting=None, state="copying", rows_copied=10, rows_estimated=100)
+    assert summary(scene) == ("busy", "Reading again")
+    table.update(state="streaming")
+    assert summary(scene) == ("ok", "In step")
+
+
 def test_a_lag_that_nobody_measures_grows(scene: Scene) -> None:
     def measured() -> object:
         scene.board.refresh_lag()

@@ -1,0 +1,110 @@
+"""The slot's position goes back, as it does when Postgres crashes before it has saved the slot: the
+stream brings again what was applied. What it does not tell of (R34, R39) was read from the tables
+after that, and has to be read again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cdc_sync.config import Settings
+from cdc_sync.sync import source_history
+from tests.faults.test_slot_lost import drop_slot, settled
+from tests.support.fix_postgres import Database
+from tests.support.pipeline_task import Running, pipeline_settings, running, wal_position
+from tests.support.qdrant_control import QdrantTarget
+
+
+@pytest.fixture(autouse=True)
+def _marks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_history, "_SAVE_SECONDS", 0.05)
+
+
+def fill(database: Database) -> None:
+    database.execute(
+        "CREATE TABLE docs (id int8 PRIMARY KEY, note text, emb vector(3)) PARTITION BY HASH (id);"
+        "CREATE TABLE docs_0 PARTITION OF docs FOR VALUES WITH (MODULUS 2, REMAINDER 0);"
+        "CREATE TABLE docs_1 PARTITION OF docs FOR VALUES WITH (MODULUS 2, REMAINDER 1);"
+        "INSERT INTO docs SELECT i, 'old', '[1,2,3]' FROM generate_series(1, 100) i"
+    )
+
+
+def remember(database: Database, slot: str) -> None:
+    """Keep the slot as it is now beside it."""
+    database.execute("SELECT pg_copy_logical_replication_slot(%s, %s)", (slot, f"{slot}_old"))
+
+
+def go_back(database: Database, slot: str) -> None:
+    """Put the slot where it was when it was remembered."""
+    drop_slot(database, slot)
+    database.execute("SELECT pg_copy_logical_replication_slot(%s, %s)", (f"{slot}_old", slot))
+
+
+@pytest.fixture
+async def life_before(database18: Database, qdrant: QdrantTarget) -> Settings:
+    """A life in which every row was changed once by the stream; the slot as of before is kept."""
+    fill(database18)
+    settings = pipeline_settings(database18, qdrant, "docs")
+    async with running(settings, database18, qdrant) as life:
+        await settled(life)
+        await life.stop()
+    remember(database18, settings.source.slot)
+    return settings
+
+
+async def change(life: Running) -> None:
+    life.database.execute("UPDATE docs SET note = 'changed'")
+    await settled(life)
+    await life.assert_equal()
+
+
+async def again(settings: Settings, database: Database, qdrant: QdrantTarget) -> None:
+    await asyncio.to_thread(go_back, database, settings.source.slot)
+    async with running(settings, database, qdrant) as life:
+        await settled(life)
+        await life.assert_equal()
+
+
+@pytest.mark.requirement("R34")
+async def test_a_truncated_partition(
+    life_before: Settings, database18: Database, qdrant: QdrantTarget
+) -> None:
+    async with running(life_before, database18, qdrant) as life:
+        await change(life)
+        database18.execute("TRUNCATE docs_0")
+        await life.wait(lambda: life.metric("orphans_total", table="public.docs") > 0, "a sweep")
+        await settled(life)
+        await life.assert_equal()
+        await life.stop()
+    await again(life_before, database18, qdrant)
+
+
+@pytest.mark.requirement("R39")
+async def test_changes_that_were_not_published(
+    life_before: Settings, database18: Database, qdrant: QdrantTarget
+) -> None:
+    publication = life_before.source.publication
+    async with running(life_before, database18, qdrant) as life:
+        await change(life)
+        await life.stop()
+    database18.execute(f"ALTER PUBLICATION \"{publication}\" SET (publish = 'insert')")
+    database18.execute("UPDATE docs SET note = 'unsent' WHERE id % 3 = 0")
+    database18.execute("DELETE FROM docs WHERE id % 3 = 1")
+    database18.execute(
+        f"ALTER PUBLICATION \"{publication}\" SET (publish = 'insert, update, delete, truncate')"
+    )
+    async with running(life_before, database18, qdrant) as life:
+        await settled(life)
+        await life.assert_equal()
+        here = wal_position(database18)
+
+        def on_record() -> bool:
+            database18.execute("SELECT pg_logical_emit_message(true, 'tests', '')")
+            saved = life.pipeline._together.history._saved
+            return saved is not None and saved.lsn > here
+
+        await life.wait(on_record, "a mark of the publication as it is")
+        await life.stop()
+    await again(life_before, database18, qdrant)
