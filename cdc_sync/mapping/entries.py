@@ -41,7 +41,7 @@ Frame: TypeAlias = Callable[[bytes], bytes]
 #: Entry headers kept by a value's length, a column; longer values get theirs made each time.
 _CACHED_HEADERS: Final = 2048
 #: Entries of whole values kept a column, and the longest value one is kept of.
-_KEPT_ENTRIES: Final = 1024
+_KEPT_ENTRIES: Final = 256
 _KEPT_BYTES: Final = 64
 
 _INT32_AT: Final = cast("Callable[[bytes, int], tuple[int]]", struct.Struct(">i").unpack_from)

@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 
 from tests.operate.dashboard import ROOT
 
-PATIENCE_SECONDS: Final = 60.0
+PATIENCE_SECONDS: Final = 120.0
 
 _Section: TypeAlias = str
 
@@ -31,7 +31,7 @@ def fresh_clone(directory: Path) -> Path:
     # Whoever runs the tests need not own the tree.
     config = directory / "gitconfig"
     config.write_text("[safe]\n\tdirectory = *\n", encoding="utf-8")
-    environ = {**os.environ, "GIT_CONFIG_GLOBAL": str(config)}
+    environ = {**os.environ, "GIT_CONFIG_GLOBAL": str(config), "GIT_OPTIONAL_LOCKS": "0"}
 
     def git(*arguments: str) -> list[str]:
         done = subprocess.run(
