@@ -23,7 +23,7 @@ from cdc_sync.mapping.ids import plan_fingerprint
 from cdc_sync.mapping.planner import PlanOptions, build_plan, key_family, replan
 from cdc_sync.mapping.table import Table, redefined, stored_anew
 from cdc_sync.postgres.catalog import ServerInfo, find_table, read_table, server_info
-from cdc_sync.postgres.connect import PgConnection
+from cdc_sync.postgres.connect import PgConnection, set_lock_timeout
 from cdc_sync.postgres.identifiers import column_list, parse_name, qualified, quote_ident
 from cdc_sync.postgres.preflight import check_identity, check_readable
 from cdc_sync.postgres.publication import Publication, check_publication, read_publication
@@ -35,6 +35,8 @@ from cdc_sync.sync.preset_options import preset_options
 from cdc_sync.sync.routing import PlannedTable
 from cdc_sync.sync.stopped_tables import concerns_one_table
 
+#: How long planning waits for whoever has locked a table.
+_LOCK_SECONDS: Final = 3.0
 _OPTIONS_DIGITS: Final = 16
 _KEY_DIGITS: Final = 8
 
@@ -147,10 +149,12 @@ def plan_pipeline(
     tables that are new. ``state``: the pipeline's record; a table that has been copied is not
     refused, but starts stopped.
 
-    Raises :class:`SourceError`, :class:`MappingError` or :class:`ConfigError` naming the table and
-    the remedy.
+    Raises :class:`SourceError` (TABLE_LOCKED when one stays locked), :class:`MappingError` or
+    :class:`ConfigError` naming the table and the remedy.
     """
     settings = in_force(settings, state)
+    # The catalog's functions lock what they describe.
+    set_lock_timeout(connection, _LOCK_SECONDS)
     server = server_info(connection)
     publication = read_publication(connection, settings.source.publication)
     # The OIDs of another cluster are others.

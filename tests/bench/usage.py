@@ -66,7 +66,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a pipeline measured of one of its lives: the cost of the copy and its rows, of the stream
+    """What a pipeline measured of one of its lives: cost and rows of the copy, cost of the stream
     up to a position, and the peak of its memory, in MB."""
 
     copy: Cost | None

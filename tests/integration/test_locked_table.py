@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from cdc_sync.sync import monitor
+from cdc_sync.sync import monitor, planning
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import Running, pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
@@ -74,3 +74,27 @@ async def test_the_status_says_that_a_resync_waits_for_a_lock(
             await life.wait(lambda: waiting(life) == "a table is locked", "the reason")
         await life.wait(lambda: waiting(life) is None, "the end of the wait")
         await life.assert_equal()
+
+
+async def test_a_start_waits_for_a_locked_table_and_says_so(
+    database18: Database, qdrant: QdrantTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "_LOCK_SECONDS", 0.2)
+    database18.execute("CREATE TABLE docs (id bigint PRIMARY KEY, emb vector(3))")
+    settings = pipeline_settings(
+        database18, qdrant, "docs", pipeline={"startup_timeout_seconds": 600}
+    )
+    with database18.connect(autocommit=False) as other:
+        other.execute("LOCK TABLE docs IN ACCESS EXCLUSIVE MODE")
+        async with running(settings, database18, qdrant, wait=False) as life:
+            await life.wait(
+                lambda: life.metric("source_reconnects_total", reason="table_locked") >= 3, "tries"
+            )
+            assert "lock" in str(life.pipeline.board.snapshot()["source"])
+            assert database18.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                " AND datname = current_database()"
+            ) in ([(0,)], [(1,)])
+            other.rollback()
+            await life.wait_streaming()
+            await life.assert_equal()

@@ -49,6 +49,7 @@ def table_of(life: Running) -> str | None:
     return life.pipeline.settings.tables[0].collection
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.requirement("R41", "R42")
 @pytest.mark.parametrize(
     "seconds", [2.0, pytest.param(60.0, marks=pytest.mark.campaign)], ids=["short", "long"]
