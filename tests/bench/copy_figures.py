@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,14 @@ from cdc_sync.sync.routing import PlannedTable
 from tests.bench import limits
 from tests.bench.engine import copy_blocks, exported_snapshot
 from tests.bench.model import speed_up
-from tests.bench.rounds import Median, ratios, take_turns
+from tests.bench.rounds import Median, ratio_of_best, ratios, take_turns
 from tests.bench.setting import Setting
 from tests.bench.targets import Figure, Target
 from tests.bench.usage import Cost, Meter
 
 _TABLE = "docs"
+#: What part of what the cores allow two workers must reach.
+_MOST_OF = 0.9
 
 
 @contextmanager
@@ -41,7 +44,7 @@ def copy_figures(bench: Setting) -> Iterator[Figure]:
         yield from _figures(rows, limit, ours)
         bench.say("copy: two workers")
         one, two = _workers(bench, planned, held, rounds)
-    yield _two_workers(bench, rows, one, two)
+    yield judge_two_workers(bench.cores, rows, one, two)
 
 
 def _one_worker(
@@ -65,6 +68,7 @@ def _figures(rows: int, limit: list[Cost], ours: list[Cost]) -> Iterator[Figure]
         "limit_cpu_us": Median.of([c.per_row(rows) for c in limit]).value,
         "rows_per_second": Median.of([c.rate(rows) for c in ours]).value,
         "postgres_cpu_us": Median.of([c.other_per_row("postgres", rows) for c in ours]).value,
+        "best_ratio": ratio_of_best([c.seconds for c in limit], [c.seconds for c in ours]),
     }
     yield Figure(
         "copy.768.ratio",
@@ -72,7 +76,8 @@ def _figures(rows: int, limit: list[Cost], ours: list[Cost]) -> Iterator[Figure]
         "of the copy limit",
         ratios([c.seconds for c in limit], [c.seconds for c in ours]),
         Target(">=", 0.6),
-        note=f"{facts['rows_per_second']:,.0f} of {facts['limit_rows_per_second']:,.0f} rows/s",
+        note=f"{facts['rows_per_second']:,.0f} of {facts['limit_rows_per_second']:,.0f} rows/s; "
+        f"best rounds {facts['best_ratio']:.2f}",
         relative=True,
         facts=facts,
     )
@@ -123,17 +128,19 @@ def _workers(
     return alone, together
 
 
-def _two_workers(bench: Setting, rows: int, one: list[Cost], two: list[Cost]) -> Figure:
+def judge_two_workers(cores: int, rows: int, one: list[Cost], two: list[Cost]) -> Figure:
+    """The gain of two workers, by what the cores allow."""
     postgres = Median.of([c.other_per_row("postgres", rows) for c in one]).value
     ours = Median.of([c.per_row(rows) for c in one]).value
-    allowed = speed_up(postgres, ours, 2, bench.cores)
+    allowed = speed_up(postgres, ours, 2, cores)
     gain = ratios([c.seconds for c in one], [c.seconds for c in two])
     target = Target(">=", 1.6)
-    # Two workers and two backends want more cores than there are: the target is for free ones.
-    busy = not target.met(allowed)
-    note = f"{bench.cores} shared cores allow {allowed:.2f}"
-    if busy and not target.met(gain.value):
-        note += f", of which this is {gain.value / allowed:.2f}; needs more cores"
+    # Two workers and two backends want more cores than there may be: the target is for free ones.
+    # What is well below that which the cores allow is missed all the same.
+    busy = not target.met(allowed) and gain.value >= _MOST_OF * allowed
+    note = f"{cores} shared cores allow {allowed:.2f}"
+    if not target.met(gain.value):
+        note += f", of which this is {gain.value / allowed:.2f}"
     return Figure(
         "copy.768.two-workers",
         "copy, 768-d, two workers, null sink",
@@ -199,6 +206,7 @@ def _serve(
     postgres: int | None,
 ) -> None:
     meter = Meter(postgres=postgres)
+    gc.freeze()
 
     def begin() -> None:
         pipe.send("ready")

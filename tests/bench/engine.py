@@ -102,7 +102,7 @@ class _Progress:
         if batch is not None:
             self.changes += sum(len(table) for table in batch.tables.values())
         if self.meter is not None and self.began is None and self.changes >= self.skip:
-            self.began, self.skipped = self.meter.read(), self.changes
+            self.began, self.skipped = self.meter.begin(), self.changes
         return applied >= self.end
 
 
@@ -136,9 +136,9 @@ class StreamEngine:
             for planned in self.tables:
                 sink.writer(planned.plan)
             connection.start(self.source.slot, self.source.publication)
-            began = meter.read()
+            began = meter.begin()
             await session.run()
-            cost = (progress.began or began).until(meter.read())
+            cost = (progress.began or began).until(meter.end())
             if positions.applied < end:
                 raise AssertionError("the stream ended before its last change was applied")
             return cost
@@ -229,9 +229,9 @@ def copy_blocks(
             import_snapshot(connection, snapshot)
             writer = sink.writer(planned.plan)
             begin()
-            began = meter.read()
+            began = meter.begin()
             result = await copy_chunk(connection, writer, task)
-            return began.until(meter.read()), result.rows
+            return began.until(meter.end()), result.rows
         finally:
             connection.close()
             await sink.close()

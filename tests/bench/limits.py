@@ -83,7 +83,7 @@ def _frames(pgconn: pq.abc.PGconn) -> Iterator[memoryview]:
 def drain(url: str, slot: str, publication: str, end: bytes, meter: Meter) -> Cost:
     """Read up to the frame with the position, and drop everything: the drain limit."""
     with draining(url, slot, publication) as pgconn:
-        began = meter.read()
+        began = meter.begin()
         poll = select.poll()
         poll.register(pgconn.socket, select.POLLIN)
         read, last = pgconn.get_copy_data, memoryview(b"")
@@ -96,7 +96,7 @@ def drain(url: str, slot: str, publication: str, end: bytes, meter: Meter) -> Co
             else:
                 # A keepalive tells there how far the server has sent.
                 if bytes(last[1:9]) >= end:
-                    return began.until(meter.read())
+                    return began.until(meter.end())
                 poll.poll(1000)
                 pgconn.consume_input()
 
@@ -105,7 +105,7 @@ def copy_out(url: str, query: str, meter: Meter) -> Cost:
     """Read COPY (query) TO STDOUT and drop everything: the copy limit."""
     with closing(psycopg.connect(url)) as connection:
         pgconn = connection.pgconn
-        began = meter.read()
+        began = meter.begin()
         result = pgconn.exec_(f"COPY ({query}) TO STDOUT (FORMAT binary)".encode())
         if result.status != _COPY_OUT:
             raise DrainError(result.get_error_message())
@@ -113,7 +113,7 @@ def copy_out(url: str, query: str, meter: Meter) -> Cost:
         size = 1
         while size > 0:
             size, _ = read(0)
-        cost = began.until(meter.read())
+        cost = began.until(meter.end())
         while (result_ := pgconn.get_result()) is not None:
             if result_.status != pq.ExecStatus.COMMAND_OK:
                 raise DrainError(result_.get_error_message())
@@ -141,7 +141,7 @@ class RequestLoop:
     def send(self, requests: Sequence[bytes], meter: Meter) -> Cost:
         """Send all requests; returns when each was answered Completed."""
         waiting: deque[grpc.Future] = deque()
-        began = meter.read()
+        began = meter.begin()
         for number, request in enumerate(requests):
             if len(waiting) == len(self._calls):
                 _completed(waiting.popleft().result())
@@ -149,7 +149,7 @@ class RequestLoop:
             waiting.append(call.future(request, metadata=self._metadata))
         while waiting:
             _completed(waiting.popleft().result())
-        return began.until(meter.read())
+        return began.until(meter.end())
 
     def send_one(self, request: bytes) -> None:
         """Send a request and wait for its answer."""
@@ -180,8 +180,8 @@ def apply_operations(
     flush: Callable[[], None],
 ) -> Cost:
     """Apply finished operations to an embedded database, one after the other."""
-    began = meter.read()
+    began = meter.begin()
     for operation in operations:
         database.update(collection, operation)
     flush()
-    return began.until(meter.read())
+    return began.until(meter.end())

@@ -181,10 +181,10 @@ def measure(sink: BenchSink, rows: int, rounds: int) -> dict[str, list[Cost]]:
     updated = [(number, hot_path.row(number, unchanged=True)) for number in range(1, rows + 1)]
 
     async def write(run: Write) -> Cost:
-        began = meter.read()
+        began = meter.begin()
         for start in range(0, rows, _BATCH_ROWS):
             await run(updated[start : start + _BATCH_ROWS])
-        return began.until(meter.read())
+        return began.until(meter.end())
 
     with asyncio.Runner() as loop:
         context = _opened(sink, plan)

@@ -67,10 +67,10 @@ class _Watched:
 
         async def watched(*args: object) -> copying.ChunkResult:
             if self._copy_began is None:
-                self._copy_began = self._meter.read()
+                self._copy_began = self._meter.begin()
             result = await copy_chunk(*args)  # type: ignore[arg-type]
             self._copied_rows += result.rows
-            self._copy_ended = self._meter.read()
+            self._copy_ended = self._meter.own()
             return result
 
         mock.patch.object(copying, "copy_chunk", watched).start()
@@ -80,7 +80,7 @@ class _Watched:
 
         def watched(connection: ReplicationConnection, *args: object, **options: object) -> None:
             start(connection, *args, **options)  # type: ignore[arg-type]
-            self._stream_began = self._meter.read()
+            self._stream_began = self._meter.begin()
 
         mock.patch.object(ReplicationConnection, "start", watched).start()
 
@@ -88,15 +88,17 @@ class _Watched:
         match question:
             case ("copied",):
                 self._wait(lambda: self._state == "streaming", _STATE_SECONDS)
+                if self._copy_ended is not None:
+                    self._copy_ended = self._meter.with_others(self._copy_ended)
                 return None
             case ("streams",):
                 return self._state == "streaming"
             case ("applied", int(position)):
                 self._wait(lambda: self.pipeline.positions.applied >= position, _LOOK_SECONDS)
-                self._stream_ended = self._meter.read()
+                self._stream_ended = self._meter.end()
                 return None
             case ("usage",):
-                return self._meter.read()
+                return self._meter.end()
             case ("latencies",):
                 values, self._latencies.values = self._latencies.values, []
                 return values

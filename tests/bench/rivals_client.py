@@ -129,9 +129,9 @@ def _theirs(
     way: Callable[[str, QdrantClient, str], None],
 ) -> Cost:
     collection, meter = sink.make(planned), bench.meter
-    began = meter.read()
+    began = meter.begin()
     way(bench.source.url, sink.client, collection)
-    return _finished(sink, collection, bench.scale.client_rows, began.until(meter.read()))
+    return _finished(sink, collection, bench.scale.client_rows, began.until(meter.end()))
 
 
 def _finished(sink: ProcessBench, collection: str, rows: int, cost: Cost) -> Cost:

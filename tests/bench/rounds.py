@@ -55,6 +55,12 @@ def ratios(of: Sequence[float], to: Sequence[float]) -> Median:
     return Median.of([a / b for a, b in zip(of, to, strict=True)])
 
 
+def ratio_of_best(of: Sequence[float], to: Sequence[float]) -> float:
+    """The ratio of the least values, whatever their rounds: what comes nearest to an idle machine
+    on one that is not. Raises ``ValueError`` for no values."""
+    return min(of) / min(to)
+
+
 def quantile(values: Sequence[float], part: float) -> float:
     """The value below which that part (0 to 1) of the values lies: the nearest rank. Raises
     ``ValueError`` for no values."""

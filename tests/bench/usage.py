@@ -7,6 +7,7 @@ tree loses nothing when backends come and go meanwhile.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import time
@@ -60,7 +61,7 @@ class Reading:
             end.at - self.at,
             end.cpu - self.cpu,
             end.main - self.main,
-            {name: end.others[name] - used for name, used in self.others.items()},
+            {name: end.others.get(name, used) - used for name, used in self.others.items()},
         )
 
 
@@ -85,15 +86,27 @@ class Meter:
         assert main is not None
         self._main_clock = time.pthread_getcpuclockid(main)
 
-    def read(self) -> Reading:
-        """Read all of them now. The trees cost some milliseconds, which count for nobody."""
-        others = {name: tree_cpu(pid) for name, pid in self._others.items()}
+    def begin(self) -> Reading:
+        """Read all clocks, our own last: to look at the others takes some milliseconds."""
+        others = self._trees()
+        return dataclasses.replace(self.own(), others=others)
+
+    def end(self) -> Reading:
+        """Read all clocks, our own first."""
+        return self.with_others(self.own())
+
+    def own(self) -> Reading:
+        """Read the clocks of this process only."""
         return Reading(
-            time.perf_counter(),
-            time.process_time(),
-            time.clock_gettime(self._main_clock),
-            others,
+            time.perf_counter(), time.process_time(), time.clock_gettime(self._main_clock), {}
         )
+
+    def with_others(self, own: Reading) -> Reading:
+        """Add the clocks of the other process trees to a reading made just now."""
+        return dataclasses.replace(own, others=self._trees())
+
+    def _trees(self) -> dict[str, float]:
+        return {name: tree_cpu(pid) for name, pid in self._others.items()}
 
 
 def tree_cpu(pid: int) -> float:

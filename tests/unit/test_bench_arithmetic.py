@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.bench import report
+from tests.bench.copy_figures import judge_two_workers
 from tests.bench.model import RowCost, allowed, speed_up
 from tests.bench.plots import Bar, chart, charts
-from tests.bench.rounds import Median, quantile, ratios, take_turns
+from tests.bench.rounds import Median, quantile, ratio_of_best, ratios, take_turns
 from tests.bench.targets import Figure, Target, Verdict, number
 from tests.bench.usage import Cost, Meter, descendants, memory_mb, tree_cpu
 
@@ -43,6 +44,7 @@ def test_a_ratio_is_taken_round_by_round() -> None:
     """A machine that is ten times slower in one round changes no ratio."""
     limits, ours = [1.0, 10.0, 1.0], [2.0, 20.0, 2.5]
     assert ratios(limits, ours) == Median(0.5, 0.4, 0.5)
+    assert ratio_of_best(limits, ours) == 0.5
     with pytest.raises(ValueError, match="no rounds"):
         Median.of([])
     with pytest.raises(ValueError, match="zip"):
@@ -125,13 +127,13 @@ def test_costs_a_row() -> None:
 
 def test_cpu_of_children_counts_when_they_have_ended() -> None:
     meter = Meter(us=os.getpid(), nobody=None)
-    began = meter.read()
+    began = meter.begin()
     burn = "import time\nwhile time.process_time() < 0.3: pass"
     with subprocess.Popen([sys.executable, "-c", burn]) as child:
         assert child.pid in descendants(os.getpid())
         assert memory_mb(child.pid, "VmHWM") > 1
         child.wait()
-    cost = began.until(meter.read())
+    cost = began.until(meter.end())
     assert cost.others["us"] >= 0.25
     assert "nobody" not in cost.others
     assert tree_cpu(child.pid) == 0
@@ -223,3 +225,18 @@ def test_charts_of_what_was_measured() -> None:
 )
 def test_numbers(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "cores", "expected"),
+    [
+        (3.0, 1.7, 4, Verdict.MET),
+        (3.0, 2.0, 4, Verdict.MISSED),
+        (3.0, 2.3, 2, Verdict.UNTESTED),  # the cores allow 4/3
+        (3.0, 2.9, 2, Verdict.MISSED),  # much less than they allow
+    ],
+)
+def test_two_workers_on_few_cores(one: float, two: float, cores: int, expected: Verdict) -> None:
+    alone = Cost(one, 0.2, others={"postgres": 0.1})
+    found = judge_two_workers(cores, 10_000, [alone], [Cost(two, 0.2)])
+    assert found.verdict is expected
