@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -76,6 +77,9 @@ def run_pipeline(
         for side, sentence in transport_warnings(settings):
             log.warning("connection_unprotected", side=side, reason=sentence)
         pipeline = Pipeline(settings, metrics=metrics, board=board, swaps=swaps)
+        # What was imported is not looked through again with every collection of garbage, each of
+        # which would hold the stream for some fifty milliseconds.
+        gc.freeze()
         code = asyncio.run(_Life(pipeline, restart, once, after, beside, screen).run())
     finally:
         if server is not None:

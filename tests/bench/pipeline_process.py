@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -150,6 +151,7 @@ def main(pipe: Connection) -> None:
     configure_logging(LogSettings(level="info", format="json"))
     if null is not None:
         mock.patch.object(pipeline, "open_sink", _opener(null)).start()
+    gc.freeze()  # as the daemon does
     asyncio.run(_run(settings, pipe, Meter(**others)))
 
 
