@@ -139,8 +139,8 @@ def _serve(pipe: Connection, daemon_pid: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != daemon_pid:
         os._exit(1)
-    # What was imported is not looked through again and again: with it, collections of garbage were
-    # a third of the CPU time of a long chunk.
+    # What was imported is not looked through again with every collection of garbage, which takes a
+    # good part of the CPU time of a long chunk.
     gc.freeze()
     asyncio.new_event_loop().run_until_complete(_Server(pipe).run())
     # At once: a thread may still be connecting.
