@@ -10,6 +10,7 @@ import json
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,8 +50,8 @@ class Keeper:
         self._log = log
         self._rests_until = 0.0
         self._expected = False
-        #: Exit codes that are no fault at the moment.
-        self.excused: set[int] = set()
+        #: Exit codes that are no fault at the moment, each by how many events.
+        self.excused: Counter[int] = Counter()
         self.starts = 0
         self.peak_bytes = 0
 
@@ -67,7 +68,7 @@ class Keeper:
         if code is None:
             return
         if not self._expected:
-            if code not in self.excused:
+            if not self.excused[code]:
                 raise CampaignError(f"the daemon ended with {code}:\n{self.daemon.log()[-6000:]}")
             self._log.say(f"the daemon ended with {code}, as it should")
             self._expected = True
@@ -91,7 +92,7 @@ class Keeper:
         code = self.daemon.terminate(_DRAIN_SECONDS + 15)
         # Before it says anything, Python is starting, and SIGTERM does what it does by itself.
         too_early = code == -signal.SIGTERM and not self.daemon.log()
-        if code != 0 and code not in self.excused and not too_early:
+        if code != 0 and not self.excused[code] and not too_early:
             raise CampaignError(f"SIGTERM ended it with {code}:\n{self.daemon.log()[-6000:]}")
         self._rests_until = time.monotonic() + rest_seconds
         return time.monotonic() - started
