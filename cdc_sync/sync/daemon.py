@@ -77,8 +77,8 @@ def run_pipeline(
         for side, sentence in transport_warnings(settings):
             log.warning("connection_unprotected", side=side, reason=sentence)
         pipeline = Pipeline(settings, metrics=metrics, board=board, swaps=swaps)
-        # What was imported is not looked through again with every collection of garbage, which would
-        # hold the stream for tens of milliseconds.
+        # What was imported is not looked through again with every collection of garbage, which
+        # would hold the stream for tens of milliseconds.
         gc.freeze()
         code = asyncio.run(_Life(pipeline, restart, once, after, beside, screen).run())
     finally:

@@ -18,6 +18,7 @@ from cdc_sync.postgres.exclusive import lock_rebuild
 from cdc_sync.qdrant.server import ServerSink
 from cdc_sync.qdrant.sink import PipelineState, RebuildState, Sink, TableRebuild
 from cdc_sync.sync.control import SwapRequest
+from cdc_sync.sync.opening import opening
 from cdc_sync.sync.pipeline import Pipeline
 from cdc_sync.sync.swaps import POLL_SECONDS
 from cdc_sync.sync.taking_slot import confirmed_position
@@ -165,7 +166,7 @@ async def change_rebuild(
 ) -> RebuildState | None:
     """Change the record of a rebuild of the pipeline with these settings, if its request is still
     the one of token ``asked``; None if it is not, or the rebuild is being removed."""
-    lock = await asyncio.to_thread(lock_rebuild, settings.source)
+    lock = await opening(lock_rebuild, settings.source)
     try:
         rebuild = await sink.state.rebuild(settings.pipeline.name, table)
         if rebuild is None or rebuild.token != asked or rebuild.phase == "aborting":
@@ -174,4 +175,4 @@ async def change_rebuild(
         await sink.state.save_rebuild(rebuild)
         return rebuild
     finally:
-        await asyncio.to_thread(lock.close)
+        lock.close()

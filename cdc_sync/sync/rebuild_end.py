@@ -19,6 +19,7 @@ from cdc_sync.postgres.exclusive import lock_pipeline, lock_rebuild
 from cdc_sync.postgres.slot import SlotInfo, read_slot, retained_wal_bytes
 from cdc_sync.qdrant.server import ServerSink
 from cdc_sync.qdrant.sink import RebuildState
+from cdc_sync.sync.opening import opening
 from cdc_sync.sync.planning import in_force, is_named
 from cdc_sync.sync.rebuild import answer_on_record, worker_settings
 from cdc_sync.sync.rebuild_begin import publish_as_before, table_on_record
@@ -68,7 +69,7 @@ async def abort(settings: Settings, sink: ServerSink, rebuild: RebuildState, say
     Raises :class:`ConfigError` if its collection has been taken, SLOT_ACTIVE if its process does
     not end.
     """
-    lock = await asyncio.to_thread(lock_rebuild, settings.source)
+    lock = await opening(lock_rebuild, settings.source)
     try:
         # It may have asked since.
         rebuild = await sink.state.rebuild(rebuild.pipeline, rebuild.table) or rebuild
@@ -82,7 +83,7 @@ async def abort(settings: Settings, sink: ServerSink, rebuild: RebuildState, say
         # From here on it is taken by nobody.
         await sink.state.save_rebuild(dataclasses.replace(rebuild, phase="aborting"))
     finally:
-        await asyncio.to_thread(lock.close)
+        lock.close()
     for line in await remove_made(settings, sink, rebuild):
         say(line)
     if rebuild.widened:
@@ -121,11 +122,11 @@ async def _remove_worker(settings: Settings, sink: ServerSink, rebuild: RebuildS
     deadline = time.monotonic() + _END_SECONDS
     while True:
         try:
-            lock = await asyncio.to_thread(lock_pipeline, worker.source)
+            lock = await opening(lock_pipeline, worker.source)
             try:
                 await remove_pipeline(worker, sink)
             finally:
-                await asyncio.to_thread(lock.close)
+                lock.close()
         except SourceError as error:
             if error.kind is not ErrorKind.SLOT_ACTIVE or time.monotonic() > deadline:
                 raise

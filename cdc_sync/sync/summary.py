@@ -24,6 +24,7 @@ from cdc_sync.postgres.catalog import read_table
 from cdc_sync.postgres.connect import PgConnection, connect, interrupt
 from cdc_sync.postgres.counting import LeafCount, changes_waiting, count_rows, expect_rows
 from cdc_sync.qdrant.sink import Sink
+from cdc_sync.sync.opening import opening
 from cdc_sync.sync.routing import PlannedTable
 
 T = TypeVar("T")
@@ -308,9 +309,7 @@ class _Reader:
         self._lock = threading.Lock()
 
     async def __aenter__(self) -> _Reader:
-        self._connection = await asyncio.to_thread(
-            connect, self._source, application_name="cdc_sync count"
-        )
+        self._connection = await opening(connect, self._source, application_name="cdc_sync count")
         return self
 
     async def __aexit__(self, *_: object) -> None:

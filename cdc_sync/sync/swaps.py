@@ -37,6 +37,7 @@ from cdc_sync.qdrant.sink import (
     TableVerification,
 )
 from cdc_sync.sync.control import SwapRequest
+from cdc_sync.sync.opening import opening
 from cdc_sync.sync.planning import is_recorded_stale, recorded_as, settings_in_force
 from cdc_sync.sync.retry import is_transient
 from cdc_sync.sync.table_records import TableRecords
@@ -176,7 +177,7 @@ class PipelineSwaps:
     async def _decide(self, sink: ServerSink, rebuild: RebuildState, lsn: int) -> bool:
         """Take the collection, unless the rebuild is being aborted. Returns whether it was."""
         source, pipeline = self._settings.source, self._settings.pipeline.name
-        lock = await asyncio.to_thread(lock_rebuild, source)
+        lock = await opening(lock_rebuild, source)
         try:
             # Under the lock, under which alone it is taken away.
             now = await sink.state.rebuild(pipeline, rebuild.table)
@@ -195,7 +196,7 @@ class PipelineSwaps:
             read_lsn = max(filled.read_lsn, worker.slot_lsn if worker is not None else 0)
             await self._take(sink, rebuild, replace(filled, read_lsn=read_lsn))
         finally:
-            await asyncio.to_thread(lock.close)
+            lock.close()
         return True
 
     async def _take(self, sink: ServerSink, rebuild: RebuildState, filled: TableState) -> None:

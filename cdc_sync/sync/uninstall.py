@@ -15,6 +15,7 @@ from cdc_sync.postgres.publication import drop_publication, read_publication
 from cdc_sync.postgres.slot import drop_slot, read_slot
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import PipelineState, Sink
+from cdc_sync.sync.opening import opening
 
 log = get_logger(__name__)
 
@@ -80,7 +81,7 @@ async def _uninstall(settings: Settings, say: Callable[[str], None]) -> int:
     source, pipeline = settings.source, settings.pipeline.name
     sink = await open_sink(settings.qdrant)
     try:
-        lock = await asyncio.to_thread(lock_pipeline, source)
+        lock = await opening(lock_pipeline, source)
         try:
             state = await sink.state.load(pipeline)
             if state is None or state.slot != source.slot:

@@ -25,6 +25,7 @@ from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Changes, Sink
 from cdc_sync.rows import PointId, Row
 from cdc_sync.sync.control import PREFIX, Request, request_content
+from cdc_sync.sync.opening import opening
 from cdc_sync.sync.resync_request import Waiting, key_batches
 from cdc_sync.sync.routing import PlannedTable
 from cdc_sync.verify.data import Verified
@@ -112,7 +113,7 @@ def _run(settings: Settings) -> None:
 
 async def _write(settings: Settings, todo: Sequence[TableFindings], say: Say) -> None:
     """Write points and remove them directly. Nobody can start a pipeline meanwhile."""
-    lock = await asyncio.to_thread(lock_pipeline, settings.source)
+    lock = await opening(lock_pipeline, settings.source)
     try:
         sink = await open_sink(settings.qdrant)
         try:

@@ -349,10 +349,11 @@ def test_server_shuts_down(private_postgres: PrivatePostgres) -> None:
         except SourceError as exc:
             error = exc
     stopping.join(30)
+    connection.close()
     assert error is not None
     assert error.kind is ErrorKind.SOURCE_UNAVAILABLE
-    assert "shutting down" in error.message
-    connection.close()
+    # In which words depends on what the server was doing.
+    assert "shutting down" in error.message or "57P01" in error.message
 
 
 @pytest.mark.requirement("R8")
