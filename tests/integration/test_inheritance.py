@@ -60,10 +60,10 @@ def test_a_child_without_a_key_is_refused_before_it_is_published(
 ) -> None:
     """Else the application's updates would fail."""
     database18.execute(SCHEMA + "ALTER TABLE docs_2026 DROP CONSTRAINT docs_2026_pkey;")
-    synced = sync_table(database18, "docs", start=False)
+    synced = sync_table(database18, "docs", start=False, superuser=True)
     synced.daemon.start(wait=False)
     assert synced.daemon.process is not None
-    assert synced.daemon.process.wait(40) != 0
+    assert synced.daemon.process.wait(90) != 0
     assert "ADD PRIMARY KEY" in synced.daemon.log()
     assert database18.execute("SELECT count(*) FROM pg_publication") == [(0,)]
 

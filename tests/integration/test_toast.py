@@ -88,10 +88,10 @@ def test_identity_nothing_is_refused_before_the_start(
     database18: Database, sync_table: SyncTable
 ) -> None:
     create_docs(database18, "NOTHING")
-    synced = sync_table(database18, "docs", start=False)
+    synced = sync_table(database18, "docs", start=False, superuser=True)
     synced.daemon.start(wait=False)
     assert synced.daemon.process is not None
-    assert synced.daemon.process.wait(30) == 78
+    assert synced.daemon.process.wait(90) == 78
     assert "REPLICA IDENTITY DEFAULT" in synced.daemon.log()
     assert database18.execute(
         "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"
@@ -123,10 +123,10 @@ def test_an_index_identity_that_does_not_cover_the_key_is_refused(
     database18.execute("ALTER TABLE docs ADD code int NOT NULL GENERATED ALWAYS AS IDENTITY")
     database18.execute("CREATE UNIQUE INDEX docs_code ON docs (code)")
     database18.execute("ALTER TABLE docs REPLICA IDENTITY USING INDEX docs_code")
-    synced = sync_table(database18, "docs", start=False)
+    synced = sync_table(database18, "docs", start=False, superuser=True)
     synced.daemon.start(wait=False)
     assert synced.daemon.process is not None
-    assert synced.daemon.process.wait(30) == 78
+    assert synced.daemon.process.wait(90) == 78
 
 
 @pytest.mark.requirement("R24")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from cdc_sync.errors import CdcSyncError
 from tests.support.daemon import Daemon
 from tests.support.fix_postgres import Database
 from tests.support.least_privilege import least_privileged
@@ -62,27 +61,13 @@ class Synced:
 SyncTable = Callable[..., Synced]
 
 
-def _least(
-    database: Database,
-    tables: Sequence[Mapping[str, object]],
-    publication: str,
-    pipeline: Mapping[str, object] | None,
-) -> str:
-    """The URL of a role made for these tables; of the superuser for what cannot be planned, which
-    is then what the test is about."""
-    try:
-        role = least_privileged(database, tables, publication=publication, pipeline=pipeline)
-    except CdcSyncError:
-        return database.url
-    return role.url
-
-
 @pytest.fixture
 def sync_table(tmp_path: Path, qdrant: QdrantTarget) -> Iterator[SyncTable]:
     """Make a daemon for a table: ``sync_table(database, "docs", target="server"|"edge", ...)``.
 
     It connects as a role with the least rights, made for this table, unless ``superuser`` or
-    ``pg_url`` say otherwise: the superuser then makes the publication by itself.
+    ``pg_url`` say otherwise: the superuser then makes the publication by itself. There is no
+    such role for a table that cannot be planned.
 
     ``start=False`` leaves starting to the test. Other keywords go to the table's configuration;
     ``pipeline``, ``migration``, ``qdrant`` and ``pg_url`` to the daemon's.
@@ -116,7 +101,7 @@ def sync_table(tmp_path: Path, qdrant: QdrantTarget) -> Iterator[SyncTable]:
             url = qdrant.url if qdrant is not None else f"edge:{tmp_path / slot}"
             tables = [{"name": table, "collection": collection, **table_settings}]
             if pg_url is None and not superuser:
-                pg_url = _least(database, tables, slot, pipeline)
+                pg_url = least_privileged(database, tables, publication=slot, pipeline=pipeline).url
             daemon = Daemon(
                 tmp_path,
                 pg_url=pg_url or database.url,
