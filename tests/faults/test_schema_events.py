@@ -19,8 +19,9 @@ from tests.support.schema_scene import AFTER, BEFORE, COLUMNS, CREATE, DIM, Load
 
 @pytest.fixture(autouse=True)
 def seldom() -> Iterator[None]:
-    """Everything is tried again because something has changed, not because of the time."""
-    with mock.patch.multiple(stopped_tables, RETRY_SECONDS=600.0, FIRST_PAUSE_SECONDS=600.0):
+    """Everything is tried again because something has changed, not because of the time; but for a
+    table that is planned while the stream is still before the change, and stops once more."""
+    with mock.patch.multiple(stopped_tables, RETRY_SECONDS=30.0, FIRST_PAUSE_SECONDS=30.0):
         yield
 
 

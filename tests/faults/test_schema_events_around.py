@@ -23,7 +23,7 @@ from tests.support.schema_scene import AFTER, BEFORE, COLUMNS, CREATE, DIM, Load
 @pytest.fixture(autouse=True)
 def seldom() -> Iterator[None]:
     """Everything is tried again because something has changed, not because of the time."""
-    with mock.patch.multiple(stopped_tables, RETRY_SECONDS=600.0, FIRST_PAUSE_SECONDS=600.0):
+    with mock.patch.multiple(stopped_tables, RETRY_SECONDS=30.0, FIRST_PAUSE_SECONDS=30.0):
         yield
 
 
