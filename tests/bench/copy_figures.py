@@ -16,7 +16,7 @@ from cdc_sync.sync.routing import PlannedTable
 from tests.bench import limits
 from tests.bench.engine import copy_blocks, exported_snapshot
 from tests.bench.model import speed_up
-from tests.bench.rounds import Median, ratio_of_best, ratios, take_turns
+from tests.bench.rounds import Median, facts_beside_limit, ratios, take_turns
 from tests.bench.setting import Setting
 from tests.bench.targets import Figure, Target
 from tests.bench.usage import Cost, Meter
@@ -62,14 +62,7 @@ def _one_worker(
 
 
 def _figures(rows: int, limit: list[Cost], ours: list[Cost]) -> Iterator[Figure]:
-    facts = {
-        "rows": rows,
-        "limit_rows_per_second": Median.of([c.rate(rows) for c in limit]).value,
-        "limit_cpu_us": Median.of([c.per_row(rows) for c in limit]).value,
-        "rows_per_second": Median.of([c.rate(rows) for c in ours]).value,
-        "postgres_cpu_us": Median.of([c.other_per_row("postgres", rows) for c in ours]).value,
-        "best_ratio": ratio_of_best([c.seconds for c in limit], [c.seconds for c in ours]),
-    }
+    facts = facts_beside_limit(rows, limit, ours)
     yield Figure(
         "copy.768.ratio",
         "copy, 768-d, one worker, null sink",

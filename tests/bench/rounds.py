@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from tests.bench.usage import Cost
+
 T = TypeVar("T")
 
 
@@ -79,3 +81,17 @@ def quantile(values: Sequence[float], part: float) -> float:
         raise ValueError("no values")
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, round(part * len(ordered)) - 1))]
+
+
+def facts_beside_limit(
+    rows: int, limit: Sequence[Cost], ours: Sequence[Cost]
+) -> dict[str, int | float]:
+    """What is known of rounds in which a limit and ours took turns with the same rows."""
+    return {
+        "rows": rows,
+        "limit_rows_per_second": Median.of([c.rate(rows) for c in limit]).value,
+        "limit_cpu_us": Median.of([c.per_row(rows) for c in limit]).value,
+        "rows_per_second": Median.of([c.rate(rows) for c in ours]).value,
+        "postgres_cpu_us": Median.of([c.other_per_row("postgres", rows) for c in ours]).value,
+        "best_ratio": ratio_of_best([c.seconds for c in limit], [c.seconds for c in ours]),
+    }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tests.bench import limits
 from tests.bench.datasets import Dataset, deletes, inserts, mixed, updates
 from tests.bench.engine import StreamEngine
-from tests.bench.rounds import Median, ratio_of_best, ratios, take_turns
+from tests.bench.rounds import Median, facts_beside_limit, ratios, take_turns
 from tests.bench.setting import Setting
 from tests.bench.targets import Figure, Target
 from tests.bench.usage import Cost
@@ -68,14 +68,7 @@ def measure_stream(
 
 def _figures(dataset: Dataset, limit: list[Cost], ours: list[Cost]) -> Iterator[Figure]:
     rows = dataset.rows
-    facts = {
-        "rows": rows,
-        "limit_rows_per_second": Median.of([c.rate(rows) for c in limit]).value,
-        "limit_cpu_us": Median.of([c.per_row(rows) for c in limit]).value,
-        "rows_per_second": Median.of([c.rate(rows) for c in ours]).value,
-        "postgres_cpu_us": Median.of([c.other_per_row("postgres", rows) for c in ours]).value,
-        "best_ratio": ratio_of_best([c.seconds for c in limit], [c.seconds for c in ours]),
-    }
+    facts = facts_beside_limit(rows, limit, ours)
     yield Figure(
         f"stream.{dataset.name}.ratio",
         f"stream, {dataset.title}, null sink",

@@ -9,10 +9,10 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import psycopg
-from qdrant_client import QdrantClient, models
+from qdrant_client import models
 
 from cdc_sync.config import Settings, TableSettings
 from cdc_sync.qdrant.open import open_sink
@@ -136,20 +136,17 @@ async def rebuilding(
         await asyncio.gather(task, return_exceptions=True)
 
 
-class Writer:
-    """Inserts, changes and deletes rows as fast as it can, in a thread. Rows up to ``kept`` and
-    those in ``stay`` are never deleted; ``stay`` has the position after each one's commit."""
+class _Looping:
+    """A thread that does something again and again while it is a context, and raises what ended it
+    when it is stopped."""
 
-    def __init__(self, database: Database, kept: int = 200) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._kept = kept
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._failure: BaseException | None = None
-        self.stay: dict[int, int] = {}
-        self.steps = 0
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -167,10 +164,22 @@ class Writer:
             with self._database.connect() as connection:
                 while not self._stop.is_set():
                     self._step(connection)
-                    self.steps += 1
-                    time.sleep(0.002)
         except BaseException as error:  # noqa: BLE001 - raised by whoever stops the thread
             self._failure = error
+
+    def _step(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
+        raise NotImplementedError
+
+
+class Writer(_Looping):
+    """Inserts, changes and deletes rows as fast as it can, in a thread. Rows up to ``kept`` and
+    those in ``stay`` are never deleted; ``stay`` has the position after each one's commit."""
+
+    def __init__(self, database: Database, kept: int = 200) -> None:
+        super().__init__(database)
+        self._kept = kept
+        self.stay: dict[int, int] = {}
+        self.steps = 0
 
     def _step(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
         step = self.steps
@@ -191,53 +200,27 @@ class Writer:
             row = connection.execute("SELECT pg_current_wal_insert_lsn() - '0/0'").fetchone()
             assert row is not None
             self.stay[key] = int(str(row[0]))
+        self.steps += 1
+        time.sleep(0.002)
 
 
-class Reader:
+class Reader(_Looping):
     """Reads by an alias in a loop, in a thread, and notes what it has missed: every row that the
     pipeline had confirmed before the request must be found."""
 
     def __init__(
         self, database: Database, qdrant: QdrantTarget, alias: str, slot: str, writer: Writer
     ) -> None:
-        self._database = database
-        self._qdrant = qdrant
+        super().__init__(database)
+        self._client = qdrant.new_client(observer=True)
         self._alias = alias
         self._slot = slot
         self._writer = writer
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._failure: BaseException | None = None
         self.missed: list[tuple[str, list[int]]] = []
         self.reads = 0
         self.expected = 0
 
-    def __enter__(self) -> Reader:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join(_PATIENCE_SECONDS)
-        if self._failure is not None:
-            raise self._failure
-
-    def _run(self) -> None:
-        try:
-            client = self._qdrant.new_client(observer=True)
-            with self._database.connect() as connection:
-                while not self._stop.is_set():
-                    self._read(client, connection)
-                    self.reads += 1
-        except BaseException as error:  # noqa: BLE001 - raised by whoever stops the thread
-            self._failure = error
-
-    def _read(
-        self, client: QdrantClient, connection: psycopg.Connection[tuple[object, ...]]
-    ) -> None:
+    def _step(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
         row = connection.execute(
             "SELECT confirmed_flush_lsn - '0/0' FROM pg_replication_slots WHERE slot_name = %s",
             (self._slot,),
@@ -247,10 +230,10 @@ class Reader:
         must = {key for key, lsn in list(self._writer.stay.items()) if lsn <= confirmed}
         must |= set(range(1, 201))
         self.expected = max(self.expected, len(must))
-        page, _ = client.scroll(self._alias, limit=100_000, with_payload=False)
+        page, _ = self._client.scroll(self._alias, limit=100_000, with_payload=False)
         self._note("scroll", must - {int(point.id) for point in page})
         some = sorted(must)[:: max(1, len(must) // 20)]
-        found = client.query_points(
+        found = self._client.query_points(
             self._alias,
             query=[1.0, 1.0, 1.0, 2.0],
             using="embedding",
@@ -259,6 +242,7 @@ class Reader:
             with_payload=False,
         )
         self._note("query", set(some) - {int(point.id) for point in found.points})
+        self.reads += 1
 
     def _note(self, how: str, missing: set[int]) -> None:
         if missing:
