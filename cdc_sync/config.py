@@ -102,7 +102,10 @@ class QdrantSettings(_Section):
     )
     timeout_seconds: float = Field(60.0, gt=0, description="Deadline of one request.")
     parallel_requests: int = Field(
-        4, ge=1, le=64, description="Requests over disjoint ids sent together."
+        4,
+        ge=1,
+        le=64,
+        description="Requests over disjoint ids sent together, whatever collections they are for.",
     )
     request_points: int = Field(256, ge=1, description="Points a request, at most.")
     request_bytes: int = Field(4 << 20, ge=1 << 10, description="Bytes a request, about.")

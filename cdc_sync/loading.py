@@ -43,11 +43,13 @@ from cdc_sync.settings_schema import (
 PREFIX: Final = "CDC_SYNC_"
 CONFIG_VARIABLE: Final = "CDC_SYNC_CONFIG"
 TABLES_VARIABLE: Final = "CDC_SYNC_TABLES"
+#: What the program was built from, said by its image; see :mod:`cdc_sync.ops.revision`.
+REVISION_VARIABLE: Final = "CDC_SYNC_REVISION"
 FILE_SUFFIX: Final = "_FILE"
 _SECRET_FILE_LIMIT_BYTES: Final = 64 * 1024
 
 #: Variables with the prefix that are no settings.
-OTHER_VARIABLES: Final = frozenset({CONFIG_VARIABLE})
+OTHER_VARIABLES: Final = frozenset({CONFIG_VARIABLE, REVISION_VARIABLE})
 #: Variables of this repository's own tests, which the programs they start inherit.
 _TESTS_PREFIX: Final = "CDC_SYNC_TEST_"
 

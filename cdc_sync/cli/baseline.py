@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cdc_sync.cli.entries import hanging
 from cdc_sync.cli.options import takes_settings
 from cdc_sync.errors import ExitCode
 
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 _SAMPLED = 50
 _WIDTH = 80
 _CLEAR = "\r\x1b[K"
+
+Sample = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        max=10_000,
+        help="Queries by rows' own vectors, for each vector column. Default: 50, or none with "
+        "--queries.",
+    ),
+]
 
 
 @takes_settings
@@ -33,16 +44,7 @@ def baseline(
         Path | None,
         typer.Option(metavar="FILE", help="Queries of your own: JSON, or an object a line."),
     ] = None,
-    sample: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            max=10_000,
-            help="Queries by rows' own vectors, for each vector column. Default: 50, or none with "
-            "--queries.",
-        ),
-    ] = None,
+    sample: Sample = None,
     k: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Results a query.")] = 10,
     include_self: Annotated[
         bool,
@@ -113,27 +115,15 @@ def _lines(taken: Baseline, output: Path) -> Iterator[str]:
         yield f"{table.table}: {table.rows:,} rows{leaves}, {len(table.payload)} payload fields"
         for vector in table.vectors:
             dimension = f"{vector.dimension} dimensions, " if vector.dimension else ""
-            yield from _wrapped(
-                f"{vector.column}: {vector.kind}, {dimension}{vector.metric} from "
-                f"{vector.metric_from}"
-            )
+            kind = f"{vector.kind}, {dimension}{vector.metric} from {vector.metric_from}"
+            yield from hanging(f"{vector.column}: {kind}", "  ", _WIDTH)
             for index in vector.indexes:
                 settings = ", ".join(f"{name} = {value}" for name, value in index.options.items())
                 state = "" if index.valid else ", not valid"
                 more = f" ({settings})" if settings else ""
-                yield from _wrapped(f"index {index.name}: {index.method}{more}{state}")
+                yield from hanging(f"index {index.name}: {index.method}{more}{state}", "  ", _WIDTH)
     indexed = sum(query.index is not None for query in taken.queries)
     yield f"{len(taken.queries)} queries, {indexed} of them through an index too"
     for note in taken.notes:
-        yield from _wrapped(f"note: {note}", "")
+        yield from hanging(f"note: {note}", "", _WIDTH)
     yield f"written to {output}; it holds keys of rows and query vectors"
-
-
-def _wrapped(text: str, indent: str = "  ") -> list[str]:
-    return textwrap.wrap(
-        text,
-        _WIDTH,
-        initial_indent=indent,
-        subsequent_indent=indent + "  ",
-        break_on_hyphens=False,
-    )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cdc_sync.cli.check import exit_code
+from cdc_sync.cli.entries import entry, finding_entry
 from cdc_sync.cli.options import takes_settings
 from cdc_sync.cli.run import ended_by_sigterm
 from cdc_sync.errors import ExitCode
@@ -18,10 +18,7 @@ from cdc_sync.errors import ExitCode
 if TYPE_CHECKING:
     from cdc_sync.loading import LoadedSettings
     from cdc_sync.sync.bench import Benched
-    from cdc_sync.sync.findings import Finding
 
-_LABEL = 14
-_WIDTH = 100
 _BOTTLENECKS = {
     "postgres": "Postgres",
     "cdc-sync": "cdc-sync itself (its CPU)",
@@ -60,7 +57,7 @@ def bench(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """Measure Postgres, Qdrant and cdc-sync where you have them, and say which is the slow part.
+    """Measure where you have it: which part is slow, what to expect.
 
     Rows are read from a table and written to a scratch collection, which is removed again. Nothing
     is written to Postgres. Exit code 0 if everything could be measured.
@@ -101,7 +98,7 @@ def _lines(found: Benched) -> Iterator[str]:
     if found.figures:
         cpus = f"{found.cpus} CPU{'s' if found.cpus != 1 else ''}"
         qdrant = f", Qdrant {found.qdrant_version}" if found.qdrant_version else ""
-        yield from _entry(
+        yield from entry(
             "table",
             f"{found.table}, measured with up to {found.sample_rows:,} of its rows; {cpus}{qdrant}",
         )
@@ -112,13 +109,13 @@ def _lines(found: Benched) -> Iterator[str]:
     yield from _stream(found)
     if found.leftovers:
         names = ", ".join(found.leftovers)
-        yield from _entry(
+        yield from entry(
             "leftovers",
             f"{names}: of runs that were killed, unless another one is under way. Remove them: "
             "cdc-sync bench --remove-leftovers",
         )
     for finding in found.findings:
-        yield from _finding(finding)
+        yield from finding_entry(finding)
 
 
 def _figures(found: Benched) -> Iterator[str]:
@@ -140,7 +137,7 @@ def _copy(found: Benched) -> Iterator[str]:
     if advice is None:
         return
     workers = f"{advice.workers} worker{'s' if advice.workers != 1 else ''}"
-    yield from _entry(
+    yield from entry(
         "copy",
         f"about {advice.rows_per_second:,.0f} rows/s with {workers}; the slow part: "
         f"{_BOTTLENECKS[advice.bottleneck]}",
@@ -152,10 +149,10 @@ def _copy(found: Benched) -> Iterator[str]:
         )
     else:
         more = f"more than {advice.enough_workers} would not help"
-    yield from _entry("", more)
+    yield from entry("", more)
     tables = len(found.sizes)
     rows = sum(size.rows for size in found.sizes)
-    yield from _entry(
+    yield from entry(
         "first copy",
         f"about {duration_text(sum(found.seconds.values()))} for about {rows:,} rows in "
         f"{tables} table{'s' if tables != 1 else ''} (estimates)",
@@ -171,23 +168,9 @@ def _stream(found: Benched) -> Iterator[str]:
     text = f"about {advice.rows_per_second:,.0f} new rows/s"
     if advice.updates_per_second is not None:
         text += f", or {advice.updates_per_second:,.0f} metadata updates/s"
-    yield from _entry("stream", f"{text}; the slow part: {_BOTTLENECKS[advice.bottleneck]}")
+    yield from entry("stream", f"{text}; the slow part: {_BOTTLENECKS[advice.bottleneck]}")
     text = f"about {size_text(round(advice.wal_bytes_per_second))}/s could be followed"
     text += f" (by {found.wal_from})"
     if found.wal_written_per_second is not None:
         text += f"; {size_text(round(found.wal_written_per_second))}/s were written meanwhile"
-    yield from _entry("wal", text)
-
-
-def _entry(label: str, text: str) -> Iterator[str]:
-    """``label    text``, more lines of text below each other."""
-    margin = " " * _LABEL
-    lines = textwrap.wrap(text, _WIDTH - _LABEL, break_long_words=False, break_on_hyphens=False)
-    for number, line in enumerate(lines):
-        yield f"{label:<{_LABEL}}{line}" if number == 0 else f"{margin}{line}"
-
-
-def _finding(finding: Finding) -> Iterator[str]:
-    yield from _entry(finding.severity, f"{finding.subject}: {finding.message}")
-    if finding.remedy:
-        yield textwrap.indent(finding.remedy, " " * _LABEL)
+    yield from entry("wal", text)

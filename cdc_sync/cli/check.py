@@ -50,7 +50,7 @@ def check(
         ),
     ] = None,
 ) -> int:
-    """Say what stands in the way of a run, and what will cost something later.
+    """Say what stands in the way of a run, or will cost something.
 
     Looks at Postgres, Qdrant and the tables; changes nothing. Exit code 0 if there is no error.
     """

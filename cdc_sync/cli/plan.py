@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cdc_sync.cli.check import exit_code
+from cdc_sync.cli.entries import LABEL, entry, finding_entry
 from cdc_sync.cli.options import takes_settings
 
 if TYPE_CHECKING:
     from cdc_sync.loading import LoadedSettings
     from cdc_sync.sync.explanation import Explained, TableExplained, VectorExplained
-    from cdc_sync.sync.findings import Finding
 
-_LABEL = 14
-_WIDTH = 100
 #: Partitions that are named in the text; with --json they are all there.
 _PARTITIONS = 12
 
@@ -60,32 +57,22 @@ def _redacted(value: object) -> object:
 def _lines(explained: Explained) -> Iterator[str]:
     if explained.server:
         server = explained.server
-        yield from _entry("postgres", f"{server['version']}, database {server['database']}")
-        yield from _entry("publication", _existence(explained.publication))
+        yield from entry("postgres", f"{server['version']}, database {server['database']}")
+        yield from entry("publication", _existence(explained.publication))
         statement = explained.publication.get("statement")
         if statement:
-            yield f"{'':{_LABEL}}{statement}"
-        yield from _entry("slot", _existence(explained.slot))
+            yield f"{'':{LABEL}}{statement}"
+        yield from entry("slot", _existence(explained.slot))
         yield from _wal(explained.wal)
-    yield from _entry("qdrant", _qdrant(explained.qdrant))
-    yield from _entry("copy", _copy(explained.copy))
+    yield from entry("qdrant", _qdrant(explained.qdrant))
+    yield from entry("copy", _copy(explained.copy))
     for table in explained.tables:
         yield ""
         yield from _table(table)
     if explained.findings:
         yield ""
         for finding in explained.findings:
-            yield from _finding(finding)
-
-
-def _entry(label: str, text: str, indent: str = "") -> Iterator[str]:
-    """``label    text``, more lines of text below each other."""
-    margin = " " * (_LABEL + len(indent))
-    wrapped = textwrap.wrap(
-        text, _WIDTH - len(margin), break_long_words=False, break_on_hyphens=False
-    )
-    for number, line in enumerate(wrapped or [""]):
-        yield f"{indent}{label:<{_LABEL}}{line}" if number == 0 else f"{margin}{line}"
+            yield from finding_entry(finding)
 
 
 def _existence(part: Mapping[str, object]) -> str:
@@ -126,42 +113,42 @@ def _wal(part: Mapping[str, object]) -> Iterator[str]:
             f"{duration_text(seconds)}, by which about {size_text(window)} are kept while copying "
             f"and {size_text(hour)} an hour while nobody reads"
         )
-    yield from _entry("wal", text)
+    yield from entry("wal", text)
     advice = part["advice"]
     for sentence in advice if isinstance(advice, list) else ():
-        yield from _entry("", sentence)
+        yield from entry("", sentence)
 
 
 def _table(table: TableExplained) -> Iterator[str]:
     yield f"{table.table} -> collection {table.collection}"
     indent = "  "
-    yield from _entry("action", _action(table), indent)
-    yield from _entry("size", _size(table), indent)
+    yield from entry("action", _action(table), indent)
+    yield from entry("size", _size(table), indent)
     if len(table.partitions) > 1:
         names = [f"{one.name} ({one.chunks})" for one in table.partitions]
         shown = ", ".join(names[:_PARTITIONS])
         more = f" and {len(names) - _PARTITIONS} more" if len(names) > _PARTITIONS else ""
-        yield from _entry("partitions", f"{len(names)} (chunks): {shown}{more}", indent)
+        yield from entry("partitions", f"{len(names)} (chunks): {shown}{more}", indent)
     if table.row_filter is not None:
-        yield from _entry("rows", f"only where {table.row_filter}", indent)
+        yield from entry("rows", f"only where {table.row_filter}", indent)
     key = ", ".join(table.key)
-    yield from _entry("key", f"{key}, from {table.key_from}; point id: {table.ids}", indent)
+    yield from entry("key", f"{key}, from {table.key_from}; point id: {table.ids}", indent)
     for number, vector in enumerate(table.vectors):
-        yield from _entry("vectors" if number == 0 else "", _vector(vector), indent)
+        yield from entry("vectors" if number == 0 else "", _vector(vector), indent)
     name_width = max(len(column.name) for column in table.columns)
     type_width = max(len(column.type) for column in table.columns)
     for number, column in enumerate(table.columns):
         text = f"{column.name:<{name_width}}  {column.type:<{type_width}}  {column.becomes}"
-        yield f"{indent}{'columns' if number == 0 else '':<{_LABEL}}{text}"
+        yield f"{indent}{'columns' if number == 0 else '':<{LABEL}}{text}"
     indexes = ", ".join(f"{one['field']} ({one['type']})" for one in table.payload_indexes)
-    yield from _entry("indexes", indexes or "none on the payload", indent)
+    yield from entry("indexes", indexes or "none on the payload", indent)
     if table.collection_config:
         settings = json.dumps(table.collection_config, ensure_ascii=False, default=str)
-        yield from _entry("settings", settings, indent)
+        yield from entry("settings", settings, indent)
     for label, sentences in (("warnings", table.warnings), ("notes", table.notes)):
         for number, sentence in enumerate(sentences):
             text = sentence.removeprefix(f"{table.table}: ")
-            yield from _entry(label if number == 0 else "", text, indent)
+            yield from entry(label if number == 0 else "", text, indent)
 
 
 def _action(table: TableExplained) -> str:
@@ -174,7 +161,8 @@ def _size(table: TableExplained) -> str:
     from cdc_sync.sync.progress import size_text
 
     rows = f"about {table.rows:,} rows" if table.rows is not None else "rows"
-    text = f"{rows} ({table.rows_from}), {size_text(table.bytes)} on disk, {table.chunks} chunks"
+    chunks = "1 chunk" if table.chunks == 1 else f"{table.chunks:,} chunks"
+    text = f"{rows} ({table.rows_from}), {size_text(table.bytes)} on disk, {chunks}"
     if table.vector_bytes:
         text += f"; vectors of {size_text(table.vector_bytes)} in Qdrant"
     return text
@@ -189,10 +177,3 @@ def _vector(vector: VectorExplained) -> str:
     if vector.settings:
         parts.append(json.dumps(vector.settings, ensure_ascii=False))
     return ", ".join(parts)
-
-
-def _finding(finding: Finding) -> Iterator[str]:
-    yield from _entry(finding.severity, f"{finding.subject}: {finding.message}")
-    if finding.remedy:
-        # Left-aligned under each other, so that SQL can be copied as it is.
-        yield textwrap.indent(finding.remedy, " " * _LABEL)

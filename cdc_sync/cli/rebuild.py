@@ -69,7 +69,7 @@ def rebuild(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before dropping.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> int:
-    """Fill a new collection with new settings beside the one in use, and go over to it.
+    """Fill a new collection beside the one in use, and go over to it.
 
     The running pipeline goes on meanwhile; at one position of the stream it and the readers of the
     alias go over. Stopped before its end, it goes on when it is run again.

@@ -37,7 +37,7 @@ def status(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer of /status.")] = False,
 ) -> int:
-    """Show how a running pipeline is: state, lag, slot, tables, what needs attention.
+    """Show how a running pipeline is, and what needs attention.
 
     Exit code 0: ready; 75: not ready, and goes on by itself; 65: somebody has to act; 69: nothing
     answers.

@@ -19,7 +19,7 @@ def uninstall(
         str, typer.Option(metavar="NAME", help="The slot's name once more, to confirm.")
     ],
 ) -> int:
-    """Drop the slot, the publication that cdc-sync made, and its records.
+    """Drop slot, records, and the publication if cdc-sync made it.
 
     Collections stay as they are. A slot that nobody reads holds WAL until the disk is full.
     """

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
-
+from cdc_sync.cli.entries import hanging
 from cdc_sync.verify.kinds import MEANINGS
 from cdc_sync.verify.report import Finding, Report, TableReport, ordered
 
 _INDENT = "    "
-_WIDTH = 100
 
 
 def report_text(report: Report) -> str:
@@ -37,7 +35,7 @@ def _table_text(table: TableReport, report: Report) -> str:
     if table.undecided:
         lines.append(f"  {table.undecided:,} points could not be judged")
     for note in table.notes:
-        lines += _wrapped(f"note: {note}", "  ")
+        lines += hanging(f"note: {note}", "  ")
     return "\n".join(lines)
 
 
@@ -67,8 +65,8 @@ def _finding_text(finding: Finding) -> list[str]:
     meaning = MEANINGS[finding.kind]
     where = f" {finding.field}" if finding.field else ""
     lines = [f"  {meaning.title}{where}: {finding.count:,}"]
-    lines += _wrapped(f"likely: {finding.cause}", _INDENT)
-    lines += _wrapped(f"remedy: {meaning.remedy}", _INDENT)
+    lines += hanging(f"likely: {finding.cause}", _INDENT)
+    lines += hanging(f"remedy: {meaning.remedy}", _INDENT)
     for example in finding.examples:
         shown = [f"point {example.id}"] if example.id is not None else []
         if example.key is not None and example.key != (str(example.id),):
@@ -78,12 +76,6 @@ def _finding_text(finding: Finding) -> list[str]:
         if text:
             lines.append(f"{_INDENT}- {text}")
     return lines
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(
-        text, _WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
-    )
 
 
 def _outcome(report: Report) -> str:

@@ -15,11 +15,13 @@ from cdc_sync import __version__
 def version(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """Print the versions of this program and of what it runs on."""
+    """Print version, commit, and versions of what it runs on."""
+    from cdc_sync.ops.revision import revision
     from cdc_sync.postgres.libpq import libpq_version
 
     versions = {
         "cdc-sync": __version__,
+        "revision": revision(),
         "python": platform.python_version(),
         "psycopg": metadata.version("psycopg"),
         "libpq": libpq_version(),

@@ -145,28 +145,16 @@ class Account:
 
     def can_run(self, program: Path) -> bool:
         """Return whether the account can execute ``program --version``."""
-        try:
-            done = subprocess.run(
-                [program, "--version"],
-                capture_output=True,
-                cwd="/",
-                timeout=60,
-                **self.credentials(),
-            )
-        except (OSError, subprocess.SubprocessError):
-            return False
-        return done.returncode == 0
+        return self._succeeds([str(program), "--version"])
 
     def can_enter(self, directory: Path) -> bool:
         """Return whether the account can make ``directory`` its working directory."""
-        script = 'cd -- "$1"'
+        return self._succeeds(["/bin/sh", "-c", 'cd -- "$1"', "sh", str(directory)])
+
+    def _succeeds(self, command: list[str]) -> bool:
         try:
             done = subprocess.run(
-                ["/bin/sh", "-c", script, "sh", str(directory)],
-                capture_output=True,
-                cwd="/",
-                timeout=60,
-                **self.credentials(),
+                command, capture_output=True, cwd="/", timeout=60, **self.credentials()
             )
         except (OSError, subprocess.SubprocessError):
             return False

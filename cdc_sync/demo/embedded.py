@@ -107,7 +107,6 @@ class PostgresServer:
         self._account = Account.for_server()
         self.binaries = readable_binaries(binaries or find_binaries(), self._account)
         self._temporary = directory is None
-        self._given_port = port
         self._port = port
         self._settings: dict[str, str] = {}
         self._process: subprocess.Popen[bytes] | None = None

@@ -6,16 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from cdc_sync.errors import ConfigError, MappingError
 from cdc_sync.mapping.decoding import INT64_MAX, INT64_MIN, describe
 from cdc_sync.mapping.keys import check_columns
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import NAMESPACE_FIELD, SHARD_FIELD, ColumnPlan, Part, TablePlan
 from cdc_sync.mapping.table import PgType, Table, TypeKind
-
-if TYPE_CHECKING:
-    from cdc_sync.mapping.planner import PlanOptions
 
 _SPARE: Final = "Correct `{}` in the table's configuration."
 

@@ -16,8 +16,9 @@ from cdc_sync.errors import ConfigError
 from cdc_sync.mapping.column_options import selects
 from cdc_sync.mapping.decoding import describe
 from cdc_sync.mapping.keys import quoted, sql_name
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import Part, PayloadIndexType, VectorKind
-from cdc_sync.mapping.planner import PlanOptions, vector_kind
+from cdc_sync.mapping.planner import vector_kind
 from cdc_sync.mapping.table import Table
 from cdc_sync.mapping.vector_indexes import vector_indexes
 from cdc_sync.mapping.vectors import declared_dimension

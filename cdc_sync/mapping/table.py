@@ -173,7 +173,7 @@ def redefined(before: str, after: str) -> bool:
 
     A definition is ``columns.storage.versions.labels``: the columns and partitions, the files that
     hold the rows, the transactions that last touched the columns' catalog entries, and digests of
-    the labels of enums by their OIDs. What rewrites rows and keeps the columns (``ALTER COLUMN n
+    the labels of enums and of the attributes of composites, by their OIDs. What rewrites rows and keeps the columns (``ALTER COLUMN n
     TYPE int USING n * 2``) changes storage and versions at once; VACUUM FULL and TRUNCATE change
     only the files, SET DEFAULT and GRANT only the versions. A label that is added is in no row yet;
     one that is renamed is in rows that were written before.
@@ -193,7 +193,8 @@ def _parts(definition: str) -> list[str]:
 
 
 def _relabelled(before: str, after: str) -> bool:
-    """Whether a label that was there is another now: ``oid=digest``, separated by commas."""
+    """Whether a label that was there is another now, or a composite that was there has other
+    attributes: ``oid=digest``, separated by commas."""
     now = dict(label.split("=") for label in after.split(",") if label)
     known = dict(label.split("=") for label in before.split(",") if label)
     return any(now.get(oid, digest) != digest for oid, digest in known.items())

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from cdc_sync.errors import ConfigError
 from cdc_sync.mapping.keys import quoted, sql_name, unusable
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import Datatype, Metric
 from cdc_sync.mapping.table import Column, PgType, Table, TypeKind
 from cdc_sync.mapping.vector_indexes import VectorIndexes
 from cdc_sync.mapping.vectors import declared_dimension, vector_base
-
-if TYPE_CHECKING:
-    from cdc_sync.mapping.planner import PlanOptions
 
 #: Where something was found.
 CONFIGURED: Final = "the configuration"

@@ -207,11 +207,6 @@ class WireCodec:
                 names.append(field.name)
         return names
 
-    def has_unknown_payload(self, row: Row) -> bool:
-        """Tell whether the value of some payload column is not in the row."""
-        self._check_width(row)
-        return any(row[position] is UNCHANGED for position, *_ in self._fields)
-
     def unknown_fields(self, row: Row) -> list[str]:
         """Return the columns' payload fields whose value is not in the row; with a ``payload_key``
         they are fields of that object.
@@ -230,26 +225,6 @@ class WireCodec:
         object is not in the payload, and can only come from the whole row.
         """
         return self._composed is not None and self._composed.unknown(row)
-
-    def has_unknown_vectors(self, row: Row) -> bool:
-        """Tell whether the value of some vector column is not in the row."""
-        self._check_width(row)
-        return any(row[field.position] is UNCHANGED for field in self._vectors)
-
-    def known_fields(self, row: Row) -> set[str]:
-        """Return the payload fields whose state the row tells, those left out for NULL included,
-        on whatever level.
-        """
-        self._check_width(row)
-        known = {
-            str(column.field)
-            for position, _, _, _, column in self._fields
-            if row[position] is not UNCHANGED
-        }
-        known.update(name for name, _ in self._plan.constants)
-        if self._plan.payload_key is not None:
-            known.add(self._plan.payload_key)
-        return known | {name for name, _ in self._plan.marks}
 
     def _payload(
         self,

@@ -23,6 +23,8 @@ RAISED_SHARE: Final = 0.5
 HIGH_SHARE: Final = 0.8
 #: A side that is away for longer needs somebody.
 AWAY_SECONDS: Final = 60.0
+#: So long a rebuild may rest before somebody is told that its slot keeps WAL.
+UNUSED_SECONDS: Final = 600.0
 
 
 class EndFacts(Protocol):
@@ -139,10 +141,45 @@ def verification_json(verified: Mapping[str, Verified]) -> dict[str, object] | N
 
 
 @dataclass(frozen=True, slots=True)
+class RebuildSlot:
+    """The slot of a rebuild, as Postgres showed it last. ``table``: None where it is none of the
+    pipeline's; ``in_use``: somebody reads it, or copies under it; ``retained_bytes``: WAL that it
+    keeps, None if it is lost; ``unused_since`` in Unix seconds, as far as was seen."""
+
+    slot: str
+    table: str | None
+    in_use: bool
+    retained_bytes: int | None
+    unused_since: float | None = None
+
+    def is_left(self, now: float) -> bool:
+        """Whether nobody has read it for so long that somebody should know, and WAL is kept."""
+        if self.unused_since is None or self.retained_bytes is None:
+            return False
+        return now - self.unused_since >= UNUSED_SECONDS
+
+    def to_json(self) -> dict[str, object]:
+        """As ``/status`` shows it."""
+        since = None if self.unused_since is None else rfc3339(self.unused_since)
+        return {**asdict(self), "unused_since": since}
+
+
+def rebuild_remedy(slot: RebuildSlot) -> str:
+    """What to do about a rebuild that nobody is at work on."""
+    if slot.table is None:
+        return f"If nobody goes on with it: SELECT pg_drop_replication_slot('{slot.slot}');"
+    return (
+        "Go on with it by the same cdc-sync rebuild, or remove it: cdc-sync rebuild --table "
+        f"{slot.table} --abort"
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What is judged. ``not_alive``: why ``/livez`` fails, if it does; ``rebuilt``: collections, by
-    table, that the configuration does not name; ``slowed``: collections that are sent less at once,
-    with ``points`` and ``cause``; ``now`` in Unix seconds."""
+    table, that the configuration does not name; ``rebuilds``: slots of rebuilds; ``slowed``:
+    collections that are sent less at once, with ``points`` and ``cause``; ``now`` in Unix
+    seconds."""
 
     state: str
     state_since: float
@@ -157,6 +194,7 @@ class Facts:
     lag_seconds: float | None
     verified: Mapping[str, Verified]
     rebuilt: Mapping[str, str]
+    rebuilds: Sequence[RebuildSlot]
     slowed: Sequence[Mapping[str, object]]
     now: float
 
@@ -202,6 +240,7 @@ def assess(facts: Facts) -> tuple[Summary, list[Notice]]:
         *_dead_letter_notices(facts),
         *_verification_notices(facts.verified),
         *_rebuilt_notices(facts.rebuilt),
+        *_rebuild_notices(facts),
         *_lag_notices(facts),
         *_slowed_notices(facts.slowed),
     ]
@@ -394,6 +433,21 @@ def _rebuilt_notices(rebuilt: Mapping[str, str]) -> list[Notice]:
             "Replace the configuration file by the one that was given to cdc-sync rebuild --to.",
         )
         for name, collection in rebuilt.items()
+    ]
+
+
+def _rebuild_notices(facts: Facts) -> list[Notice]:
+    return [
+        Notice(
+            "warning",
+            f"A rebuild of {slot.table or 'a table'} is half done",
+            f"Nobody reads its slot {slot.slot}, and Postgres keeps "
+            f"{(slot.retained_bytes or 0) / 1e6:,.0f} MB of WAL for it.",
+            rebuild_remedy(slot),
+            slot.unused_since,
+        )
+        for slot in facts.rebuilds
+        if slot.is_left(facts.now)
     ]
 
 

@@ -29,6 +29,7 @@ from prometheus_client.registry import Collector
 
 from cdc_sync import __version__
 from cdc_sync.errors import ErrorKind, Retry, policy
+from cdc_sync.ops.attention import RebuildSlot
 
 PREFIX: Final = "cdc_sync_"
 
@@ -193,6 +194,7 @@ class TableMetrics:
         }
         self.values_nulled = metrics.values_nulled.labels(table)
         self.orphans = metrics.orphans.labels(table)
+        self.sweep_parts = metrics.sweep_parts.labels(table)
         self.rows_reread: Mapping[RereadResult, Counter] = {
             result: metrics.rows_reread.labels(table, result) for result in get_args(RereadResult)
         }
@@ -225,6 +227,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._factory = _Factory(self.registry)
         self._tables: dict[str, TableMetrics] = {}
+        self._replaced: dict[Gauge, frozenset[tuple[str, ...]]] = {}
         self._create_pipeline(revision)
         self._create_slot()
         self._create_lag()
@@ -269,6 +272,30 @@ class Metrics:
         for name, gauge in self.slot_wal_status.items():
             gauge.set(1 if name == status else 0)
 
+    def set_rebuild_slots(self, slots: Iterable[RebuildSlot]) -> None:
+        """Set what is known of slots of rebuilds; those not given have no samples any more."""
+        named: dict[tuple[str, ...], RebuildSlot] = {
+            (slot.table or "", slot.slot): slot for slot in slots
+        }
+        used = {labels: float(slot.in_use) for labels, slot in named.items()}
+        kept = {
+            labels: float(slot.retained_bytes)
+            for labels, slot in named.items()
+            if slot.retained_bytes is not None
+        }
+        self._replace(self.rebuild_slot_active, used)
+        self._replace(self.rebuild_slot_retained_wal_bytes, kept)
+
+    def _replace(self, gauge: Gauge, values: Mapping[tuple[str, ...], float]) -> None:
+        """Have the gauge hold these samples only. One that stays is there all the time: an alert
+        that waits would begin anew."""
+        known = self._replaced.get(gauge, frozenset())
+        for labels in known - values.keys():
+            gauge.remove(*labels)
+        for labels, value in values.items():
+            gauge.labels(*labels).set(value)
+        self._replaced[gauge] = frozenset(values)
+
     def count_error(self, kind: ErrorKind) -> None:
         """Count an error, of whatever consequence."""
         self._errors[kind].inc()
@@ -284,6 +311,9 @@ class Metrics:
         )
         self.state = _bound(make.gauge("state", "1 for the current state.", ("state",)), State)
         self.tables = _bound(make.gauge("tables", "Tables by state.", ("state",)), TablePhase)
+        self.tables_waiting = make.gauge(
+            "tables_waiting", "Tables whose copy, or reading again, waits for something."
+        )
         self.source_up = make.gauge("source_up", "1 while Postgres answers.")
         self.sink_up = make.gauge("sink_up", "1 while Qdrant answers.")
         reconnects = make.counter(
@@ -310,6 +340,17 @@ class Metrics:
         )
         self.slot_spilled_bytes = make.mirrored_counter(
             "slot_spilled_bytes", "Bytes of transactions that decoding wrote to the server's disk."
+        )
+        # Of each one that there is; none while Postgres cannot be asked.
+        self.rebuild_slot_active = make.gauge(
+            "rebuild_slot_active",
+            "1 while somebody is at work with the slot of a rebuild.",
+            ("table", "slot"),
+        )
+        self.rebuild_slot_retained_wal_bytes = make.gauge(
+            "rebuild_slot_retained_wal_bytes",
+            "WAL the slot of a rebuild keeps on the server.",
+            ("table", "slot"),
         )
         self.slot_spilled_transactions = make.mirrored_counter(
             "slot_spilled_transactions", "Transactions that decoding wrote to the server's disk."
@@ -392,6 +433,9 @@ class Metrics:
         self.control_requests = _bound(
             make.counter("control_requests", "Requests in logical messages.", ("outcome",)),
             ControlOutcome,
+        )
+        self.sweep_parts = make.counter(
+            "sweep_parts", "Parts of searches for points without a row.", ("table",)
         )
         self.orphans = make.counter(
             "orphans", "Points found without a row, after a copy.", ("table",)

@@ -26,6 +26,8 @@ known yet is null.
       "lag_history": {"interval_seconds": 5.0, "bytes": [56], "seconds": [0.0]},
       "slot": {"active": true, "wal_status": "reserved", "retained_bytes": 3000, "risk": "low",
                "limit_bytes": 1073741824, "seen": "..."},      null until Postgres has shown it
+      "rebuilds": [{"slot": "cdc_sync_rebuild_4f2a9c01", "table": "public.items",
+                    "in_use": false, "retained_bytes": 3000, "unused_since": "..."}],
       "dead_letters": {"pending": 0, "limit": 1000},
       "verification": {"finished": "...", "ok": true,       null without one; of all tables
                        "tables": [{"name": "public.items", "missing": 0, "extra": 0,
@@ -48,7 +50,9 @@ is pending, copying, catching_up, streaming, stopped or failed; the others go on
 stopped, and its ``error`` and ``remedy`` say why. ``rows_exact`` says that ``rows_estimated``
 was counted; ``copy_seconds`` runs while the table is copied; ``waiting`` says why nothing of it is
 copied just now. ``slowed`` are collections of which less is sent at once than configured, since
-Qdrant takes no more: so many points together, and why. Severities are ok, busy, warning and
+Qdrant takes no more: so many points together, and why. ``rebuilds`` are the slots of rebuilds that
+there are; ``table`` is null where it is none of the pipeline's, ``unused_since`` while somebody is
+at work. Severities are ok, busy, warning and
 critical; the slot's risk is unknown, unlimited, low, raised, high or lost.
 """
 
@@ -58,7 +62,7 @@ import platform
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypedDict, Unpack, get_args
 
@@ -68,6 +72,7 @@ from cdc_sync import __version__
 from cdc_sync.ops.attention import (
     Facts,
     Notice,
+    RebuildSlot,
     SlotFacts,
     Summary,
     Verified,
@@ -187,6 +192,7 @@ class StatusBoard:
         self._lag_history = LagHistory()
         self._verified: dict[str, Verified] = {}
         self._rebuilt: dict[str, str] = {}
+        self._rebuilds: Sequence[RebuildSlot] = ()
         if metrics is not None:
             metrics.set_state("starting")
 
@@ -265,6 +271,13 @@ class StatusBoard:
             self._metrics.slot_retained_wal_bytes.set(retained_bytes)
             self._metrics.slot_safe_wal_bytes.set(safe_bytes)
 
+    def set_rebuilds(self, slots: Sequence[RebuildSlot]) -> None:
+        """Set what Postgres shows of slots of rebuilds."""
+        with self._lock:
+            self._rebuilds = list(slots)
+        if self._metrics is not None:
+            self._metrics.set_rebuild_slots(slots)
+
     def slot_unknown(self) -> None:
         """Say that Postgres could not be asked. The last answer stays, with its time; a metric has
         none."""
@@ -273,6 +286,7 @@ class StatusBoard:
             self._metrics.set_wal_status(None)
             self._metrics.slot_retained_wal_bytes.set(None)
             self._metrics.slot_safe_wal_bytes.set(None)
+            self._metrics.set_rebuild_slots(())
 
     def set_verification(
         self, table: str, *, missing: int, extra: int, different: int, finished: float | None
@@ -402,6 +416,7 @@ class StatusBoard:
                 "lag": {"bytes": facts.lag_bytes, "seconds": self._lag_seconds()},
                 "lag_history": self._lag_history.to_json(now),
                 "slot": None if facts.slot is None else facts.slot.to_json(),
+                "rebuilds": [slot.to_json() for slot in self._rebuilds],
                 "verification": verification_json(self._verified),
                 "dead_letters": {
                     "pending": self._dead_letters(),
@@ -452,6 +467,7 @@ class StatusBoard:
                 lag_seconds=self._lag_seconds(),
                 verified=self._verified,
                 rebuilt=self._rebuilt,
+                rebuilds=self._rebuilds,
                 slowed=list(self._slowed.values()),
                 now=time.time(),
             )
@@ -500,6 +516,8 @@ class StatusBoard:
         counts: Mapping[str, int] = Counter(table.state for table in self._tables.values())
         for phase in get_args(TablePhase):
             self._metrics.tables[phase].set(counts.get(phase, 0))
+        waiting = sum(table.facts.waiting is not None for table in self._tables.values())
+        self._metrics.tables_waiting.set(waiting)
 
 
 def _end_check(name: str, end: _End) -> Check:

@@ -83,6 +83,7 @@ class TableStatus:
                 setattr(self._fields, name, redact(value) if isinstance(value, str) else value)
             if "state" in changes:
                 self._time_copy(before)
+            if "state" in changes or "waiting" in changes:
                 self._changed()
 
     def add(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import Final, cast
 
 from cdc_sync.errors import ProtocolError
@@ -28,7 +27,6 @@ XLOG_HEADER_BYTES: Final = 25
 
 _KEEPALIVE_BYTES: Final = 18
 _MAX_LSN: Final = (1 << 64) - 1
-_POSTGRES_EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
 _POSTGRES_EPOCH_UNIX_SECONDS: Final = 946_684_800
 
 _unpack_xlog = cast(
@@ -99,20 +97,6 @@ def postgres_time(unix_seconds: float) -> int:
 def unix_seconds(postgres_microseconds: int) -> float:
     """Convert the protocol's microseconds since 2000 to Unix time in seconds."""
     return postgres_microseconds / 1_000_000 + _POSTGRES_EPOCH_UNIX_SECONDS
-
-
-def to_datetime(postgres_microseconds: int) -> datetime:
-    """Convert the protocol's time to a ``datetime`` in UTC, exactly.
-
-    Raises :class:`ProtocolError` for a time outside the years 1 to 9999.
-    """
-    try:
-        return _POSTGRES_EPOCH + timedelta(microseconds=postgres_microseconds)
-    except OverflowError:
-        raise ProtocolError(
-            "The server sent a time outside the years 1 to 9999:"
-            f" {postgres_microseconds} microseconds from 2000-01-01."
-        ) from None
 
 
 def _position(lsn: int) -> str:

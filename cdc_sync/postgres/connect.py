@@ -14,7 +14,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import psycopg
 from psycopg import conninfo, pq
@@ -124,15 +124,25 @@ def connect(
         connection = psycopg.connect(autocommit=autocommit, **parameters)
     except psycopg.Error as exc:
         raise _refused(exc, parameters) from None
-    try:
-        with answering(connection, source.connect_timeout_seconds):
-            _pin_session(connection)
-    except BaseException:
-        connection.close()
-        raise
+    with closed_on_error(connection), answering(connection, source.connect_timeout_seconds):
+        _pin_session(connection)
     # Statements prepared behind our back would outlive DDL and fail after it.
     connection.prepare_threshold = None
     return connection
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def closed_on_error(connection: _Closes) -> Iterator[None]:
+    """Close a connection that is being set up when that fails: nobody else would."""
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _parameters(source: SourceSettings, application_name: str) -> dict[str, Any]:

@@ -12,7 +12,13 @@ import psycopg
 
 from cdc_sync.config import SourceSettings
 from cdc_sync.errors import ErrorKind, SourceError
-from cdc_sync.postgres.connect import PgConnection, connect, set_lock_timeout, translate
+from cdc_sync.postgres.connect import (
+    PgConnection,
+    closed_on_error,
+    connect,
+    set_lock_timeout,
+    translate,
+)
 
 _LOCK = "SELECT pg_try_advisory_lock(hashtextextended('cdc_sync copy ' || %s, 0))"
 
@@ -23,21 +29,17 @@ def lock_pipeline(source: SourceSettings) -> PgConnection:
     Raises :class:`SourceError` SLOT_ACTIVE when another process holds it.
     """
     connection = connect(source, application_name="cdc_sync lock")
-    try:
-        row = connection.execute(_LOCK, (source.slot,)).fetchone()
-    except psycopg.Error as error:
-        connection.close()
-        raise translate(error, "taking the lock of the pipeline") from error
-    except BaseException:
-        connection.close()
-        raise
-    if row is None or not row[0]:
-        connection.close()
-        raise SourceError(
-            ErrorKind.SLOT_ACTIVE,
-            f"another process is copying for the slot {source.slot}",
-            "It goes on by itself when the other one ends.",
-        )
+    with closed_on_error(connection):
+        try:
+            row = connection.execute(_LOCK, (source.slot,)).fetchone()
+        except psycopg.Error as error:
+            raise translate(error, "taking the lock of the pipeline") from error
+        if row is None or not row[0]:
+            raise SourceError(
+                ErrorKind.SLOT_ACTIVE,
+                f"another process is copying for the slot {source.slot}",
+                "It goes on by itself when the other one ends.",
+            )
     return connection
 
 
@@ -50,15 +52,12 @@ def lock_rebuild(source: SourceSettings) -> PgConnection:
     slot; it is held until the connection returned is closed. Raises :class:`SourceError`
     TABLE_LOCKED or SOURCE_UNAVAILABLE when it is not to be had in time."""
     connection = connect(source, application_name="cdc_sync lock")
-    try:
+    with closed_on_error(connection):
         set_lock_timeout(connection, _REBUILD_SECONDS)
-        connection.execute(_REBUILD, (source.slot,))
-    except psycopg.Error as error:
-        connection.close()
-        raise translate(error, "taking the lock of rebuilds") from error
-    except BaseException:
-        connection.close()
-        raise
+        try:
+            connection.execute(_REBUILD, (source.slot,))
+        except psycopg.Error as error:
+            raise translate(error, "taking the lock of rebuilds") from error
     return connection
 
 

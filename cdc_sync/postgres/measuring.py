@@ -22,6 +22,7 @@ from cdc_sync.errors import SourceError
 from cdc_sync.mapping.table import Leaf, Table
 from cdc_sync.postgres.connect import (
     PgConnection,
+    closed_on_error,
     connect,
     result_error,
     set_lock_timeout,
@@ -74,15 +75,12 @@ def connect_for_bench(source: SourceSettings, patience_seconds: float) -> PgConn
     """Connect for reading, with locks waited for so long at the most. Raises
     :class:`SourceError`."""
     connection = connect(source, application_name=_NAME)
-    try:
+    with closed_on_error(connection):
         set_lock_timeout(connection, patience_seconds)
-        connection.execute("SET default_transaction_read_only = on")
-    except psycopg.Error as exc:
-        connection.close()
-        raise translate(exc, "setting up the session") from exc
-    except BaseException:
-        connection.close()
-        raise
+        try:
+            connection.execute("SET default_transaction_read_only = on")
+        except psycopg.Error as exc:
+            raise translate(exc, "setting up the session") from exc
     return connection
 
 

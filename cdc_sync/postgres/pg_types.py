@@ -139,13 +139,3 @@ def _contains(type_: PgType, oid: int) -> bool:
 def sends_binary(type_: PgType) -> bool:
     """Whether the type and everything below it has a binary output function."""
     return type_.has_binary_output and all(map(sends_binary, _below(type_)))
-
-
-def breaks_binary_stream(type_: PgType) -> bool:
-    """Whether a column of this type makes pgoutput's binary mode fail (R12).
-
-    A type without a send function falls back to text by itself; inside an array, composite or range
-    it raises an error in the walsender, again and again.
-    """
-    type_ = type_.base
-    return type_.has_binary_output and not sends_binary(type_)

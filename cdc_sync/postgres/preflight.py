@@ -9,11 +9,10 @@ import psycopg
 
 from cdc_sync.config import SourceSettings
 from cdc_sync.errors import ErrorKind, SourceError
-from cdc_sync.mapping.table import Column, Table
+from cdc_sync.mapping.table import Table
 from cdc_sync.postgres.catalog import ServerInfo, server_info
 from cdc_sync.postgres.connect import PgConnection, translate
 from cdc_sync.postgres.identifiers import column_list, qualified, quote_ident
-from cdc_sync.postgres.pg_types import breaks_binary_stream
 from cdc_sync.postgres.publication import (
     Publication,
     Wanted,
@@ -287,8 +286,3 @@ def check_may_publish(
         f" it {reason}",
         publication_remedy(statement, conn.info.dbname),
     )
-
-
-def binary_stream(columns: Sequence[Column]) -> bool:
-    """Whether the stream can be binary: no column makes the walsender fail on it (R12)."""
-    return not any(breaks_binary_stream(column.type) for column in columns)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import psycopg
 
@@ -229,21 +229,7 @@ def create_publication(
     statement = create_publication_sql(
         name, tables, server_version=server.version_num, row_filters=row_filters
     )
-    try:
-        conn.execute(statement.encode())
-    except psycopg.errors.DuplicateObject:
-        return
-    except psycopg.errors.InsufficientPrivilege as exc:
-        raise SourceError(
-            ErrorKind.SOURCE_PERMISSION,
-            f"role {conn.info.user} may not create publication {name}: {exc.diag.message_primary}",
-            publication_remedy(statement, conn.info.dbname),
-        ) from exc
-    except psycopg.Error as exc:
-        error = translate(exc, f"creating publication {name}")
-        if error.kind in (ErrorKind.PROTOCOL, ErrorKind.TABLE_UNUSABLE):
-            error = SourceError(ErrorKind.PUBLICATION_UNUSABLE, error.message, statement)
-        raise error from exc
+    _unless_done(conn, "create", name, statement)
 
 
 def add_to_publication(
@@ -267,18 +253,7 @@ def add_to_publication(
         for table, columns in tables
     )
     statement = f"ALTER PUBLICATION {quote_ident(name)} ADD TABLE {entries};"
-    try:
-        conn.execute(statement.encode())
-    except psycopg.errors.DuplicateObject:
-        return
-    except psycopg.errors.InsufficientPrivilege as exc:
-        raise SourceError(
-            ErrorKind.SOURCE_PERMISSION,
-            f"role {conn.info.user} may not alter publication {name}: {exc.diag.message_primary}",
-            publication_remedy(statement, conn.info.dbname),
-        ) from exc
-    except psycopg.Error as exc:
-        raise translate(exc, f"altering publication {name}") from exc
+    _unless_done(conn, "alter", name, statement)
 
 
 def publish_anew(
@@ -303,14 +278,40 @@ def publish_anew(
         with conn.transaction():
             for statement in statements:
                 conn.execute(statement.encode())
-    except psycopg.errors.InsufficientPrivilege as exc:
-        raise SourceError(
-            ErrorKind.SOURCE_PERMISSION,
-            f"role {conn.info.user} may not alter publication {name}: {exc.diag.message_primary}",
-            publication_remedy(" ".join(statements), conn.info.dbname),
-        ) from exc
     except psycopg.Error as exc:
-        raise translate(exc, f"altering publication {name}") from exc
+        raise _refused(conn, "alter", name, " ".join(statements), exc) from exc
+
+
+def _unless_done(
+    conn: PgConnection, verb: Literal["create", "alter"], name: str, statement: str
+) -> None:
+    """Run a statement, unless another process has done the same meanwhile."""
+    try:
+        conn.execute(statement.encode())
+    except psycopg.errors.DuplicateObject:
+        return
+    except psycopg.Error as exc:
+        raise _refused(conn, verb, name, statement, exc) from exc
+
+
+def _refused(
+    conn: PgConnection,
+    verb: Literal["create", "alter"],
+    name: str,
+    statement: str,
+    exc: psycopg.Error,
+) -> SourceError:
+    """What becomes of a statement that the server refuses."""
+    if isinstance(exc, psycopg.errors.InsufficientPrivilege):
+        return SourceError(
+            ErrorKind.SOURCE_PERMISSION,
+            f"role {conn.info.user} may not {verb} publication {name}: {exc.diag.message_primary}",
+            publication_remedy(statement, conn.info.dbname),
+        )
+    error = translate(exc, f"trying to {verb} publication {name}")
+    if error.kind in (ErrorKind.PROTOCOL, ErrorKind.TABLE_UNUSABLE):
+        return SourceError(ErrorKind.PUBLICATION_UNUSABLE, error.message, statement)
+    return error
 
 
 def drop_publication(conn: PgConnection, name: str) -> bool:

@@ -25,6 +25,7 @@ from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.postgres.connect import (
     PgConnection,
     answering,
+    closed_on_error,
     connect,
     pooler_suspected,
     result_error,
@@ -105,11 +106,8 @@ class ReplicationConnection:
     def open(cls, source: SourceSettings, *, application_name: str = "cdc_sync") -> Self:
         """Connect in replication mode to the database. Raises :class:`SourceError`."""
         conn = connect(source, application_name=application_name, replication=True)
-        try:
+        with closed_on_error(conn):
             return cls(conn)
-        except BaseException:
-            conn.close()
-            raise
 
     def _read_wal_sender_timeout(self) -> float:
         rows = self._query(
@@ -286,11 +284,6 @@ class ReplicationConnection:
             return self._pgconn.socket
         except psycopg.Error as exc:
             raise translate(exc, "waiting for changes") from exc
-
-    @property
-    def wants_write(self) -> bool:
-        """Whether a status could not be sent whole; the next read or status goes on with it."""
-        return self._unsent
 
     def read(self, max_frames: int = 1000, max_bytes: int = 4 << 20) -> list[bytes]:
         """Return the frames that are there now, without waiting; none when there are none.

@@ -15,7 +15,14 @@ from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.mapping.ids import key_plan
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.table import Leaf, Table, redefined
-from cdc_sync.postgres.connect import PgConnection, connect, result_error, translate
+from cdc_sync.postgres.connect import (
+    PgConnection,
+    closed_on_error,
+    connect,
+    result_error,
+    set_lock_timeout,
+    translate,
+)
 from cdc_sync.postgres.copy_binary import BATCH_BYTES, copy_rows
 from cdc_sync.postgres.exclusive import lock_window
 from cdc_sync.postgres.identifiers import qualified, quote_ident, quote_literal
@@ -176,9 +183,8 @@ class SnapshotHolder:
         lock_timeout_seconds: float,
     ) -> Self:
         conn = connect(source, application_name="cdc_sync snapshot")
-        try:
-            milliseconds = max(1, round(lock_timeout_seconds * 1000))
-            run_command(conn, f"SET lock_timeout = {milliseconds}", "setting lock_timeout")
+        with closed_on_error(conn):
+            set_lock_timeout(conn, lock_timeout_seconds)
             lock_window(conn, source)
             if snapshot_id is None:
                 # LOCK takes no snapshot, so the snapshot of the next statement is newer than the
@@ -197,9 +203,6 @@ class SnapshotHolder:
             exported = result.get_value(0, 0)
             assert exported is not None
             return cls(conn, exported.decode(), snapshot)
-        except BaseException:
-            conn.close()
-            raise
 
     def has_slot(self, name: str, walsender: int | None) -> bool:
         """Whether the server of the snapshot has that slot, in use by that process (R73). Asked

@@ -45,11 +45,21 @@ _DEFINITIONS = """
                     WHERE a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped UNION ALL
                    SELECT r.rngsubtype FROM pg_catalog.pg_range r WHERE r.rngtypid = t.oid
                  ) inner_type (oid))
-              SELECT CASE WHEN count(*) > 200 THEN concat('0=', md5(string_agg(e.enumlabel, ','
-                                                                   ORDER BY e.oid)))
-                     ELSE string_agg(concat(e.oid, '=', left(md5(e.enumlabel), 8)), ','
-                                     ORDER BY e.oid) END
-                FROM types JOIN pg_catalog.pg_enum e ON e.enumtypid = types.oid))
+              SELECT concat_ws(',',
+                (SELECT CASE WHEN count(*) > 200 THEN concat('0=', md5(string_agg(e.enumlabel, ','
+                                                                     ORDER BY e.oid)))
+                        ELSE string_agg(concat(e.oid, '=', left(md5(e.enumlabel), 8)), ','
+                                        ORDER BY e.oid) END
+                   FROM types JOIN pg_catalog.pg_enum e ON e.enumtypid = types.oid),
+                (SELECT string_agg(concat(record.oid, '=', left(record.attributes, 8)), ','
+                                   ORDER BY record.oid)
+                   FROM (SELECT t.oid, md5(string_agg(concat_ws('|', a.attnum, a.attname,
+                                                                a.atttypid, a.atttypmod),
+                                                      ',' ORDER BY a.attnum)) AS attributes
+                           FROM types JOIN pg_catalog.pg_type t ON t.oid = types.oid
+                           JOIN pg_catalog.pg_attribute a ON a.attrelid = t.typrelid
+                          WHERE a.attnum > 0 AND NOT a.attisdropped
+                          GROUP BY t.oid) record))))
       FROM pg_catalog.pg_class c
      WHERE c.oid = ANY(%s::oid[])
 """
@@ -250,6 +260,43 @@ def source_position(connection: PgConnection, slot: str) -> SourcePosition:
         frozenset(int(xid) for xid in running),
         *(None if number is None else int(number) for number in spilled),
     )
+
+
+# A rebuild's first window has a slot that nobody reads yet; its process holds the lock of
+# :func:`cdc_sync.postgres.exclusive.lock_pipeline` then. Locks are looked at only if need be.
+_SLOTS = """
+    SELECT s.slot_name, s.active OR EXISTS (
+             SELECT FROM pg_catalog.pg_locks l
+              WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+                AND (l.classid::int8 << 32) | l.objid::int8
+                    = hashtextextended('cdc_sync copy ' || s.slot_name, 0)),
+           pg_wal_lsn_diff(pg_current_wal_flush_lsn(), s.restart_lsn)::int8
+      FROM pg_catalog.pg_replication_slots s
+     WHERE s.slot_type = 'logical' AND starts_with(s.slot_name, %s)
+     ORDER BY s.slot_name
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptSlot:
+    """A slot. ``in_use``: somebody reads it, or copies under it; ``retained_bytes``: WAL that it
+    keeps, None if it is lost."""
+
+    name: str
+    in_use: bool
+    retained_bytes: int | None
+
+
+def slots_beginning(connection: PgConnection, prefix: str) -> list[KeptSlot]:
+    """The logical slots whose names begin so. Raises :class:`SourceError`, on a standby too."""
+    try:
+        rows = connection.execute(_SLOTS, (prefix,)).fetchall()
+    except psycopg.Error as error:
+        raise translate(error, "reading the slots of rebuilds") from error
+    return [
+        KeptSlot(str(name), bool(used), None if kept is None else max(0, int(kept)))
+        for name, used, kept in rows
+    ]
 
 
 def transaction_horizon(connection: PgConnection) -> int:

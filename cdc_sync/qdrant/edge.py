@@ -90,6 +90,11 @@ class EdgeSink:
         return importlib.metadata.version("qdrant-edge-py")
 
     @property
+    def parallel(self) -> int:
+        """One: a single thread works in the database."""
+        return 1
+
+    @property
     def state(self) -> FileStateStore:
         """The records in files beside the shards."""
         return self._state

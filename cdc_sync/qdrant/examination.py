@@ -32,9 +32,7 @@ class StrictLimits:
     upsert_points: int | None
     points: int | None
     vector_bytes: int | None
-    payload_bytes: int | None
     writes_a_minute: int | None
-    reads_a_minute: int | None
     exact_counts: bool
 
 
@@ -177,8 +175,6 @@ def _limits(config: q.CollectionConfig) -> StrictLimits | None:
         upsert_points=limit("upsert_max_batchsize"),
         points=limit("max_points_count"),
         vector_bytes=limit("max_collection_vector_size_bytes"),
-        payload_bytes=limit("max_collection_payload_size_bytes"),
         writes_a_minute=limit("write_rate_limit"),
-        reads_a_minute=limit("read_rate_limit"),
         exact_counts=not strict.HasField("search_allow_exact") or strict.search_allow_exact,
     )

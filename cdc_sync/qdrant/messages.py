@@ -111,11 +111,6 @@ def get(
     )
 
 
-def payload_entry(name: str, value: bytes) -> bytes:
-    """Entry of a payload map in field 1: a key, and a serialized Value."""
-    return delimited(1, delimited(1, name.encode()) + delimited(2, value))
-
-
 def table_filter(plan: TablePlan) -> q.Filter | None:
     """The filter that selects the table's points in its collection: None, or its marks."""
     if not plan.marks:
@@ -143,12 +138,7 @@ def keyword_condition(name: str, value: str) -> q.Condition:
 
 def stored_vectors(output: q.VectorsOutput) -> dict[str, StoredVector]:
     """The vectors of an answer by name, "" for the unnamed one."""
-    kind = output.WhichOneof("vectors_options")
-    if kind == "vector":
-        return {"": _stored_vector(output.vector)}
-    if kind == "vectors":
-        return {name: _stored_vector(one) for name, one in output.vectors.vectors.items()}
-    return {}
+    return {name: _stored_vector(one) for name, one in _named(output)}
 
 
 def _stored_vector(output: q.VectorOutput) -> StoredVector:
@@ -170,12 +160,14 @@ def _stored_vector(output: q.VectorOutput) -> StoredVector:
 
 def retrieved_vectors(output: q.VectorsOutput) -> dict[str, StoredArray]:
     """The vectors of an answer by name as :func:`stored_vectors`, but as arrays."""
+    return {name: _retrieved_vector(one) for name, one in _named(output)}
+
+
+def _named(output: q.VectorsOutput) -> Iterable[tuple[str, q.VectorOutput]]:
     kind = output.WhichOneof("vectors_options")
     if kind == "vector":
-        return {"": _retrieved_vector(output.vector)}
-    if kind == "vectors":
-        return {name: _retrieved_vector(one) for name, one in output.vectors.vectors.items()}
-    return {}
+        return [("", output.vector)]
+    return output.vectors.vectors.items() if kind == "vectors" else []
 
 
 def _retrieved_vector(output: q.VectorOutput) -> StoredArray:

@@ -18,6 +18,7 @@ from cdc_sync.qdrant.deferral import OLDEST_SERVER as OLDEST_DEFERRING
 from cdc_sync.qdrant.deferral import unsupported as cannot_defer
 from cdc_sync.qdrant.differences import differences
 from cdc_sync.qdrant.examination import CollectionFacts, examine
+from cdc_sync.qdrant.lanes import Lanes
 from cdc_sync.qdrant.pace import Pace
 from cdc_sync.qdrant.rpc import HEALTH_CHECK, Rpc, RpcError, sink_error
 from cdc_sync.qdrant.search import ServerSearcher
@@ -42,6 +43,7 @@ class ServerSink:
         self._collections = Collections(rpc)
         self._state = ServerStateStore(rpc)
         self._paces: dict[str, Pace] = {}
+        self._lanes = Lanes(settings.parallel_requests)
 
     @classmethod
     async def open(
@@ -80,6 +82,11 @@ class ServerSink:
     def version(self) -> str:
         """The server's version when the sink was opened."""
         return self._version
+
+    @property
+    def parallel(self) -> int:
+        """Requests that go together, whatever collections they are for."""
+        return self._lanes.count
 
     @property
     def state(self) -> ServerStateStore:
@@ -190,7 +197,8 @@ class ServerSink:
 
     def writer(self, plan: TablePlan) -> ServerWriter:
         """A writer for the plan's table."""
-        return ServerWriter(self._rpc, self._settings, plan, self._pace(plan.collection))
+        pace = self._pace(plan.collection)
+        return ServerWriter(self._rpc, self._settings, plan, pace, self._lanes)
 
     def _pace(self, collection: str) -> Pace:
         """That of a collection: what it has shown holds for the writer of another plan, too."""

@@ -15,8 +15,6 @@ from cdc_sync.rows import PointId, Row
 
 if TYPE_CHECKING:
     from cdc_sync.qdrant.collections import FoundVector
-
-if TYPE_CHECKING:
     from cdc_sync.qdrant.search import Searcher
 
 
@@ -26,13 +24,15 @@ class Changes:
 
     ``upserts``: rows known in full. ``partials``: rows with UNCHANGED values (payload, vectors or
     both), whose stored values stay as they are. ``deletes``: ids, present or not. ``large``: some
-    row may have a megabyte or more.
+    row may have a megabyte or more. ``beside``: so many changes of other tables are written at the
+    same time.
     """
 
     upserts: list[tuple[PointId, Row]] = field(default_factory=list)
     partials: list[tuple[PointId, Row]] = field(default_factory=list)
     deletes: list[PointId] = field(default_factory=list)
     large: bool = False
+    beside: int = 0
 
     def __len__(self) -> int:
         return len(self.upserts) + len(self.partials) + len(self.deletes)
@@ -459,6 +459,11 @@ class Sink(Protocol):
     @property
     def version(self) -> str:
         """Server or engine version."""
+        ...
+
+    @property
+    def parallel(self) -> int:
+        """Requests that it takes side by side, and so tables that are worth writing together."""
         ...
 
     @property

@@ -1,8 +1,9 @@
 """Writes the points of one table to a Qdrant server.
 
-A batch is cut into requests over disjoint ids, which a few lanes send side by side; a lane encodes
-its next request when its last one is answered, so encoding and the server's work overlap. How many
-lanes there are, and how large a request may be, follows the answers (:mod:`cdc_sync.qdrant.pace`).
+A batch is cut into requests over disjoint ids, of which a few are sent side by side, each on a lane
+(:mod:`cdc_sync.qdrant.lanes`); the next request is encoded when one has been answered, so encoding
+and the server's work overlap. How many go together, and how large one may be, follows the answers
+(:mod:`cdc_sync.qdrant.pace`).
 Deletes go first: where a collection is full, they make room. The ``timeout`` field of update
 requests is left unset: past it a server says WaitTimeout, which tells no more than the deadline of
 the call, and servers before 1.17 ignore it.
@@ -28,6 +29,7 @@ from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.wire import WireCodec
 from cdc_sync.qdrant import answers, messages
 from cdc_sync.qdrant.collections import Collections
+from cdc_sync.qdrant.lanes import Lanes
 from cdc_sync.qdrant.large_rows import LargeRows, is_large
 from cdc_sync.qdrant.pace import Pace
 from cdc_sync.qdrant.partials import Partial, PartialWriter
@@ -71,8 +73,6 @@ class _Outcome:
     missing: set[PointId] = field(default_factory=set)
     refused: list[tuple[PointId, str]] = field(default_factory=list)
     unmappable: set[PointId] = field(default_factory=set)
-    #: Lanes encode one after another: the first request is on its way the earlier.
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 @dataclass(slots=True)
@@ -91,12 +91,18 @@ class ServerWriter:
     """A :class:`~cdc_sync.qdrant.sink.TableWriter` for a server."""
 
     def __init__(
-        self, rpc: Rpc, settings: QdrantSettings, plan: TablePlan, pace: Pace | None = None
+        self,
+        rpc: Rpc,
+        settings: QdrantSettings,
+        plan: TablePlan,
+        pace: Pace | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self._rpc = rpc
         self._settings = settings
         self._plan = plan
         self._pace = Pace(settings) if pace is None else pace
+        self._lanes = Lanes(settings.parallel_requests) if lanes is None else lanes
         self._codec = WireCodec(plan)
         self._large = LargeRows(plan, settings.max_row_bytes)
         self._reads = PointReads(rpc, plan.collection)
@@ -120,11 +126,14 @@ class ServerWriter:
         require_disjoint(changes)
         jobs = deque(self._cut(changes))
         outcome = _Outcome()
-        lanes = min(self._pace.requests, len(jobs))
+        together = min(self._pace.requests, len(jobs))
         try:
-            await settle(
-                [asyncio.create_task(self._lane(lane, jobs, outcome)) for lane in range(lanes)]
-            )
+            if together == 1:
+                await self._work(jobs, outcome)
+            else:
+                await settle(
+                    [asyncio.create_task(self._work(jobs, outcome)) for _ in range(together)]
+                )
         except SinkError as error:
             error.completed = frozenset(outcome.completed - outcome.missing)
             raise
@@ -166,7 +175,7 @@ class ServerWriter:
         requests, most = self._pace.requests, self._settings.request_points
 
         def size(count: int) -> int:
-            return min(most, max(-(-count // requests), _MIN_POINTS))
+            return min(most, max(-(-(count + changes.beside) // requests), _MIN_POINTS))
 
         upserts = _slices(changes.upserts, size(len(changes.upserts)))
         partials = _slices(changes.partials, size(len(changes.partials)))
@@ -176,13 +185,15 @@ class ServerWriter:
             *(partial(self._partial, changes.large, rows) for rows in partials),
         ]
 
-    async def _lane(self, lane: int, jobs: deque[_Job], outcome: _Outcome) -> None:
+    async def _work(self, jobs: deque[_Job], outcome: _Outcome) -> None:
         try:
             while jobs:
-                await jobs.popleft()(lane, outcome)
+                job = jobs.popleft()
+                async with self._lanes.one() as lane:
+                    await job(lane, outcome)
         except BaseException:
-            # The batch is going to be applied again as a whole: the other lanes need not start more
-            # of it.
+            # The batch is going to be applied again as a whole: the others need not start more of
+            # it.
             jobs.clear()
             raise
 
@@ -205,7 +216,7 @@ class ServerWriter:
         most, size = self._pace.bytes, 0
         request: list[tuple[PointId, bytes]] = []
         # Large rows are encoded in a thread, and for them the others need not wait.
-        async with contextlib.nullcontext() if large else outcome.turn:
+        async with contextlib.nullcontext() if large else self._lanes.encoding:
             if left.encoded is not None:
                 request.append(left.encoded)
                 size = len(left.encoded[1])

@@ -1,9 +1,10 @@
 """The applier: writes batches, one after the other, and knows when one is really there.
 
 One batch is in flight at a time and no point id stands in two of its requests, so changes of one
-point are never in flight together (invariant 2). An unknown outcome sends the same batch again
-before anything newer (invariant 1); that is harmless, because an upsert carries the whole point and
-partials carry final values (invariant 3).
+point are never in flight together (invariant 2). Tables of one batch are written side by side,
+those of one collection one after the other, since that has one pace. An unknown outcome sends the
+same batch again before anything newer (invariant 1); that is harmless, because an upsert carries
+the whole point and partials carry final values (invariant 3).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError
@@ -30,6 +32,7 @@ from cdc_sync.sync.gather import Batch
 from cdc_sync.sync.reading import Reread
 from cdc_sync.sync.retry import is_sink_trouble, retrying
 from cdc_sync.sync.routing import Binding, PlannedTable
+from cdc_sync.sync.side_by_side import Work, side_by_side
 from cdc_sync.sync.stopped_tables import concerns_one_table
 from cdc_sync.sync.writing import writing
 
@@ -104,8 +107,11 @@ class Applier:
         self._reread_rows = reread
         self._sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
         self._progress: Callable[[], None] = lambda: None
-        self._writers: dict[TablePlan, TableWriter] = {}
+        #: By the OID of the table, which has one plan at a time.
+        self._writers: dict[int, TableWriter] = {}
         self._parked = False
+        #: Tables are written side by side, and all else is done one thing at a time.
+        self._alone = asyncio.Lock()
         #: When collections were looked at last, by the OID of the table.
         self._inspected: dict[int, float] = {}
 
@@ -137,12 +143,7 @@ class Applier:
             await self._request(planned, "it was asked for")
         for request in batch.rereads:
             await self._reread_unless_stopped(batch, request)
-        for oid, table in batch.tables.items():
-            await self._unless_stopped(
-                batch.bindings[oid].planned,
-                lambda o=oid, t=table: self._apply_table(batch, batch.bindings[o], t),  # type: ignore[misc]
-                len(table),
-            )
+        await side_by_side(self._by_collection(batch), self._sink.parallel)
         for lost in batch.unmappable:
             if self._stale.is_stopped(lost.binding.planned.name):
                 continue
@@ -161,11 +162,9 @@ class Applier:
 
     def writer(self, plan: TablePlan) -> TableWriter:
         """The writer of a plan, with its encoders compiled once."""
-        writer = self._writers.get(plan)
-        if writer is None:
-            # A table has one plan at a time; older ones are not needed any more.
-            self._writers = {p: w for p, w in self._writers.items() if p.oid != plan.oid}
-            writer = self._writers[plan] = self._sink.writer(plan)
+        writer = self._writers.get(plan.oid)
+        if writer is None or (writer.plan is not plan and writer.plan != plan):
+            writer = self._writers[plan.oid] = self._sink.writer(plan)
         return writer
 
     # -- tables that stop
@@ -186,7 +185,7 @@ class Applier:
 
     async def _drop(self, table: str, changes: int, error: CdcSyncError) -> None:
         if not self._stale.is_stopped(table):
-            await self._retry(lambda: self._stale.stop(table, error))
+            await self._retry_alone(lambda: self._stale.stop(table, error))
         self._metrics.add_table(table).changes_dropped.inc(changes)
 
     async def _reread_unless_stopped(self, batch: Batch, request: ResyncRows) -> None:
@@ -200,13 +199,33 @@ class Applier:
         looked = self._inspected.get(planned.plan.oid)
         if looked is None or time.monotonic() - looked > _INSPECT_SECONDS:
             self._inspected[planned.plan.oid] = time.monotonic()
-            await self._retry(lambda: self._sink.inspect(planned.plan))
+            await self._retry_alone(lambda: self._sink.inspect(planned.plan))
 
     # -- steps
 
-    async def _apply_table(self, batch: Batch, binding: Binding, table: TableBatch) -> None:
+    def _by_collection(self, batch: Batch) -> list[Work]:
+        """Writing the tables of a batch, those of one collection together."""
+        tables: dict[str, list[int]] = {}
+        for oid in batch.tables:
+            tables.setdefault(batch.bindings[oid].planned.plan.collection, []).append(oid)
+        total = sum(len(table) for table in batch.tables.values())
+        return [partial(self._apply_tables, batch, oids, total) for oids in tables.values()]
+
+    async def _apply_tables(self, batch: Batch, oids: Sequence[int], total: int) -> None:
+        for oid in oids:
+            binding, table = batch.bindings[oid], batch.tables[oid]
+            beside = total - len(table)
+            await self._unless_stopped(
+                binding.planned,
+                partial(self._apply_table, batch, binding, table, beside),
+                len(table),
+            )
+
+    async def _apply_table(
+        self, batch: Batch, binding: Binding, table: TableBatch, beside: int
+    ) -> None:
         changes, rootless = table.split()
-        changes.large = batch.large
+        changes.large, changes.beside = batch.large, beside
         rootless += self._unreliable(binding, changes)
         if rootless:
             rows = await self._fetch_points(binding, table, rootless)
@@ -244,7 +263,7 @@ class Applier:
         """Park what was refused, and forget dead letters of what was not."""
         if refused:
             self._parked |= not retried
-            await self._retry(
+            await self._retry_alone(
                 lambda: self._dead_letters.park(
                     planned.name,
                     refused,
@@ -253,8 +272,10 @@ class Applier:
                     retried=retried,
                 )
             )
+        if not self._dead_letters.pending:
+            return
         bad = {refusal.key for refusal in refused}
-        await self._retry(
+        await self._retry_alone(
             lambda: self._dead_letters.release(
                 planned.name, [i for i in ids if str(i) not in bad] if bad else ids
             )
@@ -295,11 +316,11 @@ class Applier:
         ]
         xids = {change.xid for _, change in pending}
         try:
-            rows = await self._retry(
+            rows = await self._retry_alone(
                 lambda: asyncio.to_thread(self._fetch, planned.plan, planned.selection, keys, xids)
             )
         except TableRedefinedError:
-            await self._retry(lambda: self._stale.outdated(planned))
+            await self._retry_alone(lambda: self._stale.outdated(planned))
             return []
         found = {binding.point_id(row): row for row in rows}
         return [(point_id, found[point_id]) for point_id in ids if point_id in found]
@@ -382,6 +403,13 @@ class Applier:
 
     async def _retry(self, operation: Callable[[], Awaitable[T]]) -> T:
         return await retrying(operation, self._on_stall, self._sleep, is_sink_trouble)
+
+    async def _retry_alone(self, operation: Callable[[], Awaitable[T]]) -> T:
+        async def alone() -> T:
+            async with self._alone:
+                return await operation()
+
+        return await self._retry(alone)
 
     def _resolved(self, binding: Binding, resolution: ToastResolution, rows: int) -> None:
         if rows > 0:

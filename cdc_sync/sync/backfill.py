@@ -27,13 +27,14 @@ from cdc_sync.qdrant.sink import Changes, Sink, TableLedger
 from cdc_sync.rows import PointId
 from cdc_sync.sync.copying import LOCK_SECONDS, ChunkResult, CopyTask
 from cdc_sync.sync.dead_letters import DeadLetterOffice
-from cdc_sync.sync.executors import ChunkExecutor, open_executor
+from cdc_sync.sync.executors import open_executor
+from cdc_sync.sync.fingerprints import fingerprint
 from cdc_sync.sync.ledger import Ledger
 from cdc_sync.sync.opening import opening
 from cdc_sync.sync.orphans import sweep
-from cdc_sync.sync.planning import fingerprint
 from cdc_sync.sync.retention import RetainedWal, WindowCutError, WindowTime
 from cdc_sync.sync.routing import PlannedTable
+from cdc_sync.sync.worker_pool import ChunkExecutor
 
 log = get_logger(__name__)
 
@@ -342,7 +343,6 @@ class Backfill:
         self._metrics.snapshot_chunk_duration_seconds.observe(result.seconds)
         for kind, retries in result.retries.items():
             self._metrics.sink_retries[kind].inc(retries)
-            log.warning("copy_retried", table=planned.name, kind=kind.value, times=retries)
         board = self._board.table(planned.name)
         board.update(rows_copied=ledger.record.rows, bytes_copied=ledger.record.bytes)
         board.add(retries=sum(result.retries.values()))
@@ -376,6 +376,7 @@ class Backfill:
                 )
                 await self._remove(planned, orphans)
                 ledger.finish_sweep(len(orphans))
+                self._metrics.add_table(planned.name).sweep_parts.inc()
                 await self._save([ledger])
                 if window.over:
                     return

@@ -63,11 +63,6 @@ class Figure:
         """CPU seconds a row."""
         return self.cpu_seconds / self.rows if self.rows else 0.0
 
-    @property
-    def cpu_share(self) -> float:
-        """The part of the wall time in which this process worked; above 1 with several threads."""
-        return self.cpu_seconds / self.seconds if self.seconds > 0 else 0.0
-
 
 @dataclass(frozen=True, slots=True)
 class Bounds:

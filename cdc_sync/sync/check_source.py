@@ -45,6 +45,7 @@ from cdc_sync.sync.executors import available_cpus
 from cdc_sync.sync.findings import Finding
 from cdc_sync.sync.known_findings import failed, finding
 from cdc_sync.sync.planning import PipelinePlan, plan_pipeline
+from cdc_sync.sync.rebuild_slots import rebuild_slots
 from cdc_sync.sync.routing import PlannedTable
 
 T = TypeVar("T")
@@ -104,6 +105,8 @@ class _Examination:
             self._facts(server, shown, slot)
         if plan is None:
             return None
+        if not server.in_recovery:
+            self._rebuilds(plan)
         source = SourceFacts(plan)
         deadline = time.monotonic() + _SAMPLING_SECONDS
         for planned in plan.tables:
@@ -204,6 +207,13 @@ class _Examination:
         clock = self._look("the clock", clock_offset)
         if clock is not None:
             found.append(doctor.clock_finding(*clock))
+
+    def _rebuilds(self, plan: PipelinePlan) -> None:
+        tables = [planned.name for planned in plan.tables]
+        slots = self._look(
+            "slots of rebuilds", lambda conn: rebuild_slots(conn, self._settings, tables)
+        )
+        self._findings += doctor.rebuild_slot_findings(slots or ())
 
     def _transactions(
         self, first: list[OpenTransaction] | None, role: RoleFacts | None, slot: SlotInfo | None

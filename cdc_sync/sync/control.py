@@ -134,7 +134,7 @@ def rebuild_content(message: RebuildMessage) -> bytes:
 
 
 def request_content(request: Request) -> bytes:
-    """The content of the message that makes a request; :func:`parse_request` reads it.
+    """The content of the message that makes a request; :func:`parse_message` reads it.
 
     In ASCII: a message comes in the database's encoding.
     """
@@ -142,13 +142,6 @@ def request_content(request: Request) -> bytes:
     if request.keys is not None:
         body["keys"] = request.keys
     return json.dumps({"resync": body}, separators=(",", ":")).encode("ascii")
-
-
-def parse_request(prefix: str, content: bytes) -> Request | None:
-    """Read a request to read rows again; None for another message. Raises as
-    :func:`parse_message`."""
-    message = parse_message(prefix, content)
-    return message if isinstance(message, Request) else None
 
 
 def parse_message(prefix: str, content: bytes) -> Request | RebuildMessage | None:

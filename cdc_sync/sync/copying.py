@@ -20,7 +20,7 @@ from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError
 from cdc_sync.mapping.ids import compile_point_id
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.table import Leaf
-from cdc_sync.postgres.connect import PgConnection, connect, set_lock_timeout
+from cdc_sync.postgres.connect import PgConnection, closed_on_error, connect, set_lock_timeout
 from cdc_sync.postgres.snapshot import BATCH_BYTES, copy_query, copy_rows, import_snapshot
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Applied, Changes, Sink, TableWriter
@@ -333,12 +333,9 @@ def _close_unused(connecting: asyncio.Future[PgConnection]) -> None:
 
 def _import(task: CopyTask) -> PgConnection:
     connection = connect(task.source, application_name="cdc_sync copy", autocommit=False)
-    try:
+    with closed_on_error(connection):
         import_snapshot(connection, task.snapshot)
         # Somebody may wait for a lock that the holder of the snapshot keeps until the window ends,
         # and who asks for one of the same table now waits behind him: for ever, and unseen.
         set_lock_timeout(connection, LOCK_SECONDS)
-    except BaseException:
-        connection.close()
-        raise
     return connection

@@ -18,6 +18,7 @@ from cdc_sync.ops.logging import configure_logging, get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.notify import Notifier
 from cdc_sync.ops.recent_events import RecentEvents
+from cdc_sync.ops.revision import revision
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.sync.copy_report import CopyReporter
 from cdc_sync.sync.pipeline import Pipeline
@@ -62,7 +63,7 @@ def run_pipeline(
     recent = RecentEvents()
     stream = None if screen is None else screen.log_stream
     configure_logging(settings.log, stream, recent=recent)
-    metrics = Metrics()
+    metrics = Metrics(revision())
     board = StatusBoard(
         settings.pipeline.name,
         slot=settings.source.slot,

@@ -8,6 +8,7 @@ from typing import Final
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import ErrorKind
+from cdc_sync.ops.attention import RebuildSlot, rebuild_remedy
 from cdc_sync.postgres.catalog import ServerInfo
 from cdc_sync.postgres.estimates import WalFacts
 from cdc_sync.postgres.identifiers import quote_ident
@@ -133,6 +134,19 @@ def slot_findings(settings: Settings, server: ServerInfo, slot: SlotInfo | None)
         )
     state = f"in use by process {slot.active_pid}" if slot.active else "not in use"
     return finding("slot", "ok", "slot", f"{name} exists, {state}")
+
+
+def rebuild_slot_findings(slots: Sequence[RebuildSlot]) -> Iterator[Finding]:
+    """What there is to say of slots of rebuilds: that nobody reads them."""
+    for slot in slots:
+        if slot.in_use:
+            continue
+        kept = "is lost"
+        if slot.retained_bytes is not None:
+            kept = f"keeps {size_text(slot.retained_bytes)} of WAL"
+        of = f" of {slot.table}" if slot.table else ""
+        text = f"{slot.slot}, the slot of a rebuild{of}, is read by nobody, and {kept}"
+        yield finding("rebuild-slot", "warning", slot.slot, text, rebuild_remedy(slot))
 
 
 def wal_limit_findings(settings: ServerSettings, wal: WalFacts) -> Iterator[Finding]:

@@ -21,7 +21,7 @@ from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SinkError, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.pgoutput.lsn import Lsn
-from cdc_sync.postgres.connect import answering, connect
+from cdc_sync.postgres.connect import answering, closed_on_error, connect
 from cdc_sync.postgres.publication import add_to_publication, create_publication
 from cdc_sync.postgres.replication import CreatedSlot, ReplicationConnection
 from cdc_sync.postgres.slot import SlotInfo, drop_slot, read_slot
@@ -29,14 +29,9 @@ from cdc_sync.postgres.snapshot import SnapshotHolder, TableRewrittenError
 from cdc_sync.qdrant.sink import PipelineState, Sink, SourceMark
 from cdc_sync.sync.backfill import Backfill
 from cdc_sync.sync.dead_letters import DeadLetterOffice
+from cdc_sync.sync.fingerprints import as_stale, fingerprint, same_configuration, stale_fingerprint
 from cdc_sync.sync.opening import opening
-from cdc_sync.sync.planning import (
-    PipelinePlan,
-    as_stale,
-    fingerprint,
-    same_configuration,
-    stale_fingerprint,
-)
+from cdc_sync.sync.planning import PipelinePlan
 from cdc_sync.sync.resync import Resync
 from cdc_sync.sync.retry import is_transient
 from cdc_sync.sync.routing import PlannedTable
@@ -199,7 +194,7 @@ class FirstCopy:
         record = self._record(plan, state, slot_lsn=0, owned=owned)
         # Before the slot exists: whatever happens from here on is known to be ours and unfinished.
         await self._until(lambda: self.sink.state.save(record))
-        await self._until(self._forget)
+        await self._until(lambda: self._forget(plan.tables))
         for planned in plan.tables:
             await self._until(lambda p=planned: self._empty(p, state))  # type: ignore[misc]
         return await self._copy_from_new_slot(plan, record)
@@ -218,7 +213,7 @@ class FirstCopy:
         await self._until(self._drop_ledgers)
         owned = await self._until(lambda: asyncio.to_thread(self._prepare_source, plan, state))
         # What was known of the source does not hold for what comes from the new slot.
-        await self._until(self._history.forget)
+        await self._until(lambda: self._history.begin(plan.tables))
         replication, created = await self._until(self._new_slot)
         replication.close()
         lsn = int(created.consistent_point)
@@ -276,13 +271,13 @@ class FirstCopy:
                 plan.row_filters,
             )
 
-    async def _forget(self) -> None:
+    async def _forget(self, tables: Sequence[PlannedTable]) -> None:
         """Forget what an earlier copy left."""
         pipeline = self.settings.pipeline.name
         letters = await self.sink.state.dead_letters(pipeline)
         await self.sink.state.release(pipeline, [(letter.table, letter.key) for letter in letters])
         await self._drop_ledgers()
-        await self._history.forget()
+        await self._history.begin(tables)
         await self._dead_letters.open()
 
     async def _drop_ledgers(self) -> None:
@@ -425,15 +420,12 @@ class FirstCopy:
     def _create_slot(self) -> tuple[ReplicationConnection, CreatedSlot]:
         source = self.settings.source
         replication = ReplicationConnection.open(source)
-        try:
+        with closed_on_error(replication):
             return replication, replication.create_slot(
                 source.slot,
                 failover=source.failover,
                 lock_timeout_seconds=source.slot_creation_timeout_seconds,
             )
-        except BaseException:
-            replication.close()
-            raise
 
     def _abandon_slot(self) -> None:
         with contextlib.suppress(SourceError), connect(self.settings.source) as connection:

@@ -56,6 +56,7 @@ KNOWN: Final[Mapping[str, KnownFinding]] = {
     "connection-room": _postgres("warning"),
     "publication": _postgres("ok", "warning", "error"),
     "slot": _postgres("ok", "warning", "error"),
+    "rebuild-slot": _postgres("warning"),
     "slot-wal-limit": _postgres("ok", "warning"),
     "slot-idle-timeout": _postgres("warning"),
     "wal-sender-timeout": _postgres("advice", "warning"),

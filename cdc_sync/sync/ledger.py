@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from cdc_sync.mapping.table import Leaf
 from cdc_sync.qdrant.sink import BlockRange, LeafLedger, TableLedger
 from cdc_sync.sync.copying import Chunk
+from cdc_sync.sync.fingerprints import fingerprint
 from cdc_sync.sync.orphans import buckets_for
-from cdc_sync.sync.planning import fingerprint
 from cdc_sync.sync.routing import PlannedTable
 
 _MIN_CHUNK_PAGES = 16

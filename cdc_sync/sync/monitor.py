@@ -1,16 +1,18 @@
-"""Watching the source: slot, retained WAL, the server's position, and the tables' columns, every
-few seconds."""
+"""Watching the source: slot, retained WAL, the server's position, slots of rebuilds, and the
+tables' columns, every few seconds."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ErrorKind, SourceError
+from cdc_sync.ops.attention import RebuildSlot, rebuild_remedy
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
@@ -19,6 +21,7 @@ from cdc_sync.postgres.connect import PgConnection, set_lock_timeout
 from cdc_sync.postgres.publication import Publication, check_publication, read_publication
 from cdc_sync.postgres.watch import SourcePosition, definitions, source_position, table_signs
 from cdc_sync.sync.kept_connection import KeptConnection
+from cdc_sync.sync.rebuild_slots import rebuild_slots
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.replanning import dropped
 from cdc_sync.sync.retention import publish_slot
@@ -33,6 +36,8 @@ INTERVAL_SECONDS = 5.0
 #: How long a look waits for a table that somebody has locked, as VACUUM FULL does for hours. The
 #: catalog's views lock what they show.
 _LOCK_SECONDS: Final = 5.0
+#: How often it is said that nobody reads the slot of a rebuild.
+_REMIND_SECONDS: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,44 @@ class _Tables:
     found: dict[int, str]
     errors: Mapping[str, CdcSyncError]
     signs: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One look. ``tables``: None where one is locked."""
+
+    tables: _Tables | None
+    rebuilds: Sequence[RebuildSlot]
+    position: SourcePosition
+
+
+class RebuildWatch:
+    """Remembers since when nobody has read the slots of rebuilds, and says so."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+        self._said: dict[str, float] = {}
+
+    def look(self, found: Sequence[RebuildSlot], now: float) -> list[RebuildSlot]:
+        """Take in what Postgres shows at ``now`` (Unix time); returns it with the times."""
+        unused = [slot.slot for slot in found if not slot.in_use]
+        self._since = {name: self._since.get(name, now) for name in unused}
+        self._said = {name: said for name, said in self._said.items() if name in self._since}
+        seen = [
+            dataclasses.replace(slot, unused_since=self._since.get(slot.slot)) for slot in found
+        ]
+        for slot in seen:
+            if slot.is_left(now) and now - self._said.get(slot.slot, 0.0) >= _REMIND_SECONDS:
+                self._said[slot.slot] = now
+                log.warning(
+                    "rebuild_slot_unread",
+                    table=slot.table,
+                    slot=slot.slot,
+                    retained_wal_bytes=slot.retained_bytes,
+                    seconds=round(now - self._since[slot.slot]),
+                    remedy=rebuild_remedy(slot),
+                )
+        return seen
 
 
 class SourceMonitor:
@@ -70,6 +113,7 @@ class SourceMonitor:
         self._on_tables = on_tables
         self._is_stopped = is_stopped
         self._connection = KeptConnection(settings.source, "cdc_sync watch")
+        self._rebuilds = RebuildWatch()
 
     async def run(self) -> None:
         """Poll until cancelled."""
@@ -78,7 +122,7 @@ class SourceMonitor:
             while True:
                 try:
                     began = time.monotonic()
-                    tables, position = await asyncio.to_thread(self._connection.run, self._look)
+                    seen = await asyncio.to_thread(self._connection.run, self._look)
                 except SourceError as error:
                     if not is_transient(error):
                         raise
@@ -86,27 +130,28 @@ class SourceMonitor:
                     self._not_seen(last)
                 else:
                     last = time.time()
-                    self._publish(position)
-                    if tables is not None:
+                    self._publish(seen)
+                    if (tables := seen.tables) is not None:
                         self._on_tables(tables.errors, tables.signs, began)
-                        self._on_look(position, tables.found)
+                        self._on_look(seen.position, tables.found)
                 # Also while no session runs: what waits gets older.
                 publish_lag(self._positions, self._metrics, self._board)
                 await asyncio.sleep(INTERVAL_SECONDS)
         finally:
             self._connection.end()
 
-    def _look(self, connection: PgConnection) -> tuple[_Tables | None, SourcePosition]:
+    def _look(self, connection: PgConnection) -> _Seen:
         """The tables, unless one is locked, and then the position."""
         set_lock_timeout(connection, _LOCK_SECONDS)
-        seen = None
+        tables = None
         try:
-            seen = self._tables(connection)
+            tables = self._tables(connection)
         except SourceError as error:
             if error.kind is not ErrorKind.TABLE_LOCKED:
                 raise
             log.debug("monitor_failed", kind=error.kind.value, error=error.message)
-        return seen, source_position(connection, self._settings.source.slot)
+        rebuilds = rebuild_slots(connection, self._settings, list(self._relations.oids))
+        return _Seen(tables, rebuilds, source_position(connection, self._settings.source.slot))
 
     def _tables(self, connection: PgConnection) -> _Tables:
         tables = self._relations.tables
@@ -158,9 +203,11 @@ class SourceMonitor:
             )
         return publication
 
-    def _publish(self, position: SourcePosition) -> None:
-        self._positions.see_server(int(position.current), time.time())
-        publish_slot(self._metrics, self._board, position)
+    def _publish(self, seen: _Seen) -> None:
+        now = time.time()
+        self._positions.see_server(int(seen.position.current), now)
+        publish_slot(self._metrics, self._board, seen.position)
+        self._board.set_rebuilds(self._rebuilds.look(seen.rebuilds, now))
 
     def _not_seen(self, last: float) -> None:
         """Nobody can say what was written since, unless a session is running."""

@@ -372,6 +372,7 @@ class Pipeline:
     def _assemble(self, plan: PipelinePlan) -> FirstCopy:
         """Take the plan into force."""
         parts = self._together
+        parts.history.plan_anew()
         self._plan = plan
         self._relations = Relations(plan.tables, self.settings, self.metrics)
         self._resync = Resync(

@@ -4,7 +4,6 @@ nothing."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -19,9 +18,9 @@ from cdc_sync.errors import (
     StateError,
 )
 from cdc_sync.mapping.column_options import present_options
-from cdc_sync.mapping.ids import plan_fingerprint
-from cdc_sync.mapping.planner import PlanOptions, build_plan, key_family, replan
-from cdc_sync.mapping.table import Table, redefined, stored_anew
+from cdc_sync.mapping.options import PlanOptions
+from cdc_sync.mapping.planner import build_plan, replan
+from cdc_sync.mapping.table import Table
 from cdc_sync.postgres.catalog import ServerInfo, find_table, read_table, server_info
 from cdc_sync.postgres.connect import PgConnection, set_lock_timeout
 from cdc_sync.postgres.identifiers import column_list, parse_name, qualified, quote_ident
@@ -31,14 +30,13 @@ from cdc_sync.postgres.row_filters import resolve_filter
 from cdc_sync.postgres.shards import parse_shard
 from cdc_sync.qdrant.open import check_collection_config
 from cdc_sync.qdrant.sink import PipelineState, TableRebuild, TableState
+from cdc_sync.sync.fingerprints import fingerprint, same_configuration, same_options
 from cdc_sync.sync.preset_options import preset_options
 from cdc_sync.sync.routing import PlannedTable
 from cdc_sync.sync.stopped_tables import concerns_one_table
 
 #: How long planning waits for whoever has locked a table.
 _LOCK_SECONDS: Final = 3.0
-_OPTIONS_DIGITS: Final = 16
-_KEY_DIGITS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,62 +469,6 @@ def without_new_vectors(planned: PlannedTable, known: Sequence[str]) -> PlannedT
         ignored=planned.ignored | new,
         warnings=(*planned.warnings, warning),
     )
-
-
-def fingerprint(planned: PlannedTable) -> str:
-    """``configuration:plan:definition``: by what a collection was filled."""
-    return f"{_configuration(planned)}:{plan_fingerprint(planned.plan)}:{planned.table.definition}"
-
-
-def stale_fingerprint(planned: PlannedTable) -> str:
-    """The fingerprint of a collection that must be filled again: no plan gives it."""
-    return f"{_configuration(planned)}:stale:"
-
-
-def is_recorded_stale(recorded: str) -> bool:
-    """Whether the record itself says that the collection must be filled again."""
-    return recorded == as_stale(recorded)
-
-
-def as_stale(recorded: str) -> str:
-    """A fingerprint on record, as that of a collection that must be filled again."""
-    return f"{recorded.partition(':')[0]}:stale:"
-
-
-def is_stale(recorded: str, planned: PlannedTable) -> bool:
-    """Whether a collection with this fingerprint is not as the table now is."""
-    plan, _, definition = recorded.partition(":")[2].partition(":")
-    return plan != plan_fingerprint(planned.plan) or redefined(definition, planned.table.definition)
-
-
-def is_stored_anew(recorded: str, planned: PlannedTable) -> bool:
-    """Whether the table's rows are in other files than when the fingerprint was made."""
-    definition = recorded.partition(":")[2].partition(":")[2]
-    return bool(definition) and stored_anew(definition, planned.table.definition)
-
-
-def same_configuration(one: str, other: str) -> bool:
-    """Whether two fingerprints differ at most in the table."""
-    return one.partition(":")[0] == other.partition(":")[0]
-
-
-def same_options(one: str, other: str) -> bool:
-    """Whether two fingerprints were made by the same settings, be the keys the same or not."""
-    return one[:_OPTIONS_DIGITS] == other[:_OPTIONS_DIGITS]
-
-
-def _configuration(planned: PlannedTable) -> str:
-    """What must stay for the points to keep their ids and their form: digests of options and
-    key."""
-    plan = planned.plan
-    key = [(plan.columns[i].name, key_family(plan.columns[i].type)) for i in plan.key]
-    # Without columns that are gone, so that they can be taken out of the configuration.
-    options = repr(present_options(planned.table, planned.options))
-    return _digest(options)[:_OPTIONS_DIGITS] + _digest(repr(key))[:_KEY_DIGITS]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_distinct(planned: Sequence[PlannedTable]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 from cdc_sync.config import TableSettings
 from cdc_sync.errors import ConfigError
-from cdc_sync.mapping.planner import PlanOptions
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.presets import (
     LANGCHAIN_COLLECTION,
     Expansion,

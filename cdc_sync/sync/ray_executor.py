@@ -26,7 +26,7 @@ from cdc_sync.errors import CdcSyncError, ConfigError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.sync.copy_process import STOP_SECONDS, WorkerLostError, pickled_error
 from cdc_sync.sync.copying import ChunkCopier, ChunkResult, CopyTask, OnRetry
-from cdc_sync.sync.executors import ChunkSource, ChunkWorker, Done, NoRoomError, WorkerPool
+from cdc_sync.sync.worker_pool import ChunkSource, ChunkWorker, Done, NoRoomError, WorkerPool
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -81,7 +81,7 @@ class CopyActor:
 
 
 class RayCluster:
-    """Copies by actors of a Ray cluster. See :class:`~cdc_sync.sync.executors.ChunkExecutor`."""
+    """Copies by actors of a Ray cluster. See :class:`~cdc_sync.sync.worker_pool.ChunkExecutor`."""
 
     def __init__(self, settings: Settings, on_retry: OnRetry) -> None:
         self._address = settings.migration.ray_address
@@ -99,7 +99,7 @@ class RayCluster:
         self._pool: WorkerPool | None = None
 
     async def copy(self, source: ChunkSource, done: Done) -> None:
-        """See :class:`~cdc_sync.sync.executors.ChunkExecutor`. Raises :class:`ConfigError` where
+        """See :class:`~cdc_sync.sync.worker_pool.ChunkExecutor`. Raises :class:`ConfigError` where
         there is no cluster at the address."""
         if self._pool is None:
             # In a thread: in the main one Ray takes SIGTERM for itself.
@@ -108,7 +108,7 @@ class RayCluster:
         await self._pool.copy(source, done)
 
     async def close(self) -> None:
-        """See :class:`~cdc_sync.sync.executors.ChunkExecutor`; leaves the cluster."""
+        """See :class:`~cdc_sync.sync.worker_pool.ChunkExecutor`; leaves the cluster."""
         pool, self._pool = self._pool, None
         if pool is not None:
             await pool.close()

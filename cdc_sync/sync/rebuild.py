@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import time
 from typing import Final
 
@@ -22,23 +21,12 @@ from cdc_sync.sync.opening import opening
 from cdc_sync.sync.pipeline import Pipeline
 from cdc_sync.sync.swaps import POLL_SECONDS
 from cdc_sync.sync.taking_slot import confirmed_position
+from cdc_sync.sync.trials import StoppedError
 
 log = get_logger(__name__)
 
-_DIGITS: Final = 8
-_SLOT_CHARACTERS: Final = 63
-_NAME_CHARACTERS: Final = 64
 #: How often the pipeline's slot is looked at while the rebuild stands.
 _LOOK_SECONDS: Final = 0.5
-
-
-def worker_names(settings: Settings, table: str) -> tuple[str, str]:
-    """The name and the slot of the pipeline that rebuilds a table (``schema.table``)."""
-    name, slot = settings.pipeline.name, settings.source.slot
-    digest = hashlib.sha256(f"{name}\n{table}".encode()).hexdigest()[:_DIGITS]
-    room = _SLOT_CHARACTERS - len("_rebuild_") - _DIGITS
-    worker = f"{name[: _NAME_CHARACTERS - len('.rebuild.') - _DIGITS]}.rebuild.{digest}"
-    return worker, f"{slot[:room]}_rebuild_{digest}"
 
 
 def worker_settings(settings: Settings, rebuild: RebuildState) -> Settings:
@@ -99,7 +87,20 @@ class RebuildStand:
         return self._settings.pipeline.name
 
     async def compare(self) -> None:
-        """Nobody else changes how the rebuild keeps its table."""
+        """The stream begins anew, maybe before a place at which the rebuild has said it stands:
+        take that back before anything is applied once more. Raises :class:`StoppedError` if the
+        collection was taken already, since then it is the pipeline's alone."""
+        sink = self._sink()
+        rebuild = await sink.state.rebuild(self.follows, self._table)
+        if rebuild is None or not rebuild.token:
+            return
+        if rebuild.phase == "ready":
+            # Under the lock under which it is taken: from here on it is not, or was before.
+            await self._change(sink, rebuild.token, phase="requested", lsn=0)
+        if await self._is_taken(sink, rebuild.token):
+            assert self._pipeline is not None
+            self._pipeline.stop()
+            raise StoppedError
 
     async def meet(self, request: SwapRequest, lsn: int, *, settled: bool) -> None:
         """Say that everything before the request is written, and wait until it is decided."""

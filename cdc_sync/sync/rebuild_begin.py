@@ -31,7 +31,7 @@ from cdc_sync.sync.planning import (
     plan_configured,
     recorded_as,
 )
-from cdc_sync.sync.rebuild import worker_names
+from cdc_sync.sync.rebuild_slots import worker_names
 from cdc_sync.sync.routing import PlannedTable
 
 log = get_logger(__name__)

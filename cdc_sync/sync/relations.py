@@ -9,7 +9,7 @@ is read again as a whole by :mod:`cdc_sync.sync.resync`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError
@@ -21,8 +21,8 @@ from cdc_sync.pgoutput.messages import Relation
 from cdc_sync.postgres.catalog import TypeResolver
 from cdc_sync.postgres.connect import connect
 from cdc_sync.qdrant.sink import PipelineState
+from cdc_sync.sync.fingerprints import is_stale, is_stored_anew
 from cdc_sync.sync.gather import Batch
-from cdc_sync.sync.planning import is_stale, is_stored_anew
 from cdc_sync.sync.routing import Binding, PlannedTable, Unusable, bind
 from cdc_sync.sync.stopped_tables import concerns_one_table
 
@@ -92,6 +92,14 @@ class Relations:
                 self.mark_unswept(planned, reason)
             found.append((planned, rows))
         return found
+
+    def mark_begun(self, names: Iterable[str]) -> None:
+        """Mark tables of which a copy or a sweep was under way when a life ended. That it was a
+        sweep for a stream which began too early shows nowhere else."""
+        for name in names:
+            planned = self.find(name)
+            if planned is not None and planned.plan.oid not in self.stale:
+                self.mark_unswept(planned, "it was begun before")
 
     def is_redefined(self, oid: int, definition: str) -> bool:
         """Whether a table is not defined any more as when it was read as a whole."""
@@ -177,6 +185,9 @@ class Relations:
         if before is None or before.plan != planned.plan or before.ignored != planned.ignored:
             self.generation += 1
         self._planned[planned.plan.oid] = planned
+        for column in planned.table.columns:
+            # A composite may have got other attributes, of which no message tells.
+            self._types[column.type.oid, column.type.typmod] = column.type
         self._synced[planned.plan.oid] = planned.plan
         self._definitions[planned.plan.oid] = planned.table.definition
         # Whatever Relation message comes next is bound to the new plan.

@@ -20,15 +20,14 @@ from cdc_sync.postgres.publication import Publication, add_to_publication, read_
 from cdc_sync.postgres.watch import table_signs
 from cdc_sync.qdrant.sink import TableState
 from cdc_sync.sync.copying import LOCK_SECONDS
+from cdc_sync.sync.fingerprints import fingerprint, same_configuration
 from cdc_sync.sync.planning import (
     as_recorded,
     check_followed,
-    fingerprint,
     is_named,
     plan_configured,
     plan_table,
     replaced,
-    same_configuration,
     without_new_vectors,
 )
 from cdc_sync.sync.routing import PlannedTable

@@ -46,9 +46,11 @@ from cdc_sync.postgres.watch import (
 from cdc_sync.qdrant.sink import NEVER, CollectionState, Sink, TableState
 from cdc_sync.sync.backfill import Backfill, Retry
 from cdc_sync.sync.copying import LOCK_SECONDS
+from cdc_sync.sync.fingerprints import is_recorded_stale
 from cdc_sync.sync.gather import Batch
+from cdc_sync.sync.ledger import Ledger
 from cdc_sync.sync.opening import opening
-from cdc_sync.sync.planning import Unplanned, is_recorded_stale
+from cdc_sync.sync.planning import Unplanned
 from cdc_sync.sync.recent_transactions import RecentTransactions
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.replanning import (
@@ -184,9 +186,11 @@ class Resync:
             await self._records.reading(planned, NEVER, rows=rows)
         self._replayed = {planned.name for planned, _ in replayed}
         self._touched |= self._replayed
+        ledgers = await self._sink.state.ledgers(self._settings.pipeline.name)
+        chunk_rows = self._settings.migration.chunk_rows
+        self._relations.mark_begun(t.table for t in ledgers if not Ledger(t, chunk_rows).complete)
         wanted = self._relations.stale | self._relations.unswept
         names = {p.name for p in self._relations.tables if p.plan.oid in wanted}
-        ledgers = await self._sink.state.ledgers(self._settings.pipeline.name)
         for ledger in ledgers:
             if ledger.table not in names:
                 # Its copy was completed, and put on record so.
@@ -481,8 +485,10 @@ class Resync:
             await self._begin(planned)
         outdated = self._backfill.is_outdated(planned) or planned.name in self._replayed
         if outdated or (fresh and self._backfill.may_be_older(planned.name)):
-            again = planned.name not in self._uncopied and oid in self._relations.stale
-            await self._records.reading(planned, self._barriers[oid].lsn, rows=again)
+            # A first copy meets what the stream does not bring only once the table has changed.
+            first = planned.name in self._uncopied and not outdated
+            rows = oid in self._relations.stale and not first
+            await self._records.reading(planned, self._barriers[oid].lsn, rows=rows)
             self._replayed.discard(planned.name)
         if not found.exists:
             # Whatever was copied is gone with it.

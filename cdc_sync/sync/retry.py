@@ -67,6 +67,14 @@ async def retrying(
     ``retry`` says which errors are worth another try.
     """
 
+    try:
+        # Most succeed at once, and what may have to wait takes longer to make than many a request.
+        return await operation()
+    except BaseException as error:
+        if not retry(error):
+            raise
+        failed = [error]
+
     def before_sleep(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
         if isinstance(error, CdcSyncError):
@@ -81,5 +89,7 @@ async def retrying(
         reraise=True,
     ):
         with attempt:
+            if failed:
+                raise failed.pop()
             return await operation()
     raise AssertionError("unreachable: retries never stop by themselves")

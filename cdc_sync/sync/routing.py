@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError, ProtocolError, SourceError
 from cdc_sync.mapping.ids import compile_point_id
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import TablePlan
-from cdc_sync.mapping.planner import PlanOptions, replan
+from cdc_sync.mapping.planner import replan
 from cdc_sync.mapping.strings import uuid_binary
 from cdc_sync.mapping.table import PgType, Table
 from cdc_sync.pgoutput.messages import Relation

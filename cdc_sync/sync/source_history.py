@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import ErrorKind, SinkError, SourceError
@@ -25,6 +26,7 @@ from cdc_sync.postgres.watch import SourcePosition
 from cdc_sync.qdrant.sink import SourceMark, StateStore
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.retry import is_transient
+from cdc_sync.sync.routing import PlannedTable
 
 log = get_logger(__name__)
 
@@ -65,13 +67,18 @@ class SourceHistory:
 
     async def compare(self, relations: Relations) -> None:
         """Mark tables for which the publication was altered since it was last seen."""
-        now = await self._identities(relations)
+        now = await self._identities(relations.tables)
         before = dict(self._saved.publications) if self._saved is not None else {}
         before |= self._seen
         self._seen = {p.name: now.get(p.plan.oid, "") for p in relations.tables}
         for planned in relations.tables:
             if before.get(planned.name, self._seen[planned.name]) != self._seen[planned.name]:
                 relations.mark(planned, "the publication was altered", unsent=True)
+
+    def plan_anew(self) -> None:
+        """The tables are planned anew. What was marked of them is not known any more, so they are
+        compared with what is on record again."""
+        self._seen.clear()
 
     @property
     def due(self) -> bool:
@@ -102,12 +109,18 @@ class SourceHistory:
         else:
             self._saved = mark
 
-    async def forget(self) -> None:
-        """Begin a new history, with a new slot."""
+    async def begin(self, tables: Sequence[PlannedTable]) -> None:
+        """Begin a new history, with a slot that is still to be made. How the publication is for the
+        tables is put on record: it may be altered before the stream begins."""
         self._last_xid = self._position = None
         self._seen.clear()
-        self._saved = SourceMark(self._settings.pipeline.name, lsn=0, timeline=0)
-        await self._store.save_mark(self._saved)
+        now = await self._identities(tables)
+        known = sorted((planned.name, now.get(planned.plan.oid, "")) for planned in tables)
+        mark = SourceMark(
+            self._settings.pipeline.name, lsn=0, timeline=0, publications=tuple(known)
+        )
+        await self._store.save_mark(mark)
+        self._saved = mark
 
     def _committed(self, position: SourcePosition) -> int:
         if self._last_xid is not None:
@@ -126,18 +139,22 @@ class SourceHistory:
                 kept[planned.name] = known
         return tuple(sorted(kept.items()))
 
-    async def _identities(self, relations: Relations) -> dict[int, str]:
-        return await asyncio.to_thread(
-            self._read_identities, [planned.plan.oid for planned in relations.tables]
-        )
+    async def _identities(self, tables: Sequence[PlannedTable]) -> dict[int, str]:
+        return await read_identities(self._settings, [planned.plan.oid for planned in tables])
 
-    def _read_identities(self, oids: list[int]) -> dict[int, str]:
-        source = self._settings.source
+
+async def read_identities(settings: Settings, oids: Sequence[int]) -> dict[int, str]:
+    """What changes whenever the publication is altered for a table, by its OID. Raises
+    :class:`SourceError`."""
+
+    def read() -> dict[int, str]:
         with (
-            connect(source, application_name="cdc_sync watch") as connection,
+            connect(settings.source, application_name="cdc_sync watch") as connection,
             answering(connection),
         ):
-            return publication_identities(connection, source.publication, oids)
+            return publication_identities(connection, settings.source.publication, oids)
+
+    return await asyncio.to_thread(read)
 
 
 def check_history(connection: ReplicationConnection, mark: SourceMark | None, applied: int) -> int:

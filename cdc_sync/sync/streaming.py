@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from cdc_sync.config import Settings
-from cdc_sync.errors import SourceError
+from cdc_sync.errors import CdcSyncError, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
@@ -235,8 +235,11 @@ class Streaming:
             self.board.set_source(True)
             try:
                 await self._run_session(session)
-            except TablesChangedError:
-                # What was confirmed last has to arrive: the stream begins there again.
+            except SourceError:
+                raise
+            except (CdcSyncError, TablesChangedError):
+                # What was confirmed last has to arrive, since the stream begins there again; it is
+                # lost with a connection that is closed while something is left to be read.
                 await asyncio.to_thread(connection.stop)
                 raise
             await asyncio.to_thread(connection.stop)
@@ -293,6 +296,9 @@ class Streaming:
         for request in batch.rereads:
             if not isinstance(request, SwapRequest):
                 continue
+            if self.swaps.follows is not None:
+                # What was not sent must not be missing in a collection that is taken.
+                await self.history.compare(self.relations)
             settled = not self.resync.wanted
             self._in_window = True
             try:

@@ -37,9 +37,11 @@ from cdc_sync.qdrant.sink import (
     TableVerification,
 )
 from cdc_sync.sync.control import SwapRequest
+from cdc_sync.sync.fingerprints import is_recorded_stale
 from cdc_sync.sync.opening import opening
-from cdc_sync.sync.planning import is_recorded_stale, recorded_as, settings_in_force
+from cdc_sync.sync.planning import recorded_as, settings_in_force
 from cdc_sync.sync.retry import is_transient
+from cdc_sync.sync.source_history import read_identities
 from cdc_sync.sync.table_records import TableRecords
 
 log = get_logger(__name__)
@@ -192,12 +194,23 @@ class PipelineSwaps:
             if filled is None or not filled.copied or is_recorded_stale(filled.plan_fingerprint):
                 await self._let_go(rebuild, "the table is to be read again")
                 return False
+            if not await self._knows_publication(sink, rebuild.worker, filled):
+                await self._let_go(rebuild, "the publication was altered")
+                return False
             # Of what was changed before its slot was made, that one's stream brings nothing.
             read_lsn = max(filled.read_lsn, worker.slot_lsn if worker is not None else 0)
             await self._take(sink, rebuild, replace(filled, read_lsn=read_lsn))
         finally:
             lock.close()
         return True
+
+    async def _knows_publication(self, sink: ServerSink, worker: str, filled: TableState) -> bool:
+        """Whether the rebuild has read the table since the publication was last altered: what was
+        not sent then is in the old collection, once this pipeline has noticed."""
+        mark = await sink.state.mark(worker)
+        known = dict(mark.publications) if mark is not None else {}
+        now = await read_identities(self._settings, [filled.oid])
+        return known.get(filled.table) == now.get(filled.oid)
 
     async def _take(self, sink: ServerSink, rebuild: RebuildState, filled: TableState) -> None:
         pipeline, table = self._settings.pipeline.name, rebuild.table

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from cdc_sync.errors import StateError
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.qdrant.sink import PipelineState, StateStore, TableRebuild, TableState
-from cdc_sync.sync.planning import as_stale, fingerprint, stale_fingerprint
+from cdc_sync.sync.fingerprints import as_stale, fingerprint, stale_fingerprint
 from cdc_sync.sync.routing import PlannedTable
 
 _Tables: TypeAlias = tuple[TableState, ...]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cdc_sync.config import SourceSettings
 from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.mapping.values import needs_text
-from cdc_sync.postgres.connect import answering, connect
+from cdc_sync.postgres.connect import answering, closed_on_error, connect
 from cdc_sync.postgres.replication import ReplicationConnection, StreamOptions
 from cdc_sync.postgres.slot import read_slot
 from cdc_sync.postgres.watch import source_position
@@ -43,7 +43,7 @@ def start_stream(
     server is another than the plan's, SOURCE_REWOUND as :func:`check_history`.
     """
     connection = ReplicationConnection.open(source)
-    try:
+    with closed_on_error(connection):
         identity = connection.identify()
         if identity.system_identifier != plan.server.system_identifier:
             raise SourceError(
@@ -55,9 +55,6 @@ def start_stream(
         # Of a table that could not be planned it is not known.
         binary = not plan.stopped and _can_be_binary(tables)
         connection.start(source.slot, source.publication, options=StreamOptions(binary=binary))
-    except BaseException:
-        connection.close()
-        raise
     return TakenSlot(connection, timeline)
 
 

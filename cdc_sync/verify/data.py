@@ -13,7 +13,8 @@ from cdc_sync.postgres.catalog import find_table
 from cdc_sync.postgres.connect import PgConnection, connect
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import DeadLetter, PipelineState
-from cdc_sync.sync.planning import PipelinePlan, is_recorded_stale, plan_pipeline
+from cdc_sync.sync.fingerprints import is_recorded_stale
+from cdc_sync.sync.planning import PipelinePlan, plan_pipeline
 from cdc_sync.sync.routing import PlannedTable
 from cdc_sync.verify.report import Report, TableReport
 from cdc_sync.verify.source import SourceReader, patiently

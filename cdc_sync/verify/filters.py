@@ -23,7 +23,8 @@ from cdc_sync.mapping.plan import ColumnPlan, TablePlan
 from cdc_sync.mapping.table import PgType, TypeKind
 from cdc_sync.qdrant import conditions as c
 from cdc_sync.qdrant.collections import index_path
-from cdc_sync.verify import filters_grammar as g
+from cdc_sync.verify import filters_tree as g
+from cdc_sync.verify.filters_grammar import parse_filter, refused
 from cdc_sync.verify.filters_sql import as_sql
 
 #: A condition, or what holds always or never.
@@ -55,7 +56,7 @@ def translate_filter(text: str, plan: TablePlan) -> TranslatedFilter:
     Raises :class:`ConfigError` for what is not understood, names no column, or has no exact
     counterpart; its text quotes no values.
     """
-    expression = g.parse_filter(text)
+    expression = parse_filter(text)
     translator = _Translator(plan)
     true = translator.both(expression).true
     return TranslatedFilter(
@@ -166,12 +167,12 @@ class _Translator:
     def _column(self, operand: g.Operand) -> ColumnPlan:
         column = self._columns.get(operand.column)
         if column is None:
-            raise g.refused(
+            raise refused(
                 f"table {self._plan.qualified_name} has no column {operand.column} that is taken",
                 f"Its columns are {', '.join(self._columns)}.",
             )
         if column.vector is not None or column.field is None or column.part is not None:
-            raise g.refused(f"column {operand.column} is no field of the payload by itself")
+            raise refused(f"column {operand.column} is no field of the payload by itself")
         return column
 
     def _path(self, column: ColumnPlan, keys: Sequence[str] = ()) -> str:
@@ -179,7 +180,7 @@ class _Translator:
         parts = [index_path(column.field, self._plan.payload_key), *map(index_path, keys)]
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):
-            raise g.refused(
+            raise refused(
                 f"the field of column {column.name} has a quote or a backslash in its name, which "
                 "Qdrant's paths cannot have"
             )
@@ -197,7 +198,7 @@ class _Translator:
             base.kind is TypeKind.BASE and base.schema == "pg_catalog" and base.name in _PLAIN
         )
         if not plain:
-            raise g.refused(
+            raise refused(
                 f"whether column {column.name} of type {describe(column.type)} is NULL cannot be "
                 "told from its payload field"
             )
@@ -207,7 +208,7 @@ class _Translator:
         self.notes.append("an empty list in JSON is taken for NULL by Qdrant's filter")
 
     def _refuse_type(self, column: ColumnPlan, what: str) -> NoReturn:
-        raise g.refused(f"column {column.name} is of type {describe(column.type)}, {what}")
+        raise refused(f"column {column.name} is of type {describe(column.type)}, {what}")
 
     # -- comparisons
 
@@ -411,7 +412,7 @@ class _Translator:
             self._refuse_type(column, "and the pattern is no string")
         text = _literal_pattern(pattern.text)
         if text is None:
-            raise g.refused(
+            raise refused(
                 f"LIKE on column {operand.column} has wildcards, for which Qdrant has no exact "
                 "counterpart"
             )
@@ -428,11 +429,11 @@ class _Translator:
         column = self._json(operand)
         path = self._path(column, operand.keys)
         if operator not in ("=", "<>"):
-            raise g.refused(f"text of JSON in column {column.name} has no order in Qdrant")
+            raise refused(f"text of JSON in column {column.name} has no order in Qdrant")
         if value.kind == "null":
             return _Both(False, False)
         if value.kind != "string" or value.type not in (None, "text", "varchar"):
-            raise g.refused(f"{column.name} ->> is text, and its literal is no string")
+            raise refused(f"{column.name} ->> is text, and its literal is no string")
         # A list with the value matches too: its elements have the path with [].
         true = _every([self._json_text(column, path, value.text), c.Empty(f"{path}[]")])
         self._note_empty_list()
@@ -447,7 +448,7 @@ class _Translator:
         if _JSON_INTEGER.fullmatch(text):
             return _either([match, c.Match(path, int(text))])
         if _JSON_NUMBER.fullmatch(text) or text[:1] in ("{", "["):
-            raise g.refused(
+            raise refused(
                 f"the text compared with {column.name} ->> looks like a number, object or list of "
                 "JSON, whose spelling Qdrant does not keep"
             )
@@ -481,6 +482,6 @@ def _literal_pattern(pattern: str) -> str | None:
         if character == "\\":
             character = next(characters, "")
             if not character:
-                raise g.refused("a LIKE pattern ends with a backslash")
+                raise refused("a LIKE pattern ends with a backslash")
         kept.append(character)
     return "".join(kept)

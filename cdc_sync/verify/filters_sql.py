@@ -1,8 +1,8 @@
-"""The conditions of :mod:`cdc_sync.verify.filters_grammar` as SQL again."""
+"""The conditions of :mod:`cdc_sync.verify.filters_tree` as SQL again."""
 
 from __future__ import annotations
 
-from cdc_sync.verify.filters_grammar import (
+from cdc_sync.verify.filters_tree import (
     And,
     Comparison,
     Contains,

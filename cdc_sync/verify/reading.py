@@ -9,7 +9,7 @@ then looked up by its id.
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +25,7 @@ from cdc_sync.postgres.snapshot import copy_query, copy_rows
 from cdc_sync.rows import Row
 from cdc_sync.sync.retry import is_transient
 from cdc_sync.sync.routing import PlannedTable
-from cdc_sync.verify.source import SourceReader, patiently
+from cdc_sync.verify.source import SourceReader, one_by_one, patiently
 
 log = get_logger(__name__)
 
@@ -90,15 +90,12 @@ class TableReading:
     async def sample(self, rows: int, generator: random.Random) -> AsyncGenerator[LeafRows, None]:
         """About so many random rows, each once. Raises :class:`SourceError`."""
         plan = self._planned.plan
-        draws: Iterator[list[SampledRows]] | None = None
 
-        def draw(connection: PgConnection) -> list[SampledRows] | None:
-            nonlocal draws
-            if draws is None:
-                leaves = self._planned.table.leaves
-                draws = sample_rows(connection, plan, leaves, self._planned.selection, generator)
-            return next(draws, None)
+        def begin(connection: PgConnection) -> Iterator[list[SampledRows]]:
+            leaves = self._planned.table.leaves
+            return sample_rows(connection, plan, leaves, self._planned.selection, generator)
 
+        draw = one_by_one(begin)
         seen: set[object] = set()
         for _ in range(_DRAWS):
             portions = await self._reader.run(draw)
@@ -124,7 +121,8 @@ class TableReading:
         def pages(connection: PgConnection) -> Iterator[list[tuple[str, ...]]]:
             return _pages(matching_keys(connection, planned.table, key, predicate))
 
-        async for texts in _following(self._reader, pages):
+        following = one_by_one(pages)
+        while (texts := await self._reader.run(following)) is not None:
             rows = await patiently(lambda t=texts: rows_reader.run(lambda c: self._fetch(c, t)))  # type: ignore[misc]
             yield LeafRows(None, rows)
 
@@ -132,21 +130,6 @@ class TableReading:
         plan = self._planned.plan
         keys = parse_keys(connection, [plan.columns[position] for position in plan.key], texts)
         return fetch_rows(connection, plan, keys, (), self._planned.selection)
-
-
-async def _following(
-    reader: SourceReader, start: Callable[[PgConnection], Iterator[list[tuple[str, ...]]]]
-) -> AsyncIterator[list[tuple[str, ...]]]:
-    iterator: Iterator[list[tuple[str, ...]]] | None = None
-
-    def following(connection: PgConnection) -> list[tuple[str, ...]] | None:
-        nonlocal iterator
-        if iterator is None:
-            iterator = start(connection)
-        return next(iterator, None)
-
-    while (page := await reader.run(following)) is not None:
-        yield page
 
 
 def _pages(keys: Iterator[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:

@@ -22,8 +22,8 @@ from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.server import ServerSink
 from cdc_sync.qdrant.sink import RebuildState
 from cdc_sync.sync.control import PREFIX, RebuildMessage, rebuild_content
+from cdc_sync.sync.fingerprints import is_recorded_stale
 from cdc_sync.sync.pipeline import Pipeline
-from cdc_sync.sync.planning import is_recorded_stale
 from cdc_sync.sync.rebuild import (
     RebuildStand,
     answer_on_record,

@@ -117,10 +117,6 @@ class TableReport:
         if example and len(finding.examples) < self.examples:
             finding.examples.append(Example(id_, key, deviation.text))
 
-    def count_of(self, kind: Kind) -> int:
-        """How many differences of a kind were found."""
-        return sum(one.count for one in self.findings.values() if one.kind is kind)
-
     @property
     def equal(self) -> bool:
         """Whether no difference was found for certain."""

@@ -70,14 +70,7 @@ class SourceReader:
     ) -> AsyncIterator[list[Row]]:
         """Yield what an iterator yields, each batch read in a thread. Nothing else may run over
         this connection meanwhile. Raises :class:`SourceError`."""
-        iterator: Iterator[list[Row]] | None = None
-
-        def following(connection: PgConnection) -> list[Row] | None:
-            nonlocal iterator
-            if iterator is None:
-                iterator = start(connection)
-            return next(iterator, None)
-
+        following = one_by_one(start)
         upcoming = asyncio.create_task(self.run(following))
         try:
             while (batch := await upcoming) is not None:
@@ -99,6 +92,22 @@ class SourceReader:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def one_by_one(
+    start: Callable[[PgConnection], Iterator[T]],
+) -> Callable[[PgConnection], T | None]:
+    """A query for :meth:`SourceReader.run`: what comes next of the iterator that ``start`` makes
+    when it is run first; None at its end."""
+    iterator: Iterator[T] | None = None
+
+    def following(connection: PgConnection) -> T | None:
+        nonlocal iterator
+        if iterator is None:
+            iterator = start(connection)
+        return next(iterator, None)
+
+    return following
 
 
 async def patiently(operation: Callable[[], Awaitable[T]]) -> T:

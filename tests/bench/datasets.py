@@ -14,7 +14,7 @@ from typing import Final
 import psycopg
 
 from cdc_sync.config import SourceSettings
-from cdc_sync.mapping.planner import PlanOptions
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.postgres.catalog import TypeResolver, find_table
 from cdc_sync.postgres.connect import connect
 from cdc_sync.sync.planning import plan_table

@@ -12,6 +12,7 @@ import select
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import grpc
@@ -172,16 +173,27 @@ def _completed(answer: q.PointsOperationResponse) -> None:
         raise RuntimeError("a request of the sink limit was not answered with Completed")
 
 
+@dataclass(frozen=True, slots=True)
+class AppliedCost(Cost):
+    """What finished operations cost, and the wall seconds after them until they were durable, for
+    which an embedded database holds the interpreter."""
+
+    durable: float = 0.0
+
+
 def apply_operations(
     database: EdgeDatabase,
     collection: str,
     operations: Sequence[edge.UpdateOperation],
     meter: Meter,
     flush: Callable[[], None],
-) -> Cost:
+) -> AppliedCost:
     """Apply finished operations to an embedded database, one after the other."""
     began = meter.begin()
     for operation in operations:
         database.update(collection, operation)
+    applied = meter.end()
     flush()
-    return began.until(meter.end())
+    cost = began.until(applied)
+    durable = meter.own().at - applied.at
+    return AppliedCost(cost.seconds, cost.cpu, cost.main, cost.others, durable)

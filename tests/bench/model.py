@@ -9,9 +9,11 @@ to write it. On C cores that all of them share, at the rate r rows a microsecond
 - all CPU together is no more than there is: r <= C / (a + b + g + c);
 - what runs in one thread takes its time for each row: r <= 1 / (b + g) with our one interpreter,
   r <= 1 / a with the one backend that sends. With an embedded database c is spent in our process
-  too, which holds the interpreter meanwhile: r <= 1 / (b + c), g being part of c.
+  too, which holds the interpreter meanwhile, and so is d, the time in which what was written is
+  made durable, be it in waiting for the disk: r <= 1 / (b + c + d), g being part of c. A stream is
+  made durable as it goes on, and a chunk of a copy after its end, so that its d is 0.
 
-The least of them is what is allowed. *a*, *b*, *g* and *c* are measured in the same run, each
+The least of them is what is allowed. *a*, *b*, *g*, *c* and *d* are measured in the same run, each
 without the others' parts: nothing that our engine adds to them, and no time in which it waits
 although it need not, is allowed for.
 """
@@ -23,7 +25,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RowCost:
-    """CPU microseconds a row, and the sink limit in rows a second."""
+    """CPU microseconds a row, the sink limit in rows a second, and for an embedded database the
+    microseconds a row that it takes to be durable."""
 
     postgres: float
     ours: float
@@ -31,6 +34,7 @@ class RowCost:
     sink: float
     sink_limit: float
     embedded: bool = False
+    durable: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ def allowed(cost: RowCost, cores: int) -> Allowed:
     """The least of the model's bounds. Raises ``ValueError`` for costs that are not positive."""
     if min(cost.postgres, cost.ours, cost.sink_limit) <= 0:
         raise ValueError("the costs of Postgres, of ours, and the sink limit must be positive")
-    serial = cost.ours + (cost.sink if cost.embedded else cost.send)
+    serial = cost.ours + (cost.sink + cost.durable if cost.embedded else cost.send)
     total = cost.postgres + cost.ours + cost.sink + (0.0 if cost.embedded else cost.send)
     bounds = {
         "the sink limit": cost.sink_limit,

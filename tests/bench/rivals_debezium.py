@@ -351,7 +351,7 @@ def _changes(frames: list[bytes]) -> int:
 def _ours(url: str, slot: str, clock: _Clock) -> None:
     import cdc_sync.sync.pipeline  # noqa: F401 - for its memory: all that the daemon loads
     from cdc_sync.config import SourceSettings
-    from cdc_sync.mapping.planner import PlanOptions
+    from cdc_sync.mapping.options import PlanOptions
     from cdc_sync.mapping.wire import WireCodec
     from cdc_sync.postgres.catalog import TypeResolver, find_table
     from cdc_sync.postgres.connect import connect

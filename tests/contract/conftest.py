@@ -1,4 +1,5 @@
-"""Fixtures of the sink's contract: each test runs on the embedded engine and on a server."""
+"""Fixtures of the sink's contract, whose tests run on the embedded engine and on a server, and of
+what is relied on in a server."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from qdrant_client import QdrantClient
 
 from cdc_sync.config import QdrantSettings
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Sink, TableWriter
 from tests.support.fix_qdrant import QdrantTarget
+from tests.support.qdrant_cases import create_plain, create_rich
 from tests.support.sink_rows import items_plan
 from tests.support.sinks import ready, settings_of
 
@@ -40,3 +43,18 @@ def collection() -> str:
 @pytest.fixture
 async def writer(sink: Sink, collection: str) -> TableWriter:
     return await ready(sink, items_plan(collection))
+
+
+@pytest.fixture
+def client(qdrant: QdrantTarget) -> QdrantClient:
+    return qdrant.client()
+
+
+@pytest.fixture
+def plain(qdrant: QdrantTarget) -> str:
+    return create_plain(qdrant)
+
+
+@pytest.fixture
+def rich(qdrant: QdrantTarget) -> str:
+    return create_rich(qdrant)

@@ -14,21 +14,10 @@ from qdrant_client import QdrantClient, models
 from tests.support.fix_qdrant import QdrantTarget
 from tests.support.qdrant_cases import (
     UUIDS,
-    create_plain,
     dense,
     point,
     refused,
 )
-
-
-@pytest.fixture
-def client(qdrant: QdrantTarget) -> QdrantClient:
-    return qdrant.client()
-
-
-@pytest.fixture
-def plain(qdrant: QdrantTarget) -> str:
-    return create_plain(qdrant)
 
 
 def test_health_check_tells_the_version(qdrant: QdrantTarget, client: QdrantClient) -> None:

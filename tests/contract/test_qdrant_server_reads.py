@@ -13,31 +13,12 @@ import pytest
 from qdrant_client import QdrantClient, models
 from qdrant_client import grpc as q
 
-from tests.support.fix_qdrant import QdrantTarget
 from tests.support.qdrant_cases import (
     UUIDS,
-    create_plain,
-    create_rich,
     ids_of,
     point,
     refused,
 )
-
-
-@pytest.fixture
-def client(qdrant: QdrantTarget) -> QdrantClient:
-    return qdrant.client()
-
-
-@pytest.fixture
-def plain(qdrant: QdrantTarget) -> str:
-    return create_plain(qdrant)
-
-
-@pytest.fixture
-def rich(qdrant: QdrantTarget) -> str:
-    return create_rich(qdrant)
-
 
 # Reads
 

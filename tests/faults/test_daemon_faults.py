@@ -11,6 +11,7 @@ import pytest
 
 from cdc_sync.demo.embedded import StopMode
 from tests.support.fault_cases import (
+    begin_slow_copy,
     check,
     create_items,
     create_loaded,
@@ -18,9 +19,10 @@ from tests.support.fault_cases import (
     slot_active,
     under_load,
     until,
+    wait_copying,
 )
 from tests.support.fix_pipeline import SyncTable
-from tests.support.fix_postgres import Database, DatabaseFactory, PrivatePostgres
+from tests.support.fix_postgres import Database
 from tests.support.proxy import Direction, ProxyTo
 from tests.support.qdrant_control import Faults, QdrantProcess
 
@@ -92,13 +94,11 @@ def test_qdrant_away_while_nothing_is_written(
 @pytest.mark.slow
 @pytest.mark.requirement("R7")
 def test_it_lets_go_of_the_slot_while_qdrant_is_away(
-    private_postgres: PrivatePostgres,
-    database18_factory: DatabaseFactory,
+    private_database: Database,
     sync_table: SyncTable,
     qdrant_private: QdrantProcess,
 ) -> None:
-    server = private_postgres()
-    database = database18_factory(server)
+    database, server = private_database, private_database.server
     create_items(database, 10)
     synced = sync_table(database, "items", qdrant=qdrant_private, pipeline={"let_go_seconds": 1})
     daemon = synced.daemon
@@ -217,14 +217,12 @@ def test_random_faults_under_load(
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 @pytest.mark.requirement("R8")
 def test_postgres_restarts_while_streaming(
-    private_postgres: PrivatePostgres,
-    database18_factory: DatabaseFactory,
+    private_database: Database,
     sync_table: SyncTable,
     qdrant_private: QdrantProcess,
     mode: StopMode,
 ) -> None:
-    server = private_postgres()
-    database = database18_factory(server)
+    database, server = private_database, private_database.server
     table = create_loaded(database)
     synced = sync_table(database, "everything", qdrant=qdrant_private)
     daemon = synced.daemon
@@ -247,27 +245,17 @@ def test_postgres_restarts_while_streaming(
     ("mode", "workers"), [pytest.param("fast", 2, marks=pytest.mark.campaign), ("immediate", 1)]
 )
 def test_postgres_restarts_while_copying(
-    private_postgres: PrivatePostgres,
-    database18_factory: DatabaseFactory,
+    private_database: Database,
     sync_table: SyncTable,
     qdrant_private: QdrantProcess,
     faults: Faults,
     mode: StopMode,
     workers: int,
 ) -> None:
-    server = private_postgres()
-    database = database18_factory(server)
-    create_loaded(database, rows=1000)
-    synced = sync_table(
-        database,
-        "everything",
-        qdrant=qdrant_private,
-        start=False,
-        migration={"num_workers": workers},
+    database, server = private_database, private_database.server
+    synced = begin_slow_copy(
+        database, sync_table, qdrant_private, request_seconds=0.3, workers=workers
     )
-    faults.slow("Upsert", 0.3, times=10_000)
-    synced.daemon.start(wait=False)
-    copying(synced.daemon, faults, synced.collection)
     server.stop(mode)
     time.sleep(0.5)
     server.start()
@@ -282,15 +270,13 @@ def test_postgres_restarts_while_copying(
 @pytest.mark.slow
 @pytest.mark.requirement("R7")
 def test_a_fast_shutdown_is_not_held_up_by_a_row_that_must_be_read_again(
-    private_postgres: PrivatePostgres,
-    database18_factory: DatabaseFactory,
+    private_database: Database,
     sync_table: SyncTable,
     qdrant_private: QdrantProcess,
     faults: Faults,
 ) -> None:
     """Postgres refuses new connections by then, and waits for the stream's consumer."""
-    server = private_postgres()
-    database = database18_factory(server)
+    database, server = private_database, private_database.server
     create_loaded(database, rows=20)
     synced = sync_table(database, "everything", qdrant=qdrant_private)
     qdrant_private.client().delete(synced.collection, points_selector=[7], wait=True)
@@ -312,20 +298,18 @@ def test_a_fast_shutdown_is_not_held_up_by_a_row_that_must_be_read_again(
 @pytest.mark.campaign
 @pytest.mark.requirement("R7")
 def test_a_fast_shutdown_is_not_held_up_by_a_table_that_is_read_again(
-    private_postgres: PrivatePostgres,
-    database18_factory: DatabaseFactory,
+    private_database: Database,
     sync_table: SyncTable,
     qdrant_private: QdrantProcess,
     faults: Faults,
 ) -> None:
-    server = private_postgres()
-    database = database18_factory(server)
+    database, server = private_database, private_database.server
     create_loaded(database, rows=1000)
     synced = sync_table(database, "everything", qdrant=qdrant_private)
     faults.clear_log()
     faults.slow("Upsert", 0.5, times=10_000)
     database.execute("ALTER TABLE everything ADD extra int DEFAULT 7")
-    copying(synced.daemon, faults, synced.collection)
+    wait_copying(synced, faults)
     # Changes that wait for their turn meanwhile.
     database.execute("UPDATE everything SET revision = 1 WHERE id % 50 = 0")
     started = time.monotonic()
@@ -335,14 +319,6 @@ def test_a_fast_shutdown_is_not_held_up_by_a_table_that_is_read_again(
     faults.clear()
     synced.daemon.wait(lambda: "resync_completed" in synced.daemon.log(), "the end of it", 60)
     synced.assert_equal()
-
-
-def copying(daemon: Any, faults: Faults, collection: str) -> None:
-    """Wait until rows of the copy are being written."""
-    daemon.wait(
-        lambda: any(e["collection"] == collection and e["points"] for e in faults.log()),
-        "the copy",
-    )
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.daemon import Daemon
 from tests.support.fault_cases import (
+    begin_slow_copy,
     check,
     create_items,
     create_loaded,
@@ -36,14 +37,6 @@ LIMIT_SECONDS = 6.0
 @pytest.fixture
 def faults(qdrant_private: QdrantProcess) -> Faults:
     return qdrant_private.script
-
-
-def writing(daemon: Daemon, faults: Faults, collection: str) -> None:
-    """Wait until rows of the copy are being written."""
-    daemon.wait(
-        lambda: any(e["collection"] == collection and e["points"] for e in faults.log()),
-        "the copy",
-    )
 
 
 def terminate(daemon: Daemon) -> None:
@@ -103,18 +96,14 @@ def test_sigterm_while_copying(
     faults: Faults,
     workers: int,
 ) -> None:
-    create_loaded(database18, rows=1000)
-    synced = sync_table(
+    synced = begin_slow_copy(
         database18,
-        "everything",
-        qdrant=qdrant_private,
-        start=False,
+        sync_table,
+        qdrant_private,
+        request_seconds=0.2,
+        workers=workers,
         pipeline=GRACE,
-        migration={"num_workers": workers},
     )
-    faults.slow("Upsert", 0.2, times=10_000)
-    synced.daemon.start(wait=False)
-    writing(synced.daemon, faults, synced.collection)
     assert synced.daemon.status()["state"] == "snapshotting"
     terminate(synced.daemon)
     faults.clear()
@@ -349,14 +338,8 @@ def test_a_waiting_daemon_takes_over_an_unfinished_copy(
     faults: Faults,
     tmp_path: Path,
 ) -> None:
-    create_loaded(database18, rows=1000)
-    synced = sync_table(
-        database18, "everything", qdrant=qdrant_private, start=False, migration=PROCESSES
-    )
-    faults.slow("Upsert", 0.3, times=10_000)
+    synced = begin_slow_copy(database18, sync_table, qdrant_private, request_seconds=0.3)
     with twin(synced, tmp_path / "second") as second:
-        synced.daemon.start(wait=False)
-        writing(synced.daemon, faults, synced.collection)
         second.start(wait=False)
         second.wait_state("standby")
         assert second.get("/readyz")[0] == 200
@@ -374,13 +357,7 @@ def test_a_waiting_daemon_takes_over_an_unfinished_copy(
 def test_a_worker_is_killed_during_the_copy(
     database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
 ) -> None:
-    create_loaded(database18, rows=1000)
-    synced = sync_table(
-        database18, "everything", qdrant=qdrant_private, start=False, migration=PROCESSES
-    )
-    faults.slow("Upsert", 0.2, times=10_000)
-    synced.daemon.start(wait=False)
-    writing(synced.daemon, faults, synced.collection)
+    synced = begin_slow_copy(database18, sync_table, qdrant_private, request_seconds=0.2)
     workers = copy_workers(synced.daemon)
     assert len(workers) == 2
     workers[0].kill()
@@ -395,13 +372,7 @@ def test_a_worker_is_killed_during_the_copy(
 def test_no_worker_outlives_a_killed_daemon(
     database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
 ) -> None:
-    create_loaded(database18, rows=1000)
-    synced = sync_table(
-        database18, "everything", qdrant=qdrant_private, start=False, migration=PROCESSES
-    )
-    faults.slow("Upsert", 0.5, times=10_000)
-    synced.daemon.start(wait=False)
-    writing(synced.daemon, faults, synced.collection)
+    synced = begin_slow_copy(database18, sync_table, qdrant_private, request_seconds=0.5)
     children = synced.daemon.children()
     assert len(children) >= 2
     synced.daemon.kill()

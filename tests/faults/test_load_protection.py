@@ -61,18 +61,6 @@ def observer() -> Observer:
 
 
 @pytest.fixture
-def target(qdrant: QdrantTarget) -> QdrantTarget:
-    if qdrant.faults is None:
-        pytest.skip("a real server has no scripted faults")
-    return qdrant
-
-
-@pytest.fixture
-def faults(target: QdrantTarget) -> Faults:
-    return target.script
-
-
-@pytest.fixture
 async def sinks() -> AsyncIterator[list[Sink]]:
     opened: list[Sink] = []
     yield opened
@@ -81,22 +69,22 @@ async def sinks() -> AsyncIterator[list[Sink]]:
 
 
 async def writer_of(
-    sinks: list[Sink], target: QdrantTarget, observer: Observer, **settings: object
+    sinks: list[Sink], scripted: QdrantTarget, observer: Observer, **settings: object
 ) -> TableWriter:
     """A writer with small requests by itself; ``url`` may lead to a proxy."""
-    sections = {"url": target.url, "request_points": 50, "timeout_seconds": 20.0, **settings}
+    sections = {"url": scripted.url, "request_points": 50, "timeout_seconds": 20.0, **settings}
     sink = await open_sink(QdrantSettings.model_validate(sections), observer)
     sinks.append(sink)
     await sink.ensure_collection(PLAN)
-    target.script.clear_log()
+    scripted.script.clear_log()
     return sink.writer(PLAN)
 
 
-def strict(target: QdrantTarget, collection: str = "items", **limits: object) -> None:
+def strict(scripted: QdrantTarget, collection: str = "items", **limits: object) -> None:
     """Put the collection into strict mode with these limits and no others (what is not named stays
     as it was, so every one is)."""
     config = models.StrictModeConfig.model_validate({"enabled": True, **_NO_LIMITS, **limits})
-    target.client().update_collection(collection, strict_mode_config=config)
+    scripted.client().update_collection(collection, strict_mode_config=config)
 
 
 async def converge(writer: TableWriter, changes: Changes) -> Applied:
@@ -109,10 +97,10 @@ def sizes(faults: Faults, operation: str = "Upsert") -> list[int]:
     return [int(e["points"]) for e in faults.log() if e["operation"] == operation]
 
 
-def assert_content(target: QdrantTarget, expected: dict[PointId, object]) -> None:
-    points, _ = target.client().scroll("items", limit=10_000, with_payload=True)
+def assert_content(scripted: QdrantTarget, expected: dict[PointId, object]) -> None:
+    points, _ = scripted.client().scroll("items", limit=10_000, with_payload=True)
     assert {p.id: (p.payload or {})["doc"] for p in points} == expected
-    assert target.violations() == []
+    assert scripted.violations() == []
 
 
 def partials(count: int) -> Changes:
@@ -125,10 +113,10 @@ def partials(count: int) -> Changes:
 
 
 async def test_no_request_above_the_batch_size_of_strict_mode_after_the_first(
-    target: QdrantTarget, sinks: list[Sink], observer: Observer, faults: Faults
+    scripted: QdrantTarget, sinks: list[Sink], observer: Observer, faults: Faults
 ) -> None:
-    writer = await writer_of(sinks, target, observer)
-    strict(target, upsert_max_batchsize=7)
+    writer = await writer_of(sinks, scripted, observer)
+    strict(scripted, upsert_max_batchsize=7)
     assert await writer.apply(CHANGES) == Applied()
     sent = sizes(faults)
     assert sum(1 for size in sent if size > 7) <= 4, "one refusal a lane, at most"
@@ -136,32 +124,32 @@ async def test_no_request_above_the_batch_size_of_strict_mode_after_the_first(
     faults.clear_log()
     assert await writer.apply(partials(60)) == Applied()
     assert max(sizes(faults, "UpdateBatch")) <= 7
-    assert_content(target, {n: {"p": n} if n < 60 else {"n": n} for n in range(POINTS)})
+    assert_content(scripted, {n: {"p": n} if n < 60 else {"n": n} for n in range(POINTS)})
     assert ("batch_limit") in {cause for _, cause in observer.paces}
 
 
 async def test_a_full_collection_waits_and_deletes_still_make_room(
-    target: QdrantTarget, sinks: list[Sink], observer: Observer
+    scripted: QdrantTarget, sinks: list[Sink], observer: Observer
 ) -> None:
-    writer = await writer_of(sinks, target, observer, parallel_requests=1)
+    writer = await writer_of(sinks, scripted, observer, parallel_requests=1)
     await writer.apply(Changes(upserts=CHANGES.upserts[:20]))
-    strict(target, max_points_count=20)
+    strict(scripted, max_points_count=20)
     new: list[tuple[PointId, Row]] = [(n, item(n, "new", {"n": n})) for n in (100, 101)]
     assert await writer.apply(Changes(upserts=new[:1], deletes=[0])) == Applied()
     with pytest.raises(SinkError, match="Max points count limit of 20") as caught:
         await writer.apply(Changes(upserts=new[1:]))
     assert caught.value.kind is ErrorKind.SINK_FULL
     assert "strict mode" in caught.value.remedy
-    strict(target)
+    strict(scripted)
     assert await writer.apply(Changes(upserts=new[1:])) == Applied()
-    assert_content(target, {n: {"n": n} for n in [*range(1, 20), 100, 101]})
+    assert_content(scripted, {n: {"n": n} for n in [*range(1, 20), 100, 101]})
 
 
 async def test_a_batch_size_of_nothing_is_no_points_fault(
-    target: QdrantTarget, sinks: list[Sink], observer: Observer
+    scripted: QdrantTarget, sinks: list[Sink], observer: Observer
 ) -> None:
-    writer = await writer_of(sinks, target, observer)
-    strict(target, upsert_max_batchsize=0)
+    writer = await writer_of(sinks, scripted, observer)
+    strict(scripted, upsert_max_batchsize=0)
     with pytest.raises(SinkError) as caught:
         await writer.apply(CHANGES)
     assert caught.value.kind is ErrorKind.SINK_FULL
@@ -176,14 +164,14 @@ async def test_a_batch_size_of_nothing_is_no_points_fault(
     ],
 )
 async def test_a_full_node_is_no_points_fault(
-    target: QdrantTarget,
+    scripted: QdrantTarget,
     sinks: list[Sink],
     observer: Observer,
     faults: Faults,
     code: str,
     message: str,
 ) -> None:
-    writer = await writer_of(sinks, target, observer)
+    writer = await writer_of(sinks, scripted, observer)
     faults.reject("Upsert", code, message)
     with pytest.raises(SinkError) as caught:
         await writer.apply(Changes(upserts=CHANGES.upserts[:20]))
@@ -192,20 +180,20 @@ async def test_a_full_node_is_no_points_fault(
 
 
 async def test_reads_keep_to_strict_mode_too(
-    target: QdrantTarget, sinks: list[Sink], observer: Observer
+    scripted: QdrantTarget, sinks: list[Sink], observer: Observer
 ) -> None:
-    writer = await writer_of(sinks, target, observer)
+    writer = await writer_of(sinks, scripted, observer)
     await writer.apply(CHANGES)
-    strict(target, max_query_limit=30, search_allow_exact=False, read_rate_limit=6000)
+    strict(scripted, max_query_limit=30, search_allow_exact=False, read_rate_limit=6000)
     assert await writer.count() == POINTS
     pages = [page async for page in writer.scroll_ids(100)]
     assert [len(page) for page in pages] == [30] * 6 + [20]
     assert len(await writer.retrieve(range(POINTS))) == POINTS
     # More at once than the rate limiter ever lets through.
-    strict(target, read_rate_limit=45)
+    strict(scripted, read_rate_limit=45)
     assert len(await writer.retrieve(range(40, 60))) == 20
     await writer.clear()
-    assert target.client().count("items").count == 0
+    assert scripted.client().count("items").count == 0
 
 
 async def test_our_own_records_keep_to_strict_mode(
@@ -230,19 +218,19 @@ async def test_our_own_records_keep_to_strict_mode(
 
 @pytest.mark.campaign
 async def test_partials_above_the_rate_get_through_piece_by_piece(
-    target: QdrantTarget, sinks: list[Sink], observer: Observer
+    scripted: QdrantTarget, sinks: list[Sink], observer: Observer
 ) -> None:
     """Each operation of a batch is charged, and those before the refused one again with the next
     try: a batch with more of them than the limiter holds would never end. (In short form, without
     waiting: tests/unit/test_sending.py.)"""
-    writer = await writer_of(sinks, target, observer)
+    writer = await writer_of(sinks, scripted, observer)
     await writer.apply(CHANGES)
-    strict(target, write_rate_limit=140)
+    strict(scripted, write_rate_limit=140)
     # A request of 50 partials costs 50 payloads, 50 vectors and 50 of the barrier: more than ever
     # is there, while no single operation is.
     assert await converge(writer, partials(50)) == Applied()
-    strict(target)
-    assert_content(target, {n: {"p": n} if n < 50 else {"n": n} for n in range(POINTS)})
+    strict(scripted)
+    assert_content(scripted, {n: {"p": n} if n < 50 else {"n": n} for n in range(POINTS)})
     assert min(points for points, _ in observer.paces) < 50
     assert observer.paces[0][1] == "rate_limit"
 
@@ -252,13 +240,13 @@ async def test_partials_above_the_rate_get_through_piece_by_piece(
 
 @pytest.mark.parametrize("how", ["DEADLINE_EXCEEDED", "wait_timeout", "RESOURCE_EXHAUSTED"])
 async def test_less_is_sent_after_trouble_and_everything_again_later(
-    target: QdrantTarget,
+    scripted: QdrantTarget,
     sinks: list[Sink],
     observer: Observer,
     faults: Faults,
     how: str,
 ) -> None:
-    writer = await writer_of(sinks, target, observer)
+    writer = await writer_of(sinks, scripted, observer)
     for expected in (100, 50, 25, 12):
         if how == "wait_timeout":
             faults.wait_timeout("Upsert", times=4)
@@ -281,19 +269,19 @@ async def test_less_is_sent_after_trouble_and_everything_again_later(
     faults.clear_log()
     await writer.apply(CHANGES)
     assert sizes(faults) == [50] * 4
-    assert_content(target, {n: {"n": n} for n in range(POINTS)})
+    assert_content(scripted, {n: {"n": n} for n in range(POINTS)})
 
 
 async def test_requests_that_are_swallowed_get_smaller(
-    target: QdrantTarget, sinks: list[Sink], observer: Observer, faults: Faults
+    scripted: QdrantTarget, sinks: list[Sink], observer: Observer, faults: Faults
 ) -> None:
     """Four requests get no answer, then two, then one; applied or not, nobody says."""
-    writer = await writer_of(sinks, target, observer, timeout_seconds=1.0)
+    writer = await writer_of(sinks, scripted, observer, timeout_seconds=1.0)
     for applied in (True, False, True, True, False, True, False):
         faults.never_answer("Upsert", applied=applied)
     assert await converge(writer, CHANGES) == Applied()
     assert faults.queued() == 0
-    assert_content(target, {n: {"n": n} for n in range(POINTS)})
+    assert_content(scripted, {n: {"n": n} for n in range(POINTS)})
     assert observer.paces[0] == (100, "deadline")
     assert min(points for points, _ in observer.paces) <= 25
 
@@ -306,11 +294,11 @@ def wide(n: int, size: int) -> Row:
 
 
 async def test_a_proxy_that_takes_only_so_many_bytes(
-    target: QdrantTarget, sinks: list[Sink], observer: Observer, faults: Faults
+    scripted: QdrantTarget, sinks: list[Sink], observer: Observer, faults: Faults
 ) -> None:
     limit = 1 << 20
-    with message_limits(target.url, request_bytes=limit) as url:
-        writer = await writer_of(sinks, target, observer, url=url, request_bytes=32 << 20)
+    with message_limits(scripted.url, request_bytes=limit) as url:
+        writer = await writer_of(sinks, scripted, observer, url=url, request_bytes=32 << 20)
         rows: list[tuple[PointId, Row]] = [(n, wide(n, 50_000)) for n in range(60)]
         rows.insert(30, (1000, wide(1000, 5 << 18)))
         applied = await writer.apply(Changes(upserts=rows, large=True))
@@ -328,18 +316,18 @@ async def test_a_proxy_that_takes_only_so_many_bytes(
         assert again == Applied()
         # The limit is known now: 30 requests of one lane each would be more than needed.
         assert len(sizes(faults)) < 15
-    assert_content(target, {n: {"n": n} for n in range(60)})
+    assert_content(scripted, {n: {"n": n} for n in range(60)})
 
 
 async def test_large_answers_are_read_in_pieces_and_large_points_by_themselves(
-    target: QdrantTarget,
+    scripted: QdrantTarget,
     sinks: list[Sink],
     observer: Observer,
     faults: Faults,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rpc, "MAX_ANSWER_BYTES", 1 << 20)
-    writer = await writer_of(sinks, target, observer)
+    writer = await writer_of(sinks, scripted, observer)
     rows: list[tuple[PointId, Row]] = [(n, wide(n, 1 << 16)) for n in range(24)]
     await writer.apply(Changes(upserts=[*rows, (24, wide(24, (1 << 20) + 1000))]))
     found = {p.id: p for p in await writer.retrieve(range(25))}
@@ -352,30 +340,30 @@ async def test_large_answers_are_read_in_pieces_and_large_points_by_themselves(
 
 
 async def test_a_stored_point_that_no_proxy_lets_through_is_written_anew(
-    target: QdrantTarget, sinks: list[Sink], observer: Observer
+    scripted: QdrantTarget, sinks: list[Sink], observer: Observer
 ) -> None:
     """An update that leaves a value unchanged needs the stored one; if that cannot be read, the row
     is taken from Postgres as if the point was missing."""
-    direct = await writer_of(sinks, target, observer)
+    direct = await writer_of(sinks, scripted, observer)
     large = [(1, wide(1, 2 << 20)), (2, wide(2, 100)), (3, wide(3, 2 << 20))]
     await direct.apply(Changes(upserts=list(large), large=True))
-    with message_limits(target.url, answer_bytes=1 << 20) as url:
-        writer = await writer_of(sinks, target, observer, url=url)
+    with message_limits(scripted.url, answer_bytes=1 << 20) as url:
+        writer = await writer_of(sinks, scripted, observer, url=url)
         changes = Changes(
             partials=[(n, item(n, UNCHANGED, {"p": n}, UNCHANGED, UNCHANGED)) for n in (1, 2, 3)]
         )
         applied = await writer.apply(changes)
     assert applied == Applied(missing=frozenset({1, 3}))
-    assert_content(target, {1: {"n": 1}, 2: {"p": 2}, 3: {"n": 3}})
+    assert_content(scripted, {1: {"n": 1}, 2: {"p": 2}, 3: {"n": 3}})
 
 
 async def test_a_row_above_the_configured_size_is_never_encoded(
-    target: QdrantTarget,
+    scripted: QdrantTarget,
     sinks: list[Sink],
     observer: Observer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    writer = await writer_of(sinks, target, observer, max_row_bytes=8 << 20)
+    writer = await writer_of(sinks, scripted, observer, max_row_bytes=8 << 20)
     encoded: list[PointId] = []
     point = WireCodec.point
 
@@ -397,13 +385,13 @@ async def test_a_row_above_the_configured_size_is_never_encoded(
 
 
 async def test_the_loop_lives_while_a_large_row_is_encoded(
-    target: QdrantTarget,
+    scripted: QdrantTarget,
     sinks: list[Sink],
     observer: Observer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Postgres hangs up on a consumer that gives no sign of life meanwhile."""
-    writer = await writer_of(sinks, target, observer)
+    writer = await writer_of(sinks, scripted, observer)
     point = WireCodec.point
     begun, seen = threading.Event(), threading.Event()
 
@@ -421,11 +409,11 @@ async def test_the_loop_lives_while_a_large_row_is_encoded(
     large = [(n, wide(n, LARGE_ROW_BYTES + 1)) for n in range(3)]
     await writer.apply(Changes(upserts=list(large), large=True))
     await looking
-    assert_content(target, {n: {"n": n} for n in range(3)})
+    assert_content(scripted, {n: {"n": n} for n in range(3)})
 
 
 async def test_a_large_request_may_take_longer(
-    target: QdrantTarget,
+    scripted: QdrantTarget,
     sinks: list[Sink],
     observer: Observer,
     faults: Faults,
@@ -433,7 +421,7 @@ async def test_a_large_request_may_take_longer(
 ) -> None:
     """Else a row that a slow line does not take in time would be sent again for ever."""
     monkeypatch.setattr(rpc, "_DEADLINE_BYTES", 1024)
-    writer = await writer_of(sinks, target, observer, timeout_seconds=1.0, request_bytes=1024)
+    writer = await writer_of(sinks, scripted, observer, timeout_seconds=1.0, request_bytes=1024)
     faults.slow("Upsert", 2.0)
     assert await writer.apply(Changes(upserts=[(1, wide(1, 60_000))])) == Applied()
     faults.slow("Upsert", 2.0)

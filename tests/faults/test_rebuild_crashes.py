@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from cdc_sync.config import Settings
 from cdc_sync.qdrant.sink import RebuildState
 from cdc_sync.sync.rebuild_begin import Order
 from tests.support.fix_postgres import Database
-from tests.support.oracle import compare
+from tests.support.oracle import assert_equal
 from tests.support.pipeline_process import Break, PipelineProcess
 from tests.support.pipeline_task import pipeline_settings
 from tests.support.qdrant_control import QdrantTarget
@@ -125,20 +125,23 @@ class Scene:
         target = {one.alias_name: one.collection_name for one in aliases}.get(self.alias)
         return target == self.new and not asyncio.run(self.records())
 
-    def assert_taken(self, life: PipelineProcess) -> None:
-        """The table and the new collection are equal, readers use it, and nothing is left."""
+    def assert_kept(self, life: PipelineProcess, collection: str, exclude: Sequence[str]) -> None:
+        """Once the writer has ended, the table and the collection are equal."""
         self.writer.stop()
         with self.database.connect() as connection:
             life.wait_settled(connection)
-        differences = compare(
+        assert_equal(
             self.database.url,
             "items",
             qdrant_url=self.qdrant.url,
-            collection=self.new,
+            collection=collection,
             api_key=self.qdrant.api_key,
-            exclude=["body"],
+            exclude=exclude,
         )
-        assert not differences, "\n".join(map(str, differences[:20]))
+
+    def assert_taken(self, life: PipelineProcess) -> None:
+        """The table and the new collection are equal, readers use it, and nothing is left."""
+        self.assert_kept(life, self.new, ["body"])
         client = self.qdrant.client()
         aliases = {one.alias_name: one.collection_name for one in client.get_aliases().aliases}
         assert aliases[self.alias] == self.new
@@ -197,17 +200,7 @@ def test_an_abort_after_the_rebuild_died(scene: Scene, death: Death) -> None:
         (record,) = asyncio.run(scene.records())
         asyncio.run(abort_rebuild(scene.settings))
         asyncio.run(assert_no_trace(scene.database, scene.qdrant, scene.settings, record))
-        scene.writer.stop()
-        with scene.database.connect() as connection:
-            life.wait_settled(connection)
-        differences = compare(
-            scene.database.url,
-            "items",
-            qdrant_url=scene.qdrant.url,
-            collection=scene.old,
-            api_key=scene.qdrant.api_key,
-        )
-        assert not differences, "\n".join(map(str, differences[:20]))
+        scene.assert_kept(life, scene.old, [])
 
 
 @pytest.mark.campaign

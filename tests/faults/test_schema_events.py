@@ -4,37 +4,23 @@ on, and that no row is lost; in the middle of transactions with data, under a wr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 
-from cdc_sync.config import Settings
-from cdc_sync.sync import stopped_tables
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import pipeline_settings
 from tests.support.qdrant_control import QdrantTarget
-from tests.support.schema_scene import AFTER, BEFORE, COLUMNS, CREATE, DIM, Load, scene
+from tests.support.schema_scene import (
+    AFTER,
+    BEFORE,
+    COLUMNS,
+    DIM,
+    Load,
+    scene,
+    settings_for,
+)
 
-
-@pytest.fixture(autouse=True)
-def seldom() -> Iterator[None]:
-    """Everything is tried again because something has changed, not because of the time; but for a
-    table that is planned while the stream is still before the change, and stops once more."""
-    with mock.patch.multiple(stopped_tables, RETRY_SECONDS=30.0, FIRST_PAUSE_SECONDS=30.0):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def tables(database18: Database) -> None:
-    database18.execute(CREATE)
-
-
-def settings_for(database: Database, qdrant: QdrantTarget, **docs: object) -> Settings:
-    """Settings for both tables; keywords are for ``docs``."""
-    return pipeline_settings(
-        database, qdrant, {"name": "docs", **docs}, "others", pipeline={"batch_rows": 64}
-    )
+pytestmark = pytest.mark.usefixtures("tried_seldom", "schema_tables")
 
 
 async def copied_again(database: Database, qdrant: QdrantTarget, *event: str) -> None:

@@ -4,40 +4,29 @@ collections; and what becomes of a stopped table at restarts, requests and crash
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from unittest import mock
 
 import pytest
 from qdrant_client import models as q
 
-from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError
 from cdc_sync.sync import stopped_tables
 from cdc_sync.sync.pipeline import Pipeline
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import pipeline_settings
 from tests.support.qdrant_control import QdrantTarget
-from tests.support.schema_scene import AFTER, BEFORE, COLUMNS, CREATE, DIM, Load, Scene, scene
+from tests.support.schema_scene import (
+    AFTER,
+    BEFORE,
+    COLUMNS,
+    DIM,
+    Load,
+    Scene,
+    scene,
+    settings_for,
+)
 
-
-@pytest.fixture(autouse=True)
-def seldom() -> Iterator[None]:
-    """Everything is tried again because something has changed, not because of the time."""
-    with mock.patch.multiple(stopped_tables, RETRY_SECONDS=30.0, FIRST_PAUSE_SECONDS=30.0):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def tables(database18: Database) -> None:
-    database18.execute(CREATE)
-
-
-def settings_for(database: Database, qdrant: QdrantTarget, **docs: object) -> Settings:
-    """Settings for both tables; keywords are for ``docs``."""
-    return pipeline_settings(
-        database, qdrant, {"name": "docs", **docs}, "others", pipeline={"batch_rows": 64}
-    )
-
+pytestmark = pytest.mark.usefixtures("tried_seldom", "schema_tables")
 
 # -- partitions
 

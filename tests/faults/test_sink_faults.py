@@ -15,50 +15,37 @@ import pytest
 from cdc_sync.config import QdrantSettings
 from cdc_sync.errors import ConfigError, ErrorKind, SinkError
 from cdc_sync.qdrant.open import open_sink
-from cdc_sync.qdrant.sink import Applied, Changes, PipelineState, Sink, StoredPoint, TableWriter
-from cdc_sync.rows import UNCHANGED, PointId
+from cdc_sync.qdrant.sink import Applied, Changes, PipelineState, Sink, TableWriter
+from cdc_sync.rows import UNCHANGED
 from tests.support.fix_qdrant import Faults, QdrantProcess, QdrantTarget
 from tests.support.sink_rows import item, items_plan
+from tests.support.sinks import content, ready, settings_of
 
 POINTS = 200
 #: Four lanes of one request each.
 CHANGES = Changes(upserts=[(n, item(n, "new", {"n": n})) for n in range(POINTS)])
 
 
-def settings_of(target: QdrantTarget, **more: object) -> QdrantSettings:
-    more = {"request_points": 50, "timeout_seconds": 20.0, **more}
-    return QdrantSettings.model_validate({"url": target.url, "api_key": target.api_key, **more})
+def lanes_of(scripted: QdrantTarget, **more: object) -> QdrantSettings:
+    return settings_of(scripted, **{"request_points": 50, "timeout_seconds": 20.0, **more})
 
 
 @pytest.fixture
-def target(qdrant: QdrantTarget) -> QdrantTarget:
-    if qdrant.faults is None:
-        pytest.skip("a real server has no scripted faults")
-    return qdrant
-
-
-@pytest.fixture
-async def sink(target: QdrantTarget) -> AsyncIterator[Sink]:
-    opened = await open_sink(settings_of(target))
+async def sink(scripted: QdrantTarget) -> AsyncIterator[Sink]:
+    opened = await open_sink(lanes_of(scripted))
     yield opened
     await opened.close()
 
 
 @pytest.fixture
 async def writer(sink: Sink) -> TableWriter:
-    plan = items_plan("items")
-    await sink.ensure_collection(plan)
-    return sink.writer(plan)
+    return await ready(sink, items_plan("items"))
 
 
 @pytest.fixture
-def faults(target: QdrantTarget, writer: TableWriter) -> Faults:
-    target.script.clear_log()
-    return target.script
-
-
-async def content(writer: TableWriter) -> dict[PointId, StoredPoint]:
-    return {point.id: point async for page in writer.scroll_points() for point in page}
+def faults(scripted: QdrantTarget, writer: TableWriter) -> Faults:
+    scripted.script.clear_log()
+    return scripted.script
 
 
 async def fails(writer: TableWriter, changes: Changes, kind: ErrorKind) -> SinkError:
@@ -217,16 +204,16 @@ async def test_wait_timeout_is_not_completed(
 
 
 @pytest.mark.parametrize("applied", [True, False])
-async def test_deadline(target: QdrantTarget, applied: bool) -> None:
-    sink = await open_sink(settings_of(target, timeout_seconds=0.7))
+async def test_deadline(scripted: QdrantTarget, applied: bool) -> None:
+    sink = await open_sink(lanes_of(scripted, timeout_seconds=0.7))
     try:
         await sink.ensure_collection(items_plan("items"))
         writer = sink.writer(items_plan("items"))
-        target.script.never_answer("Upsert", applied=applied)
+        scripted.script.never_answer("Upsert", applied=applied)
         started = time.monotonic()
         await fails(writer, CHANGES, ErrorKind.SINK_UNKNOWN)
         assert 0.6 < time.monotonic() - started < 5
-        await converges(writer, target.script)
+        await converges(writer, scripted.script)
     finally:
         await sink.close()
 
@@ -379,7 +366,7 @@ async def test_a_cancelled_read_is_abandoned(writer: TableWriter, faults: Faults
 
 
 async def test_killed_while_writing_and_restarted(qdrant_private: QdrantProcess) -> None:
-    sink = await open_sink(settings_of(qdrant_private))
+    sink = await open_sink(lanes_of(qdrant_private))
     await sink.ensure_collection(items_plan("items"))
     writer = sink.writer(items_plan("items"))
     await writer.apply(Changes(upserts=[(n, item(n, "old")) for n in range(50)]))
@@ -396,12 +383,14 @@ async def test_killed_while_writing_and_restarted(qdrant_private: QdrantProcess)
     await sink.close()
 
 
-async def test_collection_dropped_while_writing(target: QdrantTarget, writer: TableWriter) -> None:
-    target.client().delete_collection("items")
+async def test_collection_dropped_while_writing(
+    scripted: QdrantTarget, writer: TableWriter
+) -> None:
+    scripted.client().delete_collection("items")
     await fails(writer, CHANGES, ErrorKind.COLLECTION_MISSING)
 
 
-async def test_state_store_says_what_failed(sink: Sink, target: QdrantTarget) -> None:
+async def test_state_store_says_what_failed(sink: Sink, scripted: QdrantTarget) -> None:
     state = PipelineState("p", "s", "p", "1", 1, 0)
     await sink.state.save(state)
     for operation, kind in (
@@ -409,13 +398,13 @@ async def test_state_store_says_what_failed(sink: Sink, target: QdrantTarget) ->
         ("wait", ErrorKind.SINK_UNKNOWN),
     ):
         if operation == "reject":
-            target.script.reject("Upsert", "UNAVAILABLE")
+            scripted.script.reject("Upsert", "UNAVAILABLE")
         else:
-            target.script.wait_timeout("Upsert")
+            scripted.script.wait_timeout("Upsert")
         with pytest.raises(SinkError, match="_cdc_sync") as caught:
             await sink.state.save(state)
         assert caught.value.kind is kind
-    target.script.reject("Get", "UNAVAILABLE")
+    scripted.script.reject("Get", "UNAVAILABLE")
     with pytest.raises(SinkError, match="_cdc_sync"):
         await sink.state.load("p")
     await sink.state.save(state)
@@ -433,26 +422,26 @@ async def test_nobody_listens() -> None:
     assert str(port) in caught.value.message
 
 
-async def test_a_server_that_is_too_old(target: QdrantTarget) -> None:
-    target.script.version("1.13.6")
+async def test_a_server_that_is_too_old(scripted: QdrantTarget) -> None:
+    scripted.script.version("1.13.6")
     with pytest.raises(ConfigError, match=r"1\.13\.6"):
-        await open_sink(settings_of(target))
+        await open_sink(lanes_of(scripted))
     for version in ("1.14.0", "v2.0.0-dev", "nightly"):
-        target.script.version(version)
-        sink = await open_sink(settings_of(target))
+        scripted.script.version(version)
+        sink = await open_sink(lanes_of(scripted))
         assert sink.version == version
         await sink.close()
-    target.script.version("1.18.0")
+    scripted.script.version("1.18.0")
 
 
 @pytest.mark.parametrize("given", [None, "wrong-secret"])
 async def test_api_key(tmp_path: Path, given: str | None) -> None:
     target = QdrantProcess(tmp_path / "qdrant", api_key="right-secret")
     try:
-        right = await open_sink(settings_of(target))
+        right = await open_sink(lanes_of(target))
         await right.ensure_collection(items_plan("items"))
         await right.close()
-        wrong = await open_sink(settings_of(target, api_key=given))
+        wrong = await open_sink(lanes_of(target, api_key=given))
         try:
             await fails(wrong.writer(items_plan("items")), CHANGES, ErrorKind.SINK_AUTH)
             with pytest.raises(SinkError) as caught:
@@ -481,13 +470,13 @@ async def test_tls(tmp_path: Path, certificate: tuple[Path, Path]) -> None:
     target = QdrantProcess(tmp_path / "qdrant", tls=certificate)
     try:
         assert target.url.startswith("https://")
-        sink = await open_sink(settings_of(target, ca_file=str(certificate[0])))
+        sink = await open_sink(lanes_of(target, ca_file=str(certificate[0])))
         await sink.ensure_collection(items_plan("items"))
         assert await sink.writer(items_plan("items")).apply(CHANGES) == Applied()
         await sink.close()
         # An authority that the system does not know is refused, never ignored.
         with pytest.raises(SinkError) as caught:
-            await open_sink(settings_of(target))
+            await open_sink(lanes_of(target))
         assert caught.value.kind is ErrorKind.SINK_AUTH
         assert "ca_file" in caught.value.remedy
     finally:

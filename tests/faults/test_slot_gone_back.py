@@ -10,11 +10,13 @@ import asyncio
 import pytest
 
 from cdc_sync.config import Settings
-from cdc_sync.sync import source_history
+from cdc_sync.rows import PointId
+from cdc_sync.sync import backfill, source_history
 from tests.faults.test_slot_lost import drop_slot, settled
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import Running, pipeline_settings, running, wal_position
 from tests.support.qdrant_control import QdrantTarget
+from tests.support.windows import DONE, Windows, create_paged, docs_settings, first_window
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +62,17 @@ async def change(life: Running) -> None:
     await life.assert_equal()
 
 
+async def truncate_partition(life: Running) -> None:
+    """Truncate a partition, of which the stream tells nothing, until its points are gone and that
+    is on record."""
+    life.database.execute("TRUNCATE docs_0")
+    await life.wait(lambda: life.metric("orphans_total", table="public.docs") > 0, "a sweep")
+    relations = life.pipeline._relations
+    assert relations is not None
+    await life.wait(lambda: not relations.unswept, "the end of the sweep")
+    await settled(life)
+
+
 async def again(settings: Settings, database: Database, qdrant: QdrantTarget) -> None:
     await asyncio.to_thread(go_back, database, settings.source.slot)
     async with running(settings, database, qdrant) as life:
@@ -73,9 +86,7 @@ async def test_a_truncated_partition(
 ) -> None:
     async with running(life_before, database18, qdrant) as life:
         await change(life)
-        database18.execute("TRUNCATE docs_0")
-        await life.wait(lambda: life.metric("orphans_total", table="public.docs") > 0, "a sweep")
-        await settled(life)
+        await truncate_partition(life)
         await life.assert_equal()
         await life.stop()
     await again(life_before, database18, qdrant)
@@ -108,3 +119,53 @@ async def test_changes_that_were_not_published(
         await life.wait(on_record, "a mark of the publication as it is")
         await life.stop()
     await again(life_before, database18, qdrant)
+
+
+@pytest.mark.requirement("R34", "R72")
+async def test_a_crash_while_points_are_looked_through_again(
+    life_before: Settings,
+    database18: Database,
+    qdrant: QdrantTarget,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running(life_before, database18, qdrant) as life:
+        await change(life)
+        await truncate_partition(life)
+        await life.stop()
+    await asyncio.to_thread(go_back, database18, life_before.source.slot)
+    begun = asyncio.Event()
+
+    async def never(*_: object) -> list[PointId]:
+        begun.set()
+        await asyncio.Event().wait()
+        return []
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backfill, "sweep", never)
+        async with running(life_before, database18, qdrant) as life:
+            await life.wait(begun.is_set, "a sweep")
+            state = await life.pipeline.sink.state.load(life_before.pipeline.name)
+            assert state is not None
+            wanted = state.tables[0].swept_lsn
+            await life.wait(lambda: life.confirmed() >= wanted, "where the sweep began")
+    async with running(life_before, database18, qdrant) as life:
+        await settled(life)
+        await life.assert_equal()
+
+
+@pytest.mark.requirement("R31")
+async def test_rows_computed_anew_in_the_middle_of_the_first_copy(
+    database18: Database, qdrant: QdrantTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_paged(database18, 300)
+    settings = docs_settings(database18, qdrant)
+    windows = Windows(monkeypatch)
+    async with first_window(database18, qdrant, settings) as life:
+        remember(database18, life.slot)
+        database18.execute("UPDATE docs SET n = 7 WHERE id = %s", (DONE,))
+        await life.caught_up()
+        database18.execute("ALTER TABLE docs ALTER n TYPE bigint USING n * 2")
+        await windows.finish(life)
+        await life.assert_equal()
+        await life.stop()
+    await again(settings, database18, qdrant)

@@ -86,6 +86,16 @@ async def settled(life: Running) -> None:
     await life.wait(at_rest, "the end of the copies")
 
 
+async def one_life(database: Database, qdrant: QdrantTarget) -> Settings:
+    """Fill ``docs``, and let a pipeline copy it and end; its settings."""
+    fill(database)
+    settings = pipeline_settings(database, qdrant, "docs")
+    async with running(settings, database, qdrant) as life:
+        await settled(life)
+        await life.stop()
+    return settings
+
+
 @asynccontextmanager
 async def healed(
     settings: Settings, database: Database, qdrant: QdrantTarget
@@ -133,11 +143,7 @@ async def test_a_slot_dropped_under_the_stream(database: Database, qdrant: Qdran
 async def test_a_slot_dropped_while_the_pipeline_is_down(
     database18: Database, qdrant: QdrantTarget
 ) -> None:
-    fill(database18)
-    settings = pipeline_settings(database18, qdrant, "docs")
-    async with running(settings, database18, qdrant) as life:
-        await settled(life)
-        await life.stop()
+    settings = await one_life(database18, qdrant)
     change(database18)
     drop_slot(database18, settings.source.slot)
     change_more = "DELETE FROM docs WHERE id BETWEEN 100 AND 120"
@@ -170,11 +176,7 @@ async def test_a_crash_between_the_old_slot_and_the_new_one(
     database18: Database, qdrant: QdrantTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is on record by then, the next start reads the tables again."""
-    fill(database18)
-    settings = pipeline_settings(database18, qdrant, "docs")
-    async with running(settings, database18, qdrant) as life:
-        await settled(life)
-        await life.stop()
+    settings = await one_life(database18, qdrant)
     drop_slot(database18, settings.source.slot)
     change(database18)
 
@@ -229,11 +231,7 @@ async def test_a_slot_invalidated_by_max_slot_wal_keep_size(
 ) -> None:
     server = private_postgres({"max_slot_wal_keep_size": "16MB", "wal_keep_size": "0"})
     database = database18_factory(server)
-    fill(database)
-    settings = pipeline_settings(database, qdrant, "docs")
-    async with running(settings, database, qdrant) as life:
-        await settled(life)
-        await life.stop()
+    settings = await one_life(database, qdrant)
     change(database)
     lose_wal(database, settings.source.slot)
     async with healed(settings, database, qdrant):
@@ -287,11 +285,7 @@ async def test_a_cluster_restored_to_an_older_state(
     """Its slot comes back with it, and the stream would go on. Past where it stood before, only
     the transactions that never happened tell."""
     server, database, backup = rewinding
-    fill(database)
-    settings = pipeline_settings(database, qdrant, "docs")
-    async with running(settings, database, qdrant) as life:
-        await settled(life)
-        await life.stop()
+    settings = await one_life(database, qdrant)
     await asyncio.to_thread(back_up, server, backup)
     async with running(settings, database, qdrant) as life:
         await settled(life)
@@ -402,11 +396,7 @@ async def test_another_cluster_is_refused_unless_told_otherwise(
 ) -> None:
     """As after an upgrade by dump and restore: the same rows under other OIDs, and changes that
     were made meanwhile."""
-    fill(database)
-    settings = pipeline_settings(database, qdrant, "docs")
-    async with running(settings, database, qdrant) as life:
-        await settled(life)
-        await life.stop()
+    settings = await one_life(database, qdrant)
     other = database18_factory(private_postgres())
     other.execute("CREATE TABLE shifts_the_oids (i int)")
     fill(other)

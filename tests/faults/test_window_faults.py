@@ -8,7 +8,7 @@ import pytest
 
 from cdc_sync.demo.embedded import PostgresServer
 from tests.support.fix_pipeline import Synced, SyncTable
-from tests.support.fix_postgres import Database, DatabaseFactory, PrivatePostgres
+from tests.support.fix_postgres import Database
 from tests.support.ledger_log import Event, check_ledger, count, logged_events
 from tests.support.proxy import ProxyTo
 from tests.support.qdrant_control import QdrantProcess
@@ -84,14 +84,12 @@ WORKERS = [
 @pytest.mark.requirement("R7")
 @pytest.mark.parametrize("workers", WORKERS)
 def test_qdrant_goes_away_in_the_middle_of_a_window(
-    private_postgres: PrivatePostgres,
-    database18_factory: DatabaseFactory,
+    private_database: Database,
     sync_table: SyncTable,
     qdrant_private: QdrantProcess,
     workers: int,
 ) -> None:
-    server = private_postgres()
-    database = database18_factory(server)
+    database, server = private_database, private_database.server
     synced = make(
         sync_table,
         database,
@@ -126,19 +124,17 @@ def test_qdrant_goes_away_in_the_middle_of_a_window(
 @pytest.mark.requirement("R7")
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_network_that_swallows_everything_in_the_middle_of_a_window(
-    private_postgres: PrivatePostgres,
-    database18_factory: DatabaseFactory,
+    private_database: Database,
     sync_table: SyncTable,
     qdrant_private: QdrantProcess,
     proxy_to: ProxyTo,
     workers: int,
 ) -> None:
     """Nothing is refused and nothing fails before its deadline; requests are in flight."""
-    database = database18_factory(private_postgres())
     proxy = proxy_to("127.0.0.1", int(qdrant_private.url.rpartition(":")[2]))
     synced = make(
         sync_table,
-        database,
+        private_database,
         qdrant_private,
         qdrant_url=f"http://{proxy.host}:{proxy.port}",
         pipeline={"let_go_seconds": 2},
@@ -152,11 +148,11 @@ def test_a_network_that_swallows_everything_in_the_middle_of_a_window(
     synced.daemon.start(wait=False)
     in_a_window_under_the_stream(synced)
     proxy.stall()
-    database.execute("UPDATE docs SET n = -1 WHERE id % 7 = 0")
+    private_database.execute("UPDATE docs SET n = -1 WHERE id % 7 = 0")
     # Ten seconds without an answer are none.
     let_go(synced, 20)
-    stop_fast(database.server, 8)
-    database.server.start()
+    stop_fast(private_database.server, 8)
+    private_database.server.start()
     proxy.resume()
     synced.daemon.wait_state("streaming", 120)
     assert_resumed(synced)
@@ -166,15 +162,13 @@ def test_a_network_that_swallows_everything_in_the_middle_of_a_window(
 @pytest.mark.requirement("R7")
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_fast_shutdown_in_the_middle_of_a_healthy_window(
-    private_postgres: PrivatePostgres,
-    database18_factory: DatabaseFactory,
+    private_database: Database,
     sync_table: SyncTable,
     qdrant_private: QdrantProcess,
     workers: int,
 ) -> None:
     """Workers that rest between two batches ask nothing of Postgres meanwhile."""
-    server = private_postgres()
-    database = database18_factory(server)
+    database, server = private_database, private_database.server
     synced = make(
         sync_table,
         database,

@@ -9,7 +9,8 @@ from cdc_sync.sync.control import (
     PREFIX,
     InvalidRequestError,
     Request,
-    parse_request,
+    parse_message,
+    rebuild_content,
     request_content,
 )
 from cdc_sync.sync.resync_request import read_json_key, read_key
@@ -19,14 +20,17 @@ from tests.fuzz.target import Target
 
 
 def run_control(data: bytes) -> bool:
-    """The content of a message of the control channel. A request that is read says all the message
-    did."""
+    """The content of a message of the control channel. What is read says all the message did."""
     try:
-        request = parse_request(PREFIX, data)
+        message = parse_message(PREFIX, data)
     except InvalidRequestError:
         return False
-    assert request is not None
-    assert parse_request(PREFIX, request_content(request)) == request
+    assert message is not None
+    if isinstance(message, Request):
+        content = request_content(message)
+    else:
+        content = rebuild_content(message)
+    assert parse_message(PREFIX, content) == message
     return True
 
 

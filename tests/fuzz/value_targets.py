@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -168,14 +168,20 @@ def point_columns() -> tuple[tuple[GoldenType, ColumnPlan], ...]:
 def points_target() -> Target:
     """Rows through both codecs: the first byte of an input chooses the column, the second the
     format."""
+    cases = [(golden, point_run(column)) for golden, column in point_columns()]
+    return _one_of("points", cases, share=4)
+
+
+def _one_of(name: str, cases: Iterable[tuple[GoldenType, Run]], *, share: int) -> Target:
+    """A target whose inputs choose a case by their first byte; the second is 1 for binary."""
     runs: list[Run] = []
     seeds: list[bytes] = []
-    for golden, column in point_columns():
+    for golden, run in cases:
         place = bytes([len(runs)])
         seeds.extend(place + b"\x01" + value for value in golden.binary)
         seeds.extend(place + b"\x00" + value for value in golden.text)
-        runs.append(point_run(column))
-    return Target("points", selected(runs), tuple(seeds), share=4)
+        runs.append(run)
+    return Target(name, selected(runs), tuple(seeds), share=share)
 
 
 # -- nodes of LlamaIndex: a text that goes back into the document beside it
@@ -247,11 +253,4 @@ def _key_run(point_id: PointIdFunction, text: Callable[[Row], str] | None) -> Ru
 def keys_target() -> Target:
     """Keys of every type: the first byte of an input chooses type and scheme, the second the
     format."""
-    runs: list[Run] = []
-    seeds: list[bytes] = []
-    for golden, run in key_runs():
-        place = bytes([len(runs)])
-        seeds.extend(place + b"\x01" + value for value in golden.binary)
-        seeds.extend(place + b"\x00" + value for value in golden.text)
-        runs.append(run)
-    return Target("keys", selected(runs), tuple(seeds), share=2)
+    return _one_of("keys", key_runs(), share=2)

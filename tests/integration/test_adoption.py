@@ -21,7 +21,7 @@ from qdrant_client import grpc as q
 from cdc_sync.config import Settings
 from cdc_sync.errors import ConfigError, ErrorKind, SinkError
 from tests.support.fix_postgres import Database
-from tests.support.oracle import compare
+from tests.support.oracle import assert_equal
 from tests.support.pipeline_task import Running, pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
 
@@ -228,15 +228,21 @@ async def check_streaming(life: Running, database: Database) -> None:
     await life.assert_equal(ids="qdrant-migration")
 
 
+@pytest.fixture
+def collection(database18: Database, qdrant_private: QdrantTarget) -> str:
+    """A collection that the tool has made of ``docs``."""
+    create_docs(database18)
+    name = qdrant_private.new_collection_name()
+    migrate_with_tool(database18, qdrant_private, name)
+    return name
+
+
 # -- adoption
 
 
 async def test_a_collection_of_the_tool_is_found_equal_and_followed(
-    database18: Database, qdrant_private: QdrantTarget
+    database18: Database, qdrant_private: QdrantTarget, collection: str
 ) -> None:
-    create_docs(database18)
-    collection = qdrant_private.new_collection_name()
-    migrate_with_tool(database18, qdrant_private, collection)
     qdrant_private.script.clear_log()
     settings = adopting(database18, qdrant_private, collection)
     async with running(settings, database18, qdrant_private) as life:
@@ -254,11 +260,8 @@ async def test_a_collection_of_the_tool_is_found_equal_and_followed(
 
 
 async def test_differing_and_missing_points_are_repaired_and_extra_ones_removed(
-    database18: Database, qdrant_private: QdrantTarget
+    database18: Database, qdrant_private: QdrantTarget, collection: str
 ) -> None:
-    create_docs(database18)
-    collection = qdrant_private.new_collection_name()
-    migrate_with_tool(database18, qdrant_private, collection)
     # What a one-shot copy misses: changes since.
     database18.execute("UPDATE docs SET title = 'later' WHERE id BETWEEN 10 AND 14")
     database18.execute("UPDATE docs SET emb = '[1,2,3,4,5,6,7,8]' WHERE id BETWEEN 20 AND 22")
@@ -275,11 +278,8 @@ async def test_differing_and_missing_points_are_repaired_and_extra_ones_removed(
 
 
 async def test_extra_points_are_kept_if_they_are_only_reported(
-    database18: Database, qdrant_private: QdrantTarget
+    database18: Database, qdrant_private: QdrantTarget, collection: str
 ) -> None:
-    create_docs(database18)
-    collection = qdrant_private.new_collection_name()
-    migrate_with_tool(database18, qdrant_private, collection)
     database18.execute("DELETE FROM docs WHERE id BETWEEN 40 AND 50")
     database18.execute("UPDATE docs SET n = 1 WHERE id = 60")
     qdrant_private.script.clear_log()
@@ -430,11 +430,8 @@ async def test_keys_that_may_share_an_id_are_dead_letters_and_keep_their_points(
 
 
 async def test_failures_on_the_way_change_nothing(
-    database18: Database, qdrant_private: QdrantTarget
+    database18: Database, qdrant_private: QdrantTarget, collection: str
 ) -> None:
-    create_docs(database18)
-    collection = qdrant_private.new_collection_name()
-    migrate_with_tool(database18, qdrant_private, collection)
     database18.execute("UPDATE docs SET title = 'later' WHERE id BETWEEN 10 AND 14")
     database18.execute("DELETE FROM docs WHERE id BETWEEN 40 AND 50")
     script = qdrant_private.script
@@ -451,11 +448,8 @@ async def test_failures_on_the_way_change_nothing(
 
 
 async def test_an_interrupted_adoption_is_finished_by_the_next_start(
-    database18: Database, qdrant_private: QdrantTarget
+    database18: Database, qdrant_private: QdrantTarget, collection: str
 ) -> None:
-    create_docs(database18)
-    collection = qdrant_private.new_collection_name()
-    migrate_with_tool(database18, qdrant_private, collection)
     database18.execute("UPDATE docs SET title = 'later' WHERE id BETWEEN 10 AND 14")
     database18.execute("DELETE FROM docs WHERE id BETWEEN 40 AND 50")
     script = qdrant_private.script
@@ -475,11 +469,8 @@ async def test_an_interrupted_adoption_is_finished_by_the_next_start(
 
 
 async def test_changes_while_a_collection_is_adopted(
-    database18: Database, qdrant_private: QdrantTarget
+    database18: Database, qdrant_private: QdrantTarget, collection: str
 ) -> None:
-    create_docs(database18)
-    collection = qdrant_private.new_collection_name()
-    migrate_with_tool(database18, qdrant_private, collection)
     script = qdrant_private.script
     settings = adopting(database18, qdrant_private, collection)
     script.hold("Get")
@@ -567,7 +558,6 @@ async def test_an_embedded_collection_is_adopted_too(
         assert life.metric("orphans_total", table="public.docs") == 11
         await life.caught_up()
         await life.stop()
-    differences = compare(
+    assert_equal(
         database18.url, "docs", qdrant_url=target["url"], collection="docs", ids="qdrant-migration"
     )
-    assert differences == []

@@ -12,8 +12,9 @@ from qdrant_client import models
 from cdc_sync.config import SourceSettings
 from cdc_sync.errors import ConfigError, ErrorKind, SourceError
 from cdc_sync.mapping.index_expressions import IndexUse
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import Datatype, Metric, VectorPlan
-from cdc_sync.mapping.planner import PlanOptions, PlanResult, build_plan
+from cdc_sync.mapping.planner import PlanResult, build_plan
 from cdc_sync.mapping.table import Table
 from cdc_sync.mapping.vector_indexes import VectorIndex, index_notes, vector_indexes
 from cdc_sync.postgres.catalog import find_table

@@ -5,7 +5,6 @@ moment."""
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Final
 
 import pytest
@@ -21,7 +20,7 @@ from cdc_sync.postgres.replication import ReplicationConnection
 from cdc_sync.postgres.snapshot import SnapshotHolder
 from cdc_sync.sync.backfill import Backfill
 from cdc_sync.sync.dead_letters import Refusal
-from cdc_sync.sync.planning import is_stale
+from cdc_sync.sync.fingerprints import is_stale
 from cdc_sync.sync.resync import Resync
 from tests.support.fix_postgres import Database
 from tests.support.ledger_log import events_of
@@ -44,15 +43,7 @@ from tests.support.windows import (
 TABLE: Final = "public.docs"
 REFUSED: Final = Refusal("999", "the row was refused", ErrorKind.MAPPING)
 
-
-@pytest.fixture
-def windows(monkeypatch: pytest.MonkeyPatch) -> Windows:
-    return Windows(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def all_events(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "cdc_sync")
+pytestmark = pytest.mark.usefixtures("all_events")
 
 
 @pytest.fixture

@@ -6,47 +6,43 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import psutil
 import pytest
 
 from cdc_sync.errors import CdcSyncError, ErrorKind
 from cdc_sync.postgres.snapshot import SnapshotGoneError
-from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Sink
 from cdc_sync.sync.copy_process import ProcessWorker
-from cdc_sync.sync.executors import ChunkExecutor, InProcess, LocalProcesses
-from tests.support.chunk_source import Chunks, CopyCase, plan_case
+from cdc_sync.sync.executors import InProcess, LocalProcesses
+from cdc_sync.sync.worker_pool import ChunkExecutor
+from tests.support.chunk_source import (
+    Chunks,
+    CopyCase,
+    begin_held_copy,
+    cancel_held_copy,
+    create_copied,
+    plan_case,
+    ready_sink,
+    wait_until,
+)
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import pipeline_settings
 from tests.support.qdrant_control import Faults, QdrantTarget
 
 
 @pytest.fixture
-def faults(qdrant: QdrantTarget) -> Faults:
-    if qdrant.faults is None:
-        pytest.skip("a real server has no scripted faults")
-    return qdrant.faults
-
-
-@pytest.fixture
 def case(database18: Database, qdrant: QdrantTarget) -> CopyCase:
-    database18.execute(
-        "CREATE TABLE docs (id bigint PRIMARY KEY, note text, emb vector(4));"
-        "INSERT INTO docs SELECT i, repeat('x', 300), ARRAY[i, 1, 2, 3]::vector(4)"
-        " FROM generate_series(0, 1999) i; ANALYZE docs"
-    )
+    create_copied(database18)
     settings = pipeline_settings(database18, qdrant, "docs", target={"parallel_requests": 1})
     return plan_case(database18, settings)
 
 
 @pytest.fixture
 async def sink(case: CopyCase) -> AsyncIterator[Sink]:
-    opened = await open_sink(case.settings.qdrant)
-    await opened.ensure_collection(case.planned.plan)
-    yield opened
-    await opened.close()
+    async with ready_sink(case) as opened:
+        yield opened
 
 
 retries: list[CdcSyncError] = []
@@ -70,13 +66,6 @@ def workers() -> list[psutil.Process]:
     return [
         child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())
     ]
-
-
-async def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, f"waited for {what}"
-        await asyncio.sleep(0.02)
 
 
 async def test_windows_share_the_workers_but_not_the_snapshot(
@@ -108,20 +97,10 @@ async def test_a_cancelled_copy_waits_for_its_requests_in_flight(
     count = 2 if isinstance(executor, LocalProcesses) else 1
     with case.snapshot() as snapshot:
         source = Chunks.of(case.tasks(snapshot, 6, batch_rows=50))
-        faults.hold("write", times=count)
-        copying = asyncio.create_task(executor.copy(source, source.done))
-        await until(lambda: faults.held() == count, "requests in flight")
-        faults.clear_log()
-        copying.cancel()
-        await asyncio.sleep(0.5)
-        assert not copying.done()
-        faults.release()
-        with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(copying, 8)
+        copying = await begin_held_copy(executor, source, faults, count)
+        await cancel_held_copy(copying, faults)
         assert workers() == []
         assert source.results == []
-        # Nothing was begun after the requests that were in flight.
-        assert [op for op in faults.operations() if "psert" in op] == []
         # It can be used again.
         again = Chunks.of(case.tasks(snapshot, 3))
         await executor.copy(again, again.done)
@@ -136,7 +115,7 @@ async def test_cancelled_while_qdrant_is_away(
         source = Chunks.of(case.tasks(snapshot, 6))
         faults.reject("write", "UNAVAILABLE", times=10_000)
         copying = asyncio.create_task(executor.copy(source, source.done))
-        await until(lambda: len(retries) > 3, "retries to be told of while they go on")
+        await wait_until(lambda: len(retries) > 3, "retries to be told of while they go on")
         started = time.monotonic()
         copying.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -173,9 +152,7 @@ async def test_a_cut_connection_costs_no_worker(
 ) -> None:
     with case.snapshot() as snapshot:
         source = Chunks.of(case.tasks(snapshot, 4, batch_rows=20))
-        faults.hold("write", times=1)
-        copying = asyncio.create_task(executor.copy(source, source.done))
-        await until(lambda: faults.held() == 1, "a request in flight")
+        copying = await begin_held_copy(executor, source, faults, 1)
         case.database.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND application_name = 'cdc_sync copy'"
@@ -200,9 +177,7 @@ async def test_the_chunk_of_a_dead_worker_is_copied_again(
     try:
         with case.snapshot() as snapshot:
             source = Chunks.of(case.tasks(snapshot, 5, batch_rows=50))
-            faults.hold("write", times=2)
-            copying = asyncio.create_task(executor.copy(source, source.done))
-            await until(lambda: faults.held() == 2, "requests in flight")
+            copying = await begin_held_copy(executor, source, faults, 2)
             victim = workers()[0].pid
             os.kill(victim, by)
             await asyncio.sleep(0.3)
@@ -226,7 +201,7 @@ async def test_a_worker_that_does_not_let_go_is_killed(
     with case.snapshot() as snapshot:
         faults.hold("write", times=1)
         copying = asyncio.create_task(worker.copy(case.tasks(snapshot, 1)[0]))
-        await until(lambda: faults.held() == 1, "the request in flight")
+        await wait_until(lambda: faults.held() == 1, "the request in flight")
         started = time.monotonic()
         copying.cancel()
         await worker.stop()

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -16,15 +15,14 @@ from typing import Final
 import pytest
 from qdrant_client import models as q
 
-from cdc_sync.demo.embedded import PostgresServer, find_binaries
 from cdc_sync.postgres.replication import ReplicationConnection
 from cdc_sync.qdrant.sink import Changes, TableWriter
 from cdc_sync.rows import PointId
 from cdc_sync.sync import recent_transactions, repairing
 from cdc_sync.sync.recent_transactions import RecentTransactions
 from tests.integration.test_visibility import hanging
-from tests.support.fix_postgres import Database, DatabaseFactory
-from tests.support.ledger_log import events_of
+from tests.support.fix_postgres import Database
+from tests.support.ledger_log import events_of, logged
 from tests.support.pipeline_task import Running, pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
 from tests.support.resync_command import emit
@@ -44,21 +42,7 @@ from tests.support.windows import (
     vector,
 )
 
-
-@pytest.fixture
-def windows(monkeypatch: pytest.MonkeyPatch) -> Windows:
-    return Windows(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def all_events(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "cdc_sync")
-
-
-def logged(caplog: pytest.LogCaptureFixture, name: str, text: str = "") -> int:
-    """How often an event was logged that has the text among its values."""
-    return sum(e["event"] == name and text in str(e) for e in events_of(caplog.records))
-
+pytestmark = pytest.mark.usefixtures("all_events")
 
 # -- R70: no snapshot is older than its window
 
@@ -132,20 +116,6 @@ async def test_no_snapshot_is_held_for_longer_than_a_window(
 
 
 # -- R71
-
-
-@pytest.fixture(scope="module")
-def standby_server() -> Iterator[PostgresServer]:
-    """A server whose synchronous standby can be made to be missing, or to be late."""
-    with PostgresServer(find_binaries(18)) as started:
-        yield started
-
-
-@pytest.fixture
-def unseen(standby_server: PostgresServer, database18_factory: DatabaseFactory) -> Database:
-    made = database18_factory(standby_server)
-    create_paged(made, ROWS)
-    return made
 
 
 @pytest.mark.requirement("R71")

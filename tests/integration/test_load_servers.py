@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from cdc_sync.postgres.connect import PgConnection, connect
 from cdc_sync.postgres.refetch import fetch_rows
 from cdc_sync.postgres.snapshot import SnapshotHolder
 from tests.support.fix_postgres import Database, DatabaseFactory, PrivatePostgres
-from tests.support.ledger_log import events_of
+from tests.support.ledger_log import logged
 from tests.support.pipeline_task import pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
 from tests.support.row_writers import RowWriters
@@ -44,20 +43,7 @@ from tests.support.windows import (
 #: A row of the second chunk.
 SECOND: Final = 150
 
-
-@pytest.fixture
-def windows(monkeypatch: pytest.MonkeyPatch) -> Windows:
-    return Windows(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def all_events(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "cdc_sync")
-
-
-def logged(caplog: pytest.LogCaptureFixture, name: str, text: str = "") -> int:
-    """How often an event was logged that has the text among its values."""
-    return sum(e["event"] == name and text in str(e) for e in events_of(caplog.records))
+pytestmark = pytest.mark.usefixtures("all_events")
 
 
 # -- R73: on the server of the slot

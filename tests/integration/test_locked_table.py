@@ -72,7 +72,9 @@ async def test_the_status_says_that_a_resync_waits_for_a_lock(
                 "SELECT pg_logical_emit_message(true, 'cdc_sync', %s)", (json.dumps(body),)
             )
             await life.wait(lambda: waiting(life) == "a table is locked", "the reason")
+            assert life.metric("tables_waiting") == 1
         await life.wait(lambda: waiting(life) is None, "the end of the wait")
+        assert life.metric("tables_waiting") == 0
         await life.assert_equal()
 
 

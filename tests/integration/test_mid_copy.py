@@ -29,12 +29,6 @@ from tests.support.windows import (
     write_some,
 )
 
-
-@pytest.fixture
-def windows(monkeypatch: pytest.MonkeyPatch) -> Windows:
-    return Windows(monkeypatch)
-
-
 # -- tables that change under the copy
 
 CHANGES: Final = {

@@ -27,7 +27,7 @@ from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.counting import changes_waiting, count_rows, expect_rows
 from tests.support.daemon import Daemon
 from tests.support.fix_postgres import Database
-from tests.support.oracle import compare
+from tests.support.oracle import assert_equal
 from tests.support.pipeline_task import pipeline_settings
 from tests.support.qdrant_control import QdrantProcess, QdrantTarget
 
@@ -103,14 +103,13 @@ class Source:
         return [name for (name,) in self.database.execute("SELECT pubname FROM pg_publication")]
 
     def assert_equal(self, table: str = "docs") -> None:
-        differences = compare(
+        assert_equal(
             self.database.url,
             table,
             qdrant_url=self.qdrant.url,
             collection=self.collection,
             api_key=self.qdrant.api_key,
         )
-        assert not differences, "\n".join(map(str, differences[:20]))
 
 
 def fill(database: Database, rows: int, table: str = "docs") -> None:

@@ -15,8 +15,9 @@ import pytest
 from cdc_sync.config import QdrantSettings, SourceSettings
 from cdc_sync.errors import SourceError
 from cdc_sync.mapping.ids import compile_point_id
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import TablePlan
-from cdc_sync.mapping.planner import PlanOptions, build_plan
+from cdc_sync.mapping.planner import build_plan
 from cdc_sync.mapping.table import Table
 from cdc_sync.postgres.catalog import find_table
 from cdc_sync.postgres.connect import PgConnection, connect

@@ -30,6 +30,7 @@ def test_a_truncated_partition_is_swept(
     database18.execute("TRUNCATE docs_1; INSERT INTO docs VALUES (7, 'again', NULL)")
     synced.daemon.wait(lambda: "sweep_completed" in synced.daemon.log(), "the sweep", 60)
     assert synced.daemon.metric("cdc_sync_orphans_total", table="public.docs") == 99
+    assert synced.daemon.metric("cdc_sync_sweep_parts_total", table="public.docs") >= 1
     synced.assert_equal()
 
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import pytest
 
 from cdc_sync.errors import ErrorKind, SourceError
-from cdc_sync.mapping.table import Table
 from cdc_sync.postgres.catalog import find_table, server_info
 from cdc_sync.postgres.connect import PgConnection, connect
 from cdc_sync.postgres.identifiers import quote_ident
 from cdc_sync.postgres.publication import (
     Publication,
     Wanted,
+    add_to_publication,
     check_publication,
     create_publication,
     create_publication_sql,
     publication_warnings,
+    publish_anew,
     read_publication,
 )
 from tests.support.fix_postgres import Database
-from tests.support.source_tables import source_settings
+from tests.support.source_tables import find, source_settings
 
 
 def connection(database: Database) -> PgConnection:
@@ -31,11 +32,6 @@ def published(database: Database, name: str = "pub") -> Publication:
         publication = read_publication(conn, name)
     assert publication is not None
     return publication
-
-
-def find(database: Database, name: str) -> Table:
-    with connection(database) as conn:
-        return find_table(conn, name)
 
 
 def check(database: Database, *wanted: Wanted, name: str = "pub") -> None:
@@ -255,3 +251,86 @@ def test_without_the_privilege_the_sql_is_shown_and_works(database: Database) ->
     assert quote_ident(database.name) in advice
     database.execute(sql)
     check(database, (table, ["a"]))
+
+
+def change(conn: PgConnection, how: str, wanted: Wanted, row_filter: str | None = None) -> None:
+    """Create ``pub`` with the table, or have it published by one that is there."""
+    server = server_info(conn)
+    filters = {} if row_filter is None else {wanted[0].oid: row_filter}
+    match how:
+        case "create":
+            create_publication(conn, "pub", [wanted], server, filters)
+        case "add":
+            add_to_publication(conn, "pub", [wanted], server, filters)
+        case "anew":
+            publish_anew(conn, "pub", wanted, server, row_filter)
+
+
+#: What is there before each way to change a publication.
+BEFORE = {
+    "create": "",
+    "add": "CREATE PUBLICATION pub",
+    "anew": "CREATE PUBLICATION pub FOR TABLE t",
+}
+
+
+@pytest.mark.parametrize("row_filter", ["absent > 1", "id + 1", "f(id) > 1"])
+@pytest.mark.parametrize("how", BEFORE)
+def test_what_the_server_refuses_names_the_publication_and_the_sql(
+    database18: Database, how: str, row_filter: str
+) -> None:
+    """No such column, not a condition, and a function of a user: three SQLSTATEs."""
+    database18.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, a text);"
+        "CREATE FUNCTION f(int) RETURNS int IMMUTABLE LANGUAGE sql AS 'SELECT $1'"
+    )
+    database18.execute(BEFORE[how] or "SELECT")
+    table = find(database18, "t")
+    with connection(database18) as conn:
+        conn.execute("SET search_path = public")
+        before = read_publication(conn, "pub")
+        with pytest.raises(SourceError) as caught:
+            change(conn, how, (table, None), row_filter)
+        assert read_publication(conn, "pub") == before
+    assert caught.value.kind is ErrorKind.PUBLICATION_UNUSABLE
+    verb = "create" if how == "create" else "alter"
+    assert f"trying to {verb} publication pub" in caught.value.message
+    assert f"({row_filter})" in caught.value.remedy
+
+
+@pytest.mark.requirement("R89")
+@pytest.mark.parametrize("how", ["add", "anew"])
+def test_without_the_privilege_to_alter_the_sql_is_shown_and_works(
+    database18: Database, how: str
+) -> None:
+    database18.execute("CREATE TABLE t (id int PRIMARY KEY, a text)")
+    database18.execute(BEFORE[how])
+    role = database18.create_cdc_role(["t"])
+    with connect(source_settings(role.url)) as conn:
+        table = find_table(conn, "t")
+        with pytest.raises(SourceError) as caught:
+            change(conn, how, (table, ["a"]))
+    assert caught.value.kind is ErrorKind.SOURCE_PERMISSION
+    assert "may not alter publication pub" in caught.value.message
+    database18.execute(caught.value.remedy.split("\n")[1])
+    check(database18, (table, ["a"]))
+
+
+def test_what_another_process_has_added_meanwhile_is_left_as_it_is(database18: Database) -> None:
+    database18.execute("CREATE TABLE t (id int PRIMARY KEY, a text)")
+    database18.execute(BEFORE["add"])
+    table = find(database18, "t")
+    with connection(database18) as conn:
+        change(conn, "add", (table, ["a"]))
+        added = read_publication(conn, "pub")
+        change(conn, "add", (table, None))
+        assert read_publication(conn, "pub") == added
+
+
+def test_a_publication_that_is_gone_cannot_be_added_to(database18: Database) -> None:
+    database18.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    table = find(database18, "t")
+    with connection(database18) as conn, pytest.raises(SourceError) as caught:
+        change(conn, "add", (table, None))
+    assert caught.value.kind is ErrorKind.PUBLICATION_UNUSABLE
+    assert "does not exist" in caught.value.message

@@ -6,8 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,18 @@ from cdc_sync.errors import ConfigError, ErrorKind, SourceError
 from cdc_sync.postgres.snapshot import SnapshotGoneError
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Sink
-from cdc_sync.sync.executors import ChunkExecutor, open_executor
-from tests.support.chunk_source import Chunks, CopyCase, plan_case
+from cdc_sync.sync.executors import open_executor
+from cdc_sync.sync.worker_pool import ChunkExecutor
+from tests.support.chunk_source import (
+    Chunks,
+    CopyCase,
+    begin_held_copy,
+    cancel_held_copy,
+    create_copied,
+    plan_case,
+    ready_sink,
+    wait_until,
+)
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import pipeline_settings, running
 from tests.support.qdrant_control import Faults, QdrantTarget
@@ -92,19 +101,8 @@ def ray_settings(
 
 
 @pytest.fixture
-def faults(qdrant: QdrantTarget) -> Faults:
-    if qdrant.faults is None:
-        pytest.skip("a real server has no scripted faults")
-    return qdrant.faults
-
-
-@pytest.fixture
 def table(database18: Database) -> Database:
-    database18.execute(
-        "CREATE TABLE docs (id bigint PRIMARY KEY, note text, emb vector(4));"
-        "INSERT INTO docs SELECT i, repeat('x', 300), ARRAY[i, 1, 2, 3]::vector(4)"
-        " FROM generate_series(0, 1999) i; ANALYZE docs"
-    )
+    create_copied(database18)
     return database18
 
 
@@ -115,10 +113,8 @@ def case(table: Database, qdrant: QdrantTarget, nodes: Nodes) -> CopyCase:
 
 @pytest.fixture
 async def sink(case: CopyCase) -> AsyncIterator[Sink]:
-    opened = await open_sink(case.settings.qdrant)
-    await opened.ensure_collection(case.planned.plan)
-    yield opened
-    await opened.close()
+    async with ready_sink(case) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -143,13 +139,6 @@ def nodes_of(processes: list[psutil.Process]) -> set[int]:
     return {process.ppid() for process in processes}
 
 
-async def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 150
-    while not condition():
-        assert time.monotonic() < end, f"waited for {what}"
-        await asyncio.sleep(0.02)
-
-
 async def test_a_pipeline_copies_over_two_nodes(
     table: Database, qdrant: QdrantTarget, nodes: Nodes, faults: Faults
 ) -> None:
@@ -159,13 +148,13 @@ async def test_a_pipeline_copies_over_two_nodes(
     handler = signal.getsignal(signal.SIGTERM)
     faults.slow("write", 0.05, times=10_000)
     async with running(settings, table, qdrant, wait=False) as life:
-        await until(lambda: len(nodes_of(actors())) == 2, "actors on both nodes")
+        await wait_until(lambda: len(nodes_of(actors())) == 2, "actors on both nodes")
         faults.clear()
         await life.wait_streaming()
         table.execute("UPDATE docs SET note = 'later' WHERE id < 10")
         await life.assert_equal()
         assert signal.getsignal(signal.SIGTERM) is handler
-        await until(lambda: actors() == [], "actors to end")
+        await wait_until(lambda: actors() == [], "actors to end")
 
 
 async def test_the_chunk_of_a_killed_actor_is_copied_again(
@@ -177,12 +166,10 @@ async def test_the_chunk_of_a_killed_actor_is_copied_again(
 ) -> None:
     with case.snapshot() as snapshot:
         source = Chunks.of(case.tasks(snapshot, 6, batch_rows=50))
-        faults.hold("write", times=2)
-        copying = asyncio.create_task(executor.copy(source, source.done))
-        await until(lambda: faults.held() == 2, "requests in flight")
+        copying = await begin_held_copy(executor, source, faults, 2)
         assert len(nodes_of(actors())) == 2
         actors()[0].kill()
-        await until(lambda: len(source.put_back_tasks) == 1, "the loss to be seen")
+        await wait_until(lambda: len(source.put_back_tasks) == 1, "the loss to be seen")
         faults.release()
         await copying
     assert source.copied == [task.chunk.start_block for task in case.tasks(snapshot, 6)]
@@ -196,18 +183,9 @@ async def test_a_cancelled_copy_waits_for_its_requests_in_flight(
 ) -> None:
     with case.snapshot() as snapshot:
         source = Chunks.of(case.tasks(snapshot, 6, batch_rows=50))
-        faults.hold("write", times=2)
-        copying = asyncio.create_task(executor.copy(source, source.done))
-        await until(lambda: faults.held() == 2, "requests in flight")
-        faults.clear_log()
-        copying.cancel()
-        await asyncio.sleep(0.5)
-        assert not copying.done()
-        faults.release()
-        with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(copying, 8)
-        assert [op for op in faults.operations() if "psert" in op] == []
-        await until(lambda: actors() == [], "actors to end")
+        copying = await begin_held_copy(executor, source, faults, 2)
+        await cancel_held_copy(copying, faults)
+        await wait_until(lambda: actors() == [], "actors to end")
         again = Chunks.of(case.tasks(snapshot, 3))
         await executor.copy(again, again.done)
     case.assert_equal(qdrant)
@@ -239,7 +217,7 @@ async def test_secrets_do_not_reach_rays_logs(
     broken = CopyCase(
         table, case.settings.model_copy(update={"source": source, "qdrant": target}), case.planned
     )
-    monkeypatch.setattr("cdc_sync.sync.executors.MAX_LOSSES", 0)
+    monkeypatch.setattr("cdc_sync.sync.worker_pool.MAX_LOSSES", 0)
     sink = await open_sink(case.settings.qdrant)
     executor = open_executor(case.settings, sink)
     chunks = Chunks.of(broken.tasks("00000001-00000001-1", 1))
@@ -271,7 +249,7 @@ async def test_a_killed_daemons_actors_end_with_it(nodes: Nodes, case: CopyCase)
     output, _ = await process.communicate()
     assert b"ready" in output
     assert process.returncode == -signal.SIGKILL
-    await until(lambda: actors() == [], "the actor to end")
+    await wait_until(lambda: actors() == [], "the actor to end")
 
 
 async def test_a_lost_node_leaves_the_rest_to_the_other(
@@ -284,9 +262,7 @@ async def test_a_lost_node_leaves_the_rest_to_the_other(
 ) -> None:
     with case.snapshot() as snapshot:
         source = Chunks.of(case.tasks(snapshot, 6, batch_rows=50))
-        faults.hold("write", times=2)
-        copying = asyncio.create_task(executor.copy(source, source.done))
-        await until(lambda: faults.held() == 2, "requests in flight")
+        copying = await begin_held_copy(executor, source, faults, 2)
         # From here on there is only one place to be had.
         monkeypatch.setattr("cdc_sync.sync.ray_executor._PLACEMENT_SECONDS", 5.0)
         nodes.cluster.remove_node(nodes.second, allow_graceful=False)

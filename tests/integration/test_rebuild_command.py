@@ -3,8 +3,6 @@ commands after it, with the file that is out of date."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import signal
 import subprocess
@@ -13,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cdc_sync.cli import main
 from cdc_sync.errors import ExitCode
-from cdc_sync.ops.redaction import forget_secrets
+from tests.support.command_line import in_process
 from tests.support.fix_pipeline import Synced, SyncTable
 from tests.support.fix_postgres import Database
-from tests.support.oracle import compare
+from tests.support.oracle import assert_equal
 from tests.support.rebuild_scene import create_items
 
 _PATIENCE_SECONDS = 120.0
@@ -26,11 +23,8 @@ _PATIENCE_SECONDS = 120.0
 
 def command(*arguments: str) -> tuple[int, str]:
     """Run a command here; its exit code, and what it printed."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        code = main(list(arguments))
-    forget_secrets()
-    return code, out.getvalue()
+    done = in_process(*arguments)
+    return done.returncode, done.stdout + done.stderr
 
 
 def rebuild(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -57,7 +51,7 @@ def afterwards(synced: Synced, collection: str, more: str) -> Path:
 def assert_kept(synced: Synced, database: Database, collection: str) -> None:
     synced.daemon.wait_caught_up()
     assert synced.qdrant is not None
-    differences = compare(
+    assert_equal(
         database.url,
         "items",
         qdrant_url=synced.qdrant_url,
@@ -65,7 +59,6 @@ def assert_kept(synced: Synced, database: Database, collection: str) -> None:
         api_key=synced.qdrant.api_key,
         exclude=["body"],
     )
-    assert not differences, "\n".join(map(str, differences[:20]))
 
 
 def test_from_the_first_row_to_the_end_of_the_old_collection(
@@ -144,6 +137,11 @@ def test_a_signal_stops_it_and_an_abort_removes_it(
     assert (status["copied"], status["running"], status["daemon_running"]) == (True, False, False)
     assert status["retained_bytes"] is not None
     assert command("rebuild", *config, "--status")[1].startswith("public.items: filling, ")
+    code, text = command("check", *config[:2], "--json")
+    found = {one["id"]: one for one in json.loads(text)["findings"]}
+    assert found["rebuild-slot"]["severity"] == "warning"
+    assert found["rebuild-slot"]["subject"] == status["slot"]
+    assert found["rebuild-slot"]["remedy"].endswith("rebuild --table public.items --abort")
 
     with subprocess.Popen(
         [sys.executable, "-m", "cdc_sync", "rebuild", *config, "--to", to, "--alias", alias],
@@ -170,6 +168,8 @@ def test_a_signal_stops_it_and_an_abort_removes_it(
         "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"
     )
     assert slots == 1
+    code, text = command("check", *config[:2], "--json")
+    assert "rebuild-slot" not in {one["id"] for one in json.loads(text)["findings"]}
     assert not synced.qdrant.client().collection_exists(new)
 
 

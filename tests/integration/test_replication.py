@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import psycopg
 import pytest
 
+from cdc_sync.demo.embedded import PostgresServer
 from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, ProtocolError, SourceError
 from cdc_sync.pgoutput.envelope import KEEPALIVE, XLOG_DATA, XLOG_HEADER_BYTES, decode_keepalive
 from cdc_sync.pgoutput.lsn import Lsn
@@ -327,14 +328,20 @@ def test_terminated_by_an_administrator(database: Database) -> None:
         assert "slot" in error.remedy
 
 
-@pytest.mark.requirement("R8", "R7")
-def test_server_shuts_down(private_postgres: PrivatePostgres) -> None:
-    server = private_postgres()
+def started_at(server: PostgresServer) -> ReplicationConnection:
+    """A stream of an empty table of a server of its own."""
     with psycopg.connect(server.url(), autocommit=True) as conn:
         conn.execute("CREATE TABLE t (id int PRIMARY KEY); CREATE PUBLICATION pub FOR TABLE t")
     connection = ReplicationConnection.open(source_settings(server.url()))
     connection.create_slot(SLOT, lock_timeout_seconds=5)
     connection.start(SLOT, "pub")
+    return connection
+
+
+@pytest.mark.requirement("R8", "R7")
+def test_server_shuts_down(private_postgres: PrivatePostgres) -> None:
+    server = private_postgres()
+    connection = started_at(server)
     stopping = server_stop_in_background(server.stop)
     deadline = time.monotonic() + 30
     error: SourceError | None = None
@@ -359,11 +366,7 @@ def test_server_shuts_down(private_postgres: PrivatePostgres) -> None:
 @pytest.mark.requirement("R8")
 def test_server_killed(private_postgres: PrivatePostgres) -> None:
     server = private_postgres()
-    with psycopg.connect(server.url(), autocommit=True) as conn:
-        conn.execute("CREATE TABLE t (id int PRIMARY KEY); CREATE PUBLICATION pub FOR TABLE t")
-    connection = ReplicationConnection.open(source_settings(server.url()))
-    connection.create_slot(SLOT, lock_timeout_seconds=5)
-    connection.start(SLOT, "pub")
+    connection = started_at(server)
     server.stop("immediate")
     assert error_of(connection).kind is ErrorKind.SOURCE_UNAVAILABLE
     with pytest.raises(SourceError):

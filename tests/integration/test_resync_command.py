@@ -23,11 +23,11 @@ from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.key_texts import KeyTextError, parse_keys
 from cdc_sync.postgres.refetch import TableRedefinedError, fetch_rows
 from cdc_sync.sync.resync_request import read_key
+from tests.support.command_line import Done
 from tests.support.fix_pipeline import SyncTable
 from tests.support.fix_postgres import Database
 from tests.support.resync_command import (
     SECRET,
-    Done,
     create_docs,
     different,
     outcome,

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import IdScheme
-from cdc_sync.mapping.planner import PlanOptions
 from cdc_sync.postgres.catalog import find_table
 from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.shards import shard_filter

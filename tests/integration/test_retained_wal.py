@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,10 +34,7 @@ _RETAINED: Final = """
       FROM pg_replication_slots WHERE slot_name = %s
 """
 
-
-@pytest.fixture(autouse=True)
-def all_events(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "cdc_sync")
+pytestmark = pytest.mark.usefixtures("all_events")
 
 
 class WalWriter:

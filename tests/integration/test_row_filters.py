@@ -10,7 +10,6 @@ import pytest
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SourceError
-from cdc_sync.mapping.table import Table
 from cdc_sync.postgres.catalog import find_table, server_info
 from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.publication import create_publication, read_publication
@@ -20,7 +19,7 @@ from tests.support.fix_pipeline import SyncTable
 from tests.support.fix_postgres import Database, DatabaseFactory
 from tests.support.pipeline_task import pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
-from tests.support.source_tables import source_settings
+from tests.support.source_tables import find, source_settings
 
 DIM = 1536
 
@@ -40,11 +39,6 @@ def create_docs(database: Database) -> None:
         database.execute(
             "INSERT INTO docs VALUES (%s, %s, %s, %s)", (i, i % 2 == 0, f"note {i}", vector(i))
         )
-
-
-def find(database: Database, name: str) -> Table:
-    with connect(source_settings(database.url)) as connection:
-        return find_table(connection, name)
 
 
 def settings_of(database: Database, table: Mapping[str, object], **pipeline: object) -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,18 +191,25 @@ def settings(request: pytest.FixtureRequest, database18: Database, tmp_path: Pat
     return scene_settings(database18, target, {"name": "docs", "rename": {'Odd "name': "odd"}})
 
 
-@pytest.fixture
-def scene(settings: Settings, database18: Database) -> Iterator[Scene]:
+@contextlib.contextmanager
+def opened(settings: Settings, database: Database) -> Iterator[Scene]:
+    """The table copied, and both sides to be asked."""
     (plan,) = fill(settings)
     loop = asyncio.new_event_loop()
     sink = loop.run_until_complete(open_sink(settings.qdrant))
     try:
-        with database18.connect() as connection:
+        with database.connect() as connection:
             connection.execute("SET timezone = 'UTC'")
             yield Scene(connection, sink, plan, loop)
     finally:
         loop.run_until_complete(sink.close())
         loop.close()
+
+
+@pytest.fixture
+def scene(settings: Settings, database18: Database) -> Iterator[Scene]:
+    with opened(settings, database18) as made:
+        yield made
 
 
 conditions = st.recursive(
@@ -234,19 +242,10 @@ def test_rows_without_nulls_in_the_payload(database18: Database, qdrant: QdrantT
     database18.execute(SCHEMA)
     section = {"name": "docs", "rename": {'Odd "name': "odd"}, "drop_nulls": True}
     settings = scene_settings(database18, qdrant, section)
-    (plan,) = fill(settings)
-    loop = asyncio.new_event_loop()
-    sink = loop.run_until_complete(open_sink(settings.qdrant))
-    try:
-        with database18.connect() as connection:
-            connection.execute("SET timezone = 'UTC'")
-            scene = Scene(connection, sink, plan, loop)
-            for atom in ATOMS:
-                if "ANY (tags)" in atom or "ANY (nums)" in atom:
-                    with pytest.raises(CdcSyncError, match="drop_nulls"):
-                        scene.qdrant(atom)
-                else:
-                    scene.check(f"NOT ({atom})")
-    finally:
-        loop.run_until_complete(sink.close())
-        loop.close()
+    with opened(settings, database18) as scene:
+        for atom in ATOMS:
+            if "ANY (tags)" in atom or "ANY (nums)" in atom:
+                with pytest.raises(CdcSyncError, match="drop_nulls"):
+                    scene.qdrant(atom)
+            else:
+                scene.check(f"NOT ({atom})")

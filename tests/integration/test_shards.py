@@ -9,15 +9,13 @@ import pytest
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import ConfigError, SinkError
-from cdc_sync.mapping.table import Table
-from cdc_sync.postgres.catalog import find_table
 from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.shards import MAX_SHARDS, shard_filter
 from cdc_sync.sync.planning import plan_pipeline
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import Running, pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
-from tests.support.source_tables import source_settings
+from tests.support.source_tables import find
 
 COUNT = 3
 
@@ -57,11 +55,6 @@ KEYS = {
     "bytea": "decode(md5(i::text), 'hex')",
 }
 ROWS = 600
-
-
-def find(database: Database, name: str) -> Table:
-    with connect(source_settings(database.url)) as connection:
-        return find_table(connection, name)
 
 
 def shards_of(database: Database, table: str, key: Sequence[str], count: int) -> list[str]:

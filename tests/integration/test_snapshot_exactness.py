@@ -43,13 +43,6 @@ WRITERS: Final = 8
 LAST: Final = 10**15
 
 
-@pytest.fixture
-def faults(qdrant: QdrantTarget) -> Faults:
-    if qdrant.faults is None:
-        pytest.skip("a real server has no scripted faults")
-    return qdrant.faults
-
-
 def chunks(planned: PlannedTable) -> list[Chunk]:
     """The whole table."""
     return Ledger.new("p", planned, 5000, sweep=False, repair=False).left(planned)

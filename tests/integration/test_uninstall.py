@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import pytest
 
-from cdc_sync.cli import main
 from cdc_sync.errors import ExitCode
-from cdc_sync.ops.redaction import forget_secrets
+from tests.support.command_line import in_process
 from tests.support.fix_pipeline import Synced, SyncTable
 from tests.support.fix_postgres import Database
 from tests.support.resync_command import create_docs, points
@@ -17,11 +13,8 @@ from tests.support.resync_command import create_docs, points
 
 def uninstall(synced: Synced, *arguments: str) -> tuple[int, str]:
     """Run the command; its exit code, and what it printed."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        code = main(["uninstall", "--config", str(synced.daemon.config), *arguments])
-    forget_secrets()
-    return code, out.getvalue()
+    done = in_process("uninstall", "--config", str(synced.daemon.config), *arguments)
+    return done.returncode, done.stdout + done.stderr
 
 
 def left(database: Database) -> tuple[int, int]:

@@ -4,25 +4,21 @@ that is written all the time, and nothing else is."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from cdc_sync.cli import main
-from cdc_sync.ops.redaction import forget_secrets
 from cdc_sync.verify.data import Asked, Verified, verify_once
 from cdc_sync.verify.report import Finding, Report
 from cdc_sync.verify.table import How
+from tests.support.command_line import Done, in_process
 from tests.support.damages import NAMES, Damaged, constant_writes, create_docs, point_ids
 from tests.support.fix_pipeline import Synced, SyncTable
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import Running, pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
-from tests.support.resync_command import Done
 
 
 def silent(table: str, done: int, expected: int, doing: str, different: int) -> None:
@@ -141,12 +137,7 @@ async def test_rows_changed_by_open_transactions_are_no_difference(
 
 
 def verify_command(synced: Synced, *arguments: str) -> Done:
-    """Run the command in this process, which is much faster."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["verify", "--config", str(synced.daemon.config), *arguments])
-    forget_secrets()
-    return Done(code, out.getvalue(), err.getvalue())
+    return in_process("verify", "--config", str(synced.daemon.config), *arguments)
 
 
 def as_json(synced: Synced, *arguments: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Final
 import psycopg
 import pytest
 
-from cdc_sync.demo.embedded import PostgresServer, find_binaries
+from cdc_sync.demo.embedded import PostgresServer
 from cdc_sync.postgres import refetch
 from cdc_sync.sync import reading as engine
 from tests.support.fix_postgres import Database, DatabaseFactory
@@ -26,16 +26,9 @@ DIM: Final = 1536
 SLOW: Final = "pg_sleep(20) IS NOT NULL"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
-    """A server whose synchronous standby can be made to be missing."""
-    with PostgresServer(find_binaries(18)) as started:
-        yield started
-
-
 @pytest.fixture
-def database(server: PostgresServer, database18_factory: DatabaseFactory) -> Database:
-    made = database18_factory(server)
+def database(standby_server: PostgresServer, database18_factory: DatabaseFactory) -> Database:
+    made = database18_factory(standby_server)
     made.execute(
         f"CREATE TABLE docs (id bigint PRIMARY KEY, note text, kept bool, emb vector({DIM}));"
         "INSERT INTO docs SELECT i, 'note ' || i, i % 2 = 0, (SELECT array_agg(i + n / 7.0)"

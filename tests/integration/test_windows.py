@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
 import pytest
 from qdrant_client import models as q
 
-from cdc_sync.demo.embedded import PostgresServer, find_binaries
 from cdc_sync.sync.applier import Applier
 from cdc_sync.sync.recent_transactions import RecentTransactions
 from tests.integration.test_visibility import hanging
 from tests.support.fix_pipeline import SyncTable
-from tests.support.fix_postgres import Database, DatabaseFactory
+from tests.support.fix_postgres import Database
 from tests.support.ledger_log import check_ledger, count, events_of, logged_events
 from tests.support.migration_load import MigrationWriter, create_partitioned, writing
 from tests.support.pipeline_task import Running
@@ -38,12 +37,6 @@ from tests.support.windows import (
     move,
     vector,
 )
-
-
-@pytest.fixture
-def windows(monkeypatch: pytest.MonkeyPatch) -> Windows:
-    return Windows(monkeypatch)
-
 
 # -- everything at once
 
@@ -250,20 +243,6 @@ HANGING: Final = {
 STATEMENTS: Final = [
     pytest.param(name, marks=pytest.mark.slow if name != "an update" else ()) for name in HANGING
 ]
-
-
-@pytest.fixture(scope="module")
-def standby_server() -> Iterator[PostgresServer]:
-    """A server whose synchronous standby can be made to be missing."""
-    with PostgresServer(find_binaries(18)) as started:
-        yield started
-
-
-@pytest.fixture
-def unseen(standby_server: PostgresServer, database18_factory: DatabaseFactory) -> Database:
-    made = database18_factory(standby_server)
-    create_paged(made, ROWS)
-    return made
 
 
 async def copy_what_is_not_visible(

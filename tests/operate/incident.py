@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -198,6 +200,27 @@ class Scene:
         """Start the daemon, and scrape it where it listens now."""
         self.daemon.start(*arguments, wait=False)
         self.prometheus.scrape(self.daemon.port)
+
+    def afterwards(self) -> Path:
+        """A configuration in which the reviews have another collection."""
+        text = self.daemon.config.read_text(encoding="utf-8")
+        name = 'name = "reviews"\n'
+        assert text.count(name) == 1
+        path = self.directory / "afterwards.toml"
+        path.write_text(text.replace(name, f'{name}collection = "reviews_v2"\n'), encoding="utf-8")
+        return path
+
+    def rebuild(self, *arguments: str) -> None:
+        """Run ``cdc-sync rebuild`` for the reviews to its end."""
+        command = [sys.executable, "-m", "cdc_sync", "rebuild", "--table", "reviews"]
+        done = subprocess.run(
+            [*command, "--config", str(self.daemon.config), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
     @contextmanager
     def hanging(self) -> Iterator[None]:

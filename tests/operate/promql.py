@@ -10,6 +10,7 @@ from typing import Final
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cdc_sync.ops.attention import RebuildSlot
 from cdc_sync.ops.metrics import Metrics, MirroredCounter, OptionalGauge
 
 _KEYWORDS: Final = frozenset({"and", "or", "unless", "bool", "offset"})
@@ -107,6 +108,7 @@ class Exposed:
         metrics.sink_window_points.labels("items").set(1)
         metrics.verify_mismatches.labels("public.items", "missing").set(0)
         metrics.verify_last_success_timestamp_seconds.labels("public.items").set(1)
+        metrics.set_rebuild_slots([RebuildSlot("s_rebuild_01234567", "public.items", False, 1)])
         metrics.set_pipeline(slot="s", publication="p", database="d", protocol=1)
         for value in vars(metrics).values():
             if isinstance(value, OptionalGauge | MirroredCounter):

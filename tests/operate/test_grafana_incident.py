@@ -170,6 +170,15 @@ def loop_hangs(incident: Incident, scene: Scene) -> None:
         incident.look("stuck", "Stuck", "Restart the process")
 
 
+def rebuild_is_left(incident: Incident, scene: Scene) -> None:
+    """A second collection is filled, and nobody has readers go over to it."""
+    # From when the command has ended, which takes a while.
+    with incident.phase({"CdcSyncRebuildLeft": (60, 62 + 2 * _LATE)}) as all_fired:
+        scene.rebuild("--to", str(scene.afterwards()), "--alias", "reviews_live", "--no-swap")
+        all_fired()
+    scene.rebuild("--abort")
+
+
 def table_is_redefined(incident: Incident, scene: Scene) -> None:
     expected = {"CdcSyncTableStopped": (2.0, 10 + _LATE), "CdcSyncManualError": (0.0, 8 + _LATE)}
     with incident.phase(expected, {"CdcSyncVerifyMismatch"}) as all_fired:
@@ -282,6 +291,7 @@ def test_every_alert_fires_in_its_phase_and_every_panel_shows_something(
         row_is_refused(incident, scene)
         letter_is_refused(incident, scene)
         point_is_deleted_by_hand(incident, scene)
+        rebuild_is_left(incident, scene)
         table_is_redefined(incident, scene)
         loop_hangs(incident, scene)
         postgres_goes_away(incident, scene, server)

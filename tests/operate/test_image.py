@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from cdc_sync.loading import REVISION_VARIABLE
 from tests.operate.dashboard import ROOT
 
 DOCKER = ROOT / "docker"
@@ -100,6 +101,13 @@ def test_it_does_not_run_as_root_and_gets_signals() -> None:
     assert re.findall(r"^(?:COPY|ADD) (.+)$", final, re.MULTILINE) == [
         "--from=build /opt/cdc-sync /opt/cdc-sync"
     ]
+
+
+def test_it_is_told_its_revision() -> None:
+    final = DOCKERFILE.rpartition("\nFROM ")[2]
+    assert "ARG REVISION=unknown\n" in final
+    assert 'org.opencontainers.image.revision="${REVISION}"' in final
+    assert f"{REVISION_VARIABLE}=${{REVISION}}\n" in final
 
 
 def test_only_what_is_needed_is_sent_to_the_build() -> None:

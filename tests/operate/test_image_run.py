@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -76,6 +77,7 @@ def test_its_configuration(image: Image) -> None:
     assert config["Labels"]["org.opencontainers.image.revision"] == "0123abc"
     assert set(config["ExposedPorts"]) == {"9464/tcp"}
     assert image.environ["CDC_SYNC_HTTP__HOST"] == "0.0.0.0"
+    assert image.environ["CDC_SYNC_REVISION"] == "0123abc"
 
 
 def test_nothing_of_the_build_is_left_in_it(image: Image) -> None:
@@ -139,6 +141,7 @@ def look_around(container: Container) -> None:
     assert container.execute(*check, "/nowhere").returncode == 1
     version = container.execute("/opt/cdc-sync/bin/cdc-sync", "version")
     assert version.stdout.startswith("cdc-sync")
+    assert re.search(r"^revision +0123abc$", version.stdout, re.MULTILINE)
 
 
 def test_stops_while_copying_and_while_streaming_under_load(

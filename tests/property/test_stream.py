@@ -24,8 +24,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from cdc_sync.errors import ErrorKind, SourceError
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import ColumnPlan, IdScheme, TablePlan
-from cdc_sync.mapping.planner import PlanOptions
 from cdc_sync.mapping.table import Column, PgType, Table
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
@@ -38,6 +38,7 @@ from cdc_sync.sync.gather import Batch, Gatherer
 from cdc_sync.sync.routing import Binding, PlannedTable, bind
 from cdc_sync.sync.stream import Positions, StreamSession
 from tests.support import frames
+from tests.support.breaks import confirmed_before_it_is_written
 
 OID: Final = 4711
 INT8: Final = PgType(20, "pg_catalog", "int8")
@@ -403,14 +404,8 @@ def test_it_sees_a_position_inside_of_a_transaction(monkeypatch: pytest.MonkeyPa
 
 
 def test_it_sees_a_position_confirmed_before_the_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    apply = StreamSession._apply
-
-    async def early(self: StreamSession, batch: Batch) -> None:
-        if batch.end_lsn is not None:
-            self.positions.applied = max(self.positions.applied, batch.end_lsn)
-        await apply(self, batch)
-
-    monkeypatch.setattr(StreamSession, "_apply", early)
+    monkeypatch.setattr(StreamSession, "_apply", StreamSession._apply)  # put back at the end
+    confirmed_before_it_is_written()
     with pytest.raises(AssertionError, match="confirmed before"):
         check_all(Phase.generate)
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+
+import pytest
 
 from cdc_sync.config import Settings
 from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.snapshot import SnapshotHolder
+from cdc_sync.qdrant.open import open_sink
+from cdc_sync.qdrant.sink import Sink
 from cdc_sync.sync.copying import Chunk, ChunkResult, CopyTask
 from cdc_sync.sync.planning import plan_pipeline
 from cdc_sync.sync.routing import PlannedTable
+from cdc_sync.sync.worker_pool import ChunkExecutor
 from tests.support.fix_postgres import Database
 from tests.support.oracle import assert_equal
-from tests.support.qdrant_control import QdrantTarget
+from tests.support.qdrant_control import Faults, QdrantTarget
 
 
 @dataclass
@@ -111,6 +118,56 @@ class CopyCase:
         )
         assert isinstance(count, int)
         return count
+
+
+def create_copied(database: Database) -> None:
+    """Create ``docs`` with 2,000 rows, large enough for several chunks."""
+    database.execute(
+        "CREATE TABLE docs (id bigint PRIMARY KEY, note text, emb vector(4));"
+        "INSERT INTO docs SELECT i, repeat('x', 300), ARRAY[i, 1, 2, 3]::vector(4)"
+        " FROM generate_series(0, 1999) i; ANALYZE docs"
+    )
+
+
+@contextlib.asynccontextmanager
+async def ready_sink(case: CopyCase) -> AsyncIterator[Sink]:
+    """The case's sink, with the collection of its table."""
+    sink = await open_sink(case.settings.qdrant)
+    try:
+        await sink.ensure_collection(case.planned.plan)
+        yield sink
+    finally:
+        await sink.close()
+
+
+async def wait_until(condition: Callable[[], bool], what: str, seconds: float = 150.0) -> None:
+    """Wait while the event loop goes on."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited for {what}"
+        await asyncio.sleep(0.02)
+
+
+async def begin_held_copy(
+    executor: ChunkExecutor, source: Chunks, faults: Faults, requests: int
+) -> asyncio.Task[None]:
+    """Copy, and wait until so many requests are in flight; ``faults.release`` lets them end."""
+    faults.hold("write", times=requests)
+    copying = asyncio.create_task(executor.copy(source, source.done))
+    await wait_until(lambda: faults.held() == requests, "requests in flight")
+    return copying
+
+
+async def cancel_held_copy(copying: asyncio.Task[None], faults: Faults) -> None:
+    """Cancel it: it ends after its requests in flight, and begins no other."""
+    faults.clear_log()
+    copying.cancel()
+    await asyncio.sleep(0.5)
+    assert not copying.done()
+    faults.release()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(copying, 60)
+    assert [op for op in faults.operations() if "psert" in op] == []
 
 
 def plan_case(database: Database, settings: Settings) -> CopyCase:

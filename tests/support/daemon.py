@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import psycopg
 
+from tests.support.ledger_log import events_in
+
 READY_SECONDS = 60.0
 
 
@@ -151,15 +153,7 @@ class Daemon:
 
     def events(self) -> list[dict[str, Any]]:
         """Log lines that are JSON."""
-        events = []
-        for line in self.log().splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict):
-                events.append(event)
-        return events
+        return events_in(self.log())
 
     @property
     def port(self) -> int:

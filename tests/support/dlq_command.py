@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from typing import Any
 
-from cdc_sync.cli import main
-from cdc_sync.ops.redaction import forget_secrets
+from tests.support.command_line import Done, in_process
 from tests.support.daemon import Daemon
 from tests.support.fix_postgres import Database
-from tests.support.resync_command import Done
 
 
 def dlq(daemon: Daemon, command: str, *arguments: str) -> Done:
     """Run ``cdc-sync dlq COMMAND`` with the daemon's configuration."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["dlq", command, "--config", str(daemon.config), *arguments])
-    forget_secrets()
-    return Done(code, out.getvalue(), err.getvalue())
+    return in_process("dlq", command, "--config", str(daemon.config), *arguments)
 
 
 def letters(daemon: Daemon) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from tests.support.daemon import Daemon
-from tests.support.fix_pipeline import Synced
+from tests.support.fix_pipeline import Synced, SyncTable
 from tests.support.fix_postgres import Database
+from tests.support.qdrant_control import Faults, QdrantProcess
 from tests.support.workload import EverythingTable, Writer, create_everything_table, load
 
 #: Wide enough that the vector is TOASTed, so updates come without it.
@@ -33,6 +34,40 @@ def create_loaded(database: Database, rows: int = 200, seed: int = 1) -> Everyth
         connection.execute("ALTER TABLE everything SET (autovacuum_enabled = false)")
         load(connection, table, rows, seed=seed)
     return table
+
+
+def wait_copying(synced: Synced, faults: Faults) -> None:
+    """Wait until rows of the copy are being written."""
+    synced.daemon.wait(
+        lambda: any(e["collection"] == synced.collection and e["points"] for e in faults.log()),
+        "the copy",
+    )
+
+
+def begin_slow_copy(
+    database: Database,
+    sync_table: SyncTable,
+    qdrant: QdrantProcess,
+    *,
+    request_seconds: float,
+    workers: int = 2,
+    **daemon: object,
+) -> Synced:
+    """Create ``everything`` with 1,000 rows, start a daemon for it, and wait until rows of the copy
+    are being written; every request takes so long. Keywords are for ``sync_table``."""
+    create_loaded(database, rows=1000)
+    synced = sync_table(
+        database,
+        "everything",
+        qdrant=qdrant,
+        start=False,
+        migration={"num_workers": workers},
+        **daemon,
+    )
+    qdrant.script.slow("Upsert", request_seconds, times=10_000)
+    synced.daemon.start(wait=False)
+    wait_copying(synced, qdrant.script)
+    return synced
 
 
 def create_items(database: Database, rows: int) -> None:

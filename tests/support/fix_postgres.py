@@ -236,6 +236,14 @@ def private_postgres() -> Iterator[PrivatePostgres]:
         yield make
 
 
+@pytest.fixture
+def private_database(
+    private_postgres: PrivatePostgres, database18_factory: DatabaseFactory
+) -> Database:
+    """A fresh database on an 18 that nobody else uses: ``private_database.server``."""
+    return database18_factory(private_postgres())
+
+
 def create_database(server: PostgresServer, name: str | None = None) -> Database:
     """Create a database with the extensions of this module on any running server."""
     name = name or f"test_{next(_numbers)}_{secrets.token_hex(3)}"

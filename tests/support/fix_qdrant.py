@@ -58,6 +58,20 @@ def qdrant(qdrant_session: QdrantTarget) -> Iterator[QdrantTarget]:
 
 
 @pytest.fixture
+def scripted(qdrant: QdrantTarget) -> QdrantTarget:
+    """The server of `qdrant`, to be given faults. Skipped where a real one is asked for."""
+    if qdrant.faults is None:
+        pytest.skip("a real server has no scripted faults")
+    return qdrant
+
+
+@pytest.fixture
+def faults(scripted: QdrantTarget) -> Faults:
+    """The faults of that server."""
+    return scripted.script
+
+
+@pytest.fixture
 def qdrant_private(tmp_path: Path) -> Iterator[QdrantProcess]:
     """A test server of the test's own, to be killed, restarted and given faults. Skipped where a
     real one is asked for.

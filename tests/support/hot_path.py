@@ -17,8 +17,9 @@ from qdrant_client import grpc as q
 
 from cdc_sync.config import QdrantSettings
 from cdc_sync.mapping.ids import compile_point_id
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import TablePlan
-from cdc_sync.mapping.planner import PlanOptions, build_plan
+from cdc_sync.mapping.planner import build_plan
 from cdc_sync.mapping.table import Column, PgType, Table, TypeKind
 from cdc_sync.pgoutput.messages import Begin, Commit, Insert, Relation, RelationColumn, Update
 from cdc_sync.postgres.copy_binary import CopyParser

@@ -9,6 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 Event = Mapping[str, object]
 _Range = tuple[int, int | None]
@@ -17,10 +20,10 @@ _Range = tuple[int, int | None]
 _BEGINNINGS = ("copy_restarted", "resync_started", "table_copied", "resync_completed")
 
 
-def logged_events(path: Path) -> list[Event]:
+def events_in(log: str) -> list[dict[str, Any]]:
     """The events of a log of JSON lines; a line that a kill has cut in two is left out."""
-    events: list[Event] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    events = []
+    for line in log.splitlines():
         try:
             event = json.loads(line)
         except ValueError:
@@ -28,6 +31,11 @@ def logged_events(path: Path) -> list[Event]:
         if isinstance(event, dict):
             events.append(event)
     return events
+
+
+def logged_events(path: Path) -> list[Event]:
+    """The events of a log file of JSON lines, of all lives of its daemon."""
+    return list(events_in(path.read_text(encoding="utf-8", errors="replace")))
 
 
 def events_of(records: Iterable[logging.LogRecord]) -> list[Event]:
@@ -40,6 +48,11 @@ def events_of(records: Iterable[logging.LogRecord]) -> list[Event]:
 def count(events: Iterable[Event], name: str) -> int:
     """How often an event was logged."""
     return sum(event.get("event") == name for event in events)
+
+
+def logged(caplog: pytest.LogCaptureFixture, name: str, text: str = "") -> int:
+    """How often an event was logged in this process that has the text among its values."""
+    return count((e for e in events_of(caplog.records) if text in str(e)), name)
 
 
 @dataclass

@@ -144,7 +144,8 @@ class MigrationWriter:
                         while not self._stopping.is_set():
                             self._transaction(connection)
                             self._stopping.wait(self._pause_seconds)
-                except psycopg.OperationalError:
+                except (psycopg.OperationalError, psycopg.Rollback):
+                    # Of a connection that is lost while it rolls back, psycopg raises the latter.
                     self._stopping.wait(0.1)
         except BaseException as error:  # noqa: BLE001 - finish() raises it in the test's thread
             self._error = error

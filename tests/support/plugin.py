@@ -9,6 +9,8 @@ pytest_plugins = [
     "tests.support.fix_postgres",
     "tests.support.fix_qdrant",
     "tests.support.fix_pipeline",
+    "tests.support.fix_windows",
+    "tests.support.fix_schema",
     "tests.support.fix_cli",
     "tests.support.fix_libraries",
     "tests.support.fix_campaign",

@@ -39,7 +39,8 @@ from tests.support.qdrant_status import (
 )
 
 _log = logging.getLogger("qdrant_server")
-_IDLE_SECONDS = 0.5
+_IDLE_SECONDS = 5.0
+"""A collection that has been idle so long is flushed: a server's ``flush_interval_sec``."""
 _FLUSH_EVERY = 200
 """Operations between two flushes under load."""
 

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-from dataclasses import dataclass
 from typing import Final
 
 from qdrant_client import models as q
 
-from cdc_sync.cli import main
-from cdc_sync.ops.redaction import forget_secrets
+from tests.support.command_line import Done, in_process
 from tests.support.fix_pipeline import Synced
 from tests.support.fix_postgres import Database
 
 SECRET: Final = "a-key-nobody-may-see"
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended, and what it printed."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 def resync(synced: Synced, *arguments: str) -> Done:
-    """Run the command in this process, which is much faster."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["resync", "--config", str(synced.daemon.config), *arguments])
-    forget_secrets()
-    return Done(code, out.getvalue(), err.getvalue())
+    """Run the command with the daemon's configuration."""
+    return in_process("resync", "--config", str(synced.daemon.config), *arguments)
 
 
 def resynced(synced: Synced, *arguments: str) -> str:

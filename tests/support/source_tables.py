@@ -9,11 +9,20 @@ from pydantic import SecretStr
 from cdc_sync.config import SourceSettings
 from cdc_sync.mapping.plan import ColumnPlan, IdScheme, TablePlan
 from cdc_sync.mapping.table import Table
+from cdc_sync.postgres.catalog import find_table
+from cdc_sync.postgres.connect import connect
+from tests.support.fix_postgres import Database
 
 
 def source_settings(url: str, **settings: object) -> SourceSettings:
     """Settings of a pipeline's source at this URL."""
     return SourceSettings.model_validate({"url": SecretStr(url), **settings})
+
+
+def find(database: Database, name: str) -> Table:
+    """A table as the catalog has it, by a name as in the configuration."""
+    with connect(source_settings(database.url)) as connection:
+        return find_table(connection, name)
 
 
 def raw_plan(table: Table, columns: Sequence[str] | None = None) -> TablePlan:

@@ -6,6 +6,7 @@ The pictures in docs/images are of a real daemon: tests/operate/screenshots.py.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import time
@@ -91,6 +92,13 @@ class Scene:
         self.board.set_state("streaming")
         self.log.info("state", state="streaming")
         self.log.info("streaming_started", slot="cdc_sync", applied="16/B374D848")
+
+
+def told(scene: Scene) -> dict[str, object]:
+    """What ``/status`` answers."""
+    answer = json.loads(json.dumps(scene.board.snapshot()))
+    assert isinstance(answer, dict)
+    return answer
 
 
 def _quiet(x: float) -> float:

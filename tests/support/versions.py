@@ -16,8 +16,8 @@ from typing import Final
 
 import psycopg
 
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import IdScheme
-from cdc_sync.mapping.planner import PlanOptions
 from cdc_sync.mapping.table import PgType, Table
 from cdc_sync.pgoutput.messages import Relation
 from cdc_sync.rows import PointId, Row

@@ -91,6 +91,9 @@ COST = RowCost(postgres=10, ours=25, send=5, sink=60, sink_limit=1e6)
         # An embedded sink works in our thread, and what it takes to send is part of that.
         (dataclasses.replace(COST, embedded=True), 8, 1e6 / 85, "one thread of ours"),
         (dataclasses.replace(COST, embedded=True), 1, 1e6 / 95, "1 shared cores"),
+        # Nothing of ours runs until it is durable; a server does that beside us.
+        (dataclasses.replace(COST, embedded=True, durable=15), 8, 1e4, "one thread of ours"),
+        (dataclasses.replace(COST, durable=15), 8, 1e6 / 30, "one thread of ours"),
     ],
 )
 def test_the_least_bound_is_allowed(cost: RowCost, cores: int, rate: float, bound: str) -> None:

@@ -12,8 +12,10 @@ from tests.bench.__main__ import BENCHES, main
 from tests.bench.copy_figures import loaded
 from tests.bench.datasets import Source, insert
 from tests.bench.engine import Scratch, copy_blocks, exported_snapshot, read_rows
+from tests.bench.limits import AppliedCost
 from tests.bench.pipeline import life, settings_for
 from tests.bench.setting import QUICK, Setting
+from tests.bench.sink_figures import TRANSACTION_ROWS, transactions
 from tests.bench.sinks import EdgeBench, encoded_requests
 from tests.bench.stream_figures import datasets, measure_stream, stream_figures
 from tests.support.fix_postgres import Database
@@ -74,7 +76,25 @@ def test_copy_into_nothing(bench: Setting) -> None:
 def test_sink_limit(bench: Setting) -> None:
     with loaded(bench, "docs", 16, ROWS) as planned:
         rows = read_rows(bench.source.settings("bench"), planned)
-        assert EdgeBench(bench.scratch).limit(planned, rows, bench.meter).seconds > 0
+        cost = EdgeBench(bench.scratch).limit(planned, rows, bench.meter)
+        assert cost.seconds > 0
+        assert isinstance(cost, AppliedCost)
+        assert cost.durable > 0
+
+
+@pytest.mark.parametrize("last", [1, 500, 501, 1700])
+def test_streamed_rows_are_transactions_of_some(bench: Setting, last: int) -> None:
+    """Every row stands in one of them, and once."""
+    with loaded(bench, "sunk", 768, 0):
+        bench.source.execute(*transactions(1, last))
+        found = bench.source.scalar(
+            "SELECT format('%s %s %s', count(*), min(id), max(id)) FROM sunk"
+        )
+        most = bench.source.scalar(
+            "SELECT max(n) FROM (SELECT count(*) n FROM sunk GROUP BY xmin::text) t"
+        )
+    assert found == f"{last} 1 {last}"
+    assert int(most) == min(last, TRANSACTION_ROWS)
 
 
 def test_pipeline_in_a_process(bench: Setting) -> None:

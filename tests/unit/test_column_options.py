@@ -11,8 +11,9 @@ from qdrant_client import grpc
 from cdc_sync.config import TableSettings
 from cdc_sync.errors import ConfigError, MappingError, SourceError
 from cdc_sync.mapping.ids import plan_fingerprint
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import PayloadIndex, PayloadIndexType, TablePlan
-from cdc_sync.mapping.planner import PlanOptions, build_plan, replan
+from cdc_sync.mapping.planner import build_plan, replan
 from cdc_sync.mapping.protobuf import encode_value
 from cdc_sync.mapping.python import PythonCodec
 from cdc_sync.mapping.table import Column

@@ -31,7 +31,7 @@ from cdc_sync.sync.control import (
     ResyncRows,
     ResyncTable,
     TokenBucket,
-    parse_request,
+    parse_message,
     request_content,
 )
 from cdc_sync.sync.gather import Batch, Gatherer
@@ -56,15 +56,15 @@ def message(data: bytes, *, prefix: str = PREFIX, transactional: bool = True) ->
 
 
 def test_a_table_and_rows_can_be_asked_for() -> None:
-    assert parse_request(PREFIX, content()) == Request("default", "public.t")
-    assert parse_request(PREFIX, content(keys=[["1"], ["2"]])) == Request(
+    assert parse_message(PREFIX, content()) == Request("default", "public.t")
+    assert parse_message(PREFIX, content(keys=[["1"], ["2"]])) == Request(
         "default", "public.t", (("1",), ("2",))
     )
 
 
 @pytest.mark.parametrize("prefix", ["", "CDC_SYNC", "cdc_sync ", "cdc_sync2", "tests", "\u00e9"])
 def test_messages_with_another_prefix_are_not_looked_at(prefix: str) -> None:
-    assert parse_request(prefix, b"\xff not JSON") is None
+    assert parse_message(prefix, b"\xff not JSON") is None
 
 
 DEEP = b"[" * 100_000
@@ -117,33 +117,33 @@ INVALID = {
 @pytest.mark.parametrize("name", INVALID)
 def test_what_is_no_request_is_refused(name: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        parse_request(PREFIX, INVALID[name])
+        parse_message(PREFIX, INVALID[name])
     assert caught.value.__cause__ is None
     assert SECRET not in str(caught.value)
 
 
 def test_the_limits_themselves_are_allowed() -> None:
     keys = [[str(i)] for i in range(MAX_KEYS)]
-    request = parse_request(PREFIX, content(keys=keys))
-    assert request is not None
+    request = parse_message(PREFIX, content(keys=keys))
+    assert isinstance(request, Request)
     assert request.keys is not None
     assert len(request.keys) == MAX_KEYS
-    wide = parse_request(PREFIX, content(keys=[["x" * MAX_VALUE_CHARACTERS] * MAX_KEY_COLUMNS]))
-    assert wide is not None
+    wide = parse_message(PREFIX, content(keys=[["x" * MAX_VALUE_CHARACTERS] * MAX_KEY_COLUMNS]))
+    assert isinstance(wide, Request)
     assert wide.keys is not None
     assert len(wide.keys[0]) == MAX_KEY_COLUMNS
 
 
 def test_a_key_that_is_named_twice_counts_once() -> None:
-    request = parse_request(PREFIX, content(keys=[["1"], ["2"], ["1"]]))
-    assert request is not None
+    request = parse_message(PREFIX, content(keys=[["1"], ["2"], ["1"]]))
+    assert isinstance(request, Request)
     assert request.keys == (("1",), ("2",))
 
 
 def test_sql_in_a_key_is_a_text_like_any_other() -> None:
     text = "1'); DROP TABLE docs; --"
-    request = parse_request(PREFIX, content(keys=[[text]]))
-    assert request is not None
+    request = parse_message(PREFIX, content(keys=[[text]]))
+    assert isinstance(request, Request)
     assert request.keys == ((text,),)
 
 
@@ -165,7 +165,7 @@ def test_a_request_survives_its_message(
     request = Request("default", table, keys)
     data = request_content(request)
     assert data.isascii()
-    assert parse_request(PREFIX, data) == request
+    assert parse_message(PREFIX, data) == request
 
 
 @given(
@@ -182,10 +182,10 @@ def test_a_request_survives_its_message(
 )
 def test_any_content_is_a_request_or_refused(data: bytes) -> None:
     try:
-        request = parse_request(PREFIX, data)
+        request = parse_message(PREFIX, data)
     except InvalidRequestError:
         return
-    assert request is not None
+    assert isinstance(request, Request)
     assert {"pipeline", "table"} <= orjson.loads(data)["resync"].keys()
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from cdc_sync.errors import CdcSyncError, ErrorKind, SinkError, StateError
 from cdc_sync.mapping.key_values import compile_key_values, key_values_of_id
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import ColumnPlan, IdScheme, TablePlan
-from cdc_sync.mapping.planner import PlanOptions
 from cdc_sync.mapping.table import PgType, Table, TypeKind
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard

@@ -91,6 +91,14 @@ def test_an_array_that_says_it_has_billions_of_items() -> None:
             encoded(by, struct.pack(">iiIii", 1, 0, 25, count, 1))
 
 
+@pytest.mark.parametrize("items", [(None, b"x"), (b"x", None), (None,), (None, None, b"")])
+def test_an_array_with_nulls_that_says_it_has_none(items: tuple[bytes | None, ...]) -> None:
+    by, decode = codec(array(core("text"))), binary_decoder(array(core("text")))
+    data = bytearray(array_bytes(*items))
+    data[4:8] = bytes(4)
+    assert encoded(by, bytes(data)) == decode(bytes(data)) is not None
+
+
 def test_what_is_kept_still_counts_nan() -> None:
     by = codec(array(core("float8")))
     data = array_bytes(struct.pack(">d", float("nan")), struct.pack(">d", 1.5))

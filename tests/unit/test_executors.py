@@ -17,10 +17,10 @@ from cdc_sync.config import QdrantSettings, Settings, SourceSettings
 from cdc_sync.errors import ConfigError, ErrorKind, SinkError, SourceError
 from cdc_sync.mapping.table import Leaf
 from cdc_sync.postgres.snapshot import SnapshotGoneError
-from cdc_sync.sync import executors
+from cdc_sync.sync import executors, worker_pool
 from cdc_sync.sync.copy_process import WorkerLostError, pickled_error
 from cdc_sync.sync.copying import Chunk, ChunkResult, CopyTask
-from cdc_sync.sync.executors import NoRoomError, WorkerPool
+from cdc_sync.sync.worker_pool import NoRoomError, WorkerPool
 from tests.support.chunk_source import Chunks
 from tests.support.sink_rows import items_plan
 
@@ -124,7 +124,7 @@ def script(actions: dict[int, list[Exception]]) -> Callable[[int], Awaitable[Non
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executors, "_FIRST_PAUSE_SECONDS", 0.0001)
+    monkeypatch.setattr(worker_pool, "_FIRST_PAUSE_SECONDS", 0.0001)
 
 
 async def test_every_chunk_is_copied_once_and_workers_are_kept() -> None:
@@ -215,7 +215,7 @@ async def test_a_chunk_that_kills_its_workers_ends_the_copy() -> None:
     with pytest.raises(SourceError, match="killed by SIGKILL") as caught:
         await WorkerPool(2, crew.start).copy(source, source.done)
     assert caught.value.kind is ErrorKind.SOURCE_UNAVAILABLE
-    assert crew.started.count(1) == executors.MAX_LOSSES + 1
+    assert crew.started.count(1) == worker_pool.MAX_LOSSES + 1
     crew.assert_all_stopped()
 
 
@@ -230,7 +230,7 @@ async def test_the_losses_of_a_chunk_are_counted_over_windows() -> None:
         source.give = 0
 
     source.put_back = put_back  # type: ignore[method-assign]
-    for _ in range(executors.MAX_LOSSES):
+    for _ in range(worker_pool.MAX_LOSSES):
         source.give = 1
         await pool.copy(source, source.done)
     source.give = 1

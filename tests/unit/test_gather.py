@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 
 import pytest
 
 from cdc_sync.errors import MappingError, ProtocolError
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import ColumnPlan, IdScheme, TablePlan
-from cdc_sync.mapping.planner import PlanOptions
 from cdc_sync.mapping.table import Column, PgType, Table
 from cdc_sync.pgoutput import messages as m
 from cdc_sync.rows import LARGE_ROW_BYTES, UNCHANGED, Row
@@ -363,3 +364,43 @@ def test_a_batch_with_a_large_row_says_so(batch_rows: int) -> None:
             assert batch.large
     stream.transaction(300, m.Insert(OID, row(3)))
     assert not stream.take().large
+
+
+@pytest.mark.parametrize("kept", [b"mine", b"other"])
+def test_rows_that_are_not_kept_are_left_out_however_many_there_are(kept: bytes) -> None:
+    """Of a table with rows of many collections only those of one are kept."""
+    binding = route(RELATION)
+    assert binding is not None
+    binding = dataclasses.replace(binding, only=(1, frozenset({b"mine"})))
+    stream = Stream()
+    stream.gatherer = Gatherer(lambda _: binding, batch_rows=1000, batch_bytes=1 << 20)
+    changes: list[m.Message] = [RELATION, m.Insert(OID, row(1, b"mine"))]
+    changes += [m.Insert(OID, row(value, kept)) for value in range(2, 6)]
+    changes += [m.Update(OID, None, False, row(value, kept)) for value in range(1, 6)]
+    stream.transaction(100, *changes)
+    found = pending(stream.take())
+    if kept == b"mine":
+        assert found == {value: row(value, kept) for value in range(1, 6)}
+    else:
+        assert found == dict.fromkeys(range(1, 6))
+        assert stream.gatherer.ignored_changes == 4
+
+
+def test_rows_of_two_plans_come_in_two_batches() -> None:
+    stream = Stream()
+    columns = (*RELATION.columns[:2], m.RelationColumn("b", 20, -1, False))
+    altered = dataclasses.replace(RELATION, columns=columns)
+    stream.transaction(
+        100,
+        RELATION,
+        m.Insert(OID, row(1)),
+        m.Insert(OID, row(2)),
+        altered,
+        m.Insert(OID, row(3, b=key(3))),
+        m.Insert(OID, row(4, b=key(4))),
+    )
+    first, second = stream.take(), stream.take()
+    assert pending(first) == {1: row(1), 2: row(2)}
+    assert pending(second) == {3: row(3, b=key(3)), 4: row(4, b=key(4))}
+    assert [c.type for c in second.bindings[OID].planned.plan.columns] == [INT8, TEXT, INT8]
+    assert (first.end_lsn, second.end_lsn) == (None, 108)

@@ -193,8 +193,8 @@ def test_the_status_is_the_documented_contract(
     assert set(body) == {
         "format", "pipeline", "time", "state", "state_since", "message", "summary", "attention",
         "alive", "ready", "source", "sink", "positions", "lag", "lag_history", "slot", "slowed",
-        "verification", "dead_letters", "tables", "tasks", "events", "versions", "started",
-        "uptime_seconds",
+        "rebuilds", "verification", "dead_letters", "tables", "tasks", "events", "versions",
+        "started", "uptime_seconds",
     }  # fmt: skip
     assert body["format"] == 1
     assert body["pipeline"] == {"name": "default", "slot": "cdc_sync", "publication": "pub"}
@@ -270,6 +270,11 @@ def test_the_board_mirrors_to_the_metrics(board: StatusBoard, metrics: Metrics) 
     assert read("cdc_sync_lag_seconds") == 3.5
     assert read("cdc_sync_tables", {"state": "streaming"}) == 1
     assert read("cdc_sync_tables", {"state": "pending"}) == 1
+    assert read("cdc_sync_tables_waiting") == 0
+    board.table("a").update(waiting="somebody has it locked")
+    assert read("cdc_sync_tables_waiting") == 1
+    board.table("a").update(waiting=None)
+    assert read("cdc_sync_tables_waiting") == 0
     beat = read("cdc_sync_loop_heartbeat_timestamp_seconds", {"task": "stream"})
     assert beat == pytest.approx(time.time(), abs=60)
     board.retire("stream")

@@ -8,8 +8,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import ColumnPlan, IdScheme, TablePlan
-from cdc_sync.mapping.planner import PlanOptions
 from cdc_sync.mapping.table import Column, Leaf, PgType, Table, TypeKind
 from cdc_sync.qdrant.records import ledger_record, table_ledger
 from cdc_sync.sync.ledger import Ledger

@@ -51,6 +51,19 @@ def test_every_metric_of_the_page_has_a_meaning_and_no_row_is_lost() -> None:
         assert match[5].strip(), f"nobody is told what to do about {match[1]}"
 
 
+def test_documents_name_no_metric_that_is_not_there() -> None:
+    known = {spec.name for spec in Metrics().specs}
+    known |= {
+        f"{spec.name}_{part}"
+        for spec in Metrics().specs
+        if spec.type == "histogram"
+        for part in ("bucket", "count", "sum")
+    }
+    for page in [PAGE.parents[1] / "README.md", *PAGE.parent.glob("*.md")]:
+        named = set(re.findall(r"\bcdc_sync_[a-z_]+", page.read_text(encoding="utf-8")))
+        assert named <= known, page.name
+
+
 def test_the_registry_holds_what_the_specifications_say() -> None:
     metrics = Metrics()
     metrics.add_table("public.items")

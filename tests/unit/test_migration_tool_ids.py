@@ -20,8 +20,9 @@ from cdc_sync.config import TableSettings
 from cdc_sync.errors import ConfigError, MappingError
 from cdc_sync.mapping.ids import compile_key_id, compile_point_id, plan_fingerprint
 from cdc_sync.mapping.migration_ids import migration_scheme
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import ColumnPlan, IdScheme, TablePlan
-from cdc_sync.mapping.planner import PlanOptions, build_plan
+from cdc_sync.mapping.planner import build_plan
 from cdc_sync.mapping.table import Column, Index, IndexColumn, PgType, Table, TypeKind
 from cdc_sync.rows import UNCHANGED, RawValue, TextValue
 from cdc_sync.sync.planning import plan_options

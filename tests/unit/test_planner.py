@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from cdc_sync.errors import ConfigError, ErrorKind, SourceError
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import (
     ColumnPlan,
     Datatype,
@@ -18,7 +19,7 @@ from cdc_sync.mapping.plan import (
     VectorKind,
     VectorPlan,
 )
-from cdc_sync.mapping.planner import PlanOptions, build_plan
+from cdc_sync.mapping.planner import build_plan
 from cdc_sync.mapping.table import Column, Index, IndexColumn, PgType, Table, TypeKind
 from tests.support.mapping_types import array, composite, core, domain, pgvector
 

@@ -14,8 +14,9 @@ from qdrant_client import grpc
 
 from cdc_sync.errors import ConfigError, MappingError
 from cdc_sync.mapping.ids import compile_point_id, plan_fingerprint
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import ColumnPlan, IdScheme, Part, PayloadIndex, PayloadIndexType
-from cdc_sync.mapping.planner import PlanOptions, build_plan, replan
+from cdc_sync.mapping.planner import build_plan, replan
 from cdc_sync.mapping.presets import PresetName, expand, lacks_dimension
 from cdc_sync.mapping.python import PythonCodec
 from cdc_sync.mapping.table import Column, Index, IndexColumn, PgType, Table

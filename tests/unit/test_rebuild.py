@@ -24,11 +24,11 @@ from cdc_sync.sync.control import (
     RebuildMessage,
     SwapRequest,
     parse_message,
-    parse_request,
     rebuild_content,
 )
 from cdc_sync.sync.planning import in_force
-from cdc_sync.sync.rebuild import worker_names, worker_settings
+from cdc_sync.sync.rebuild import worker_settings
+from cdc_sync.sync.rebuild_slots import worker_names
 from cdc_sync.sync.swaps import PipelineSwaps, rebuilt_tables
 from cdc_sync.sync.table_records import TableRecords
 from tests.unit.test_gather import planned_table
@@ -50,8 +50,6 @@ def test_a_message_survives_the_wal() -> None:
     odd = dataclasses.replace(MESSAGE, table='public."ü"\u2028')
     assert parse_message(PREFIX, rebuild_content(odd)) == odd
     assert parse_message("other", rebuild_content(MESSAGE)) is None
-    # Whoever asks for rows only is not told of it.
-    assert parse_request(PREFIX, rebuild_content(MESSAGE)) is None
 
 
 @pytest.mark.requirement("R49")

@@ -5,14 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cdc_sync.qdrant.sink import TableState
-from cdc_sync.sync.planning import (
-    as_stale,
-    is_named,
-    is_recorded_stale,
-    recorded_as,
-    same_configuration,
-    same_options,
-)
+from cdc_sync.sync.fingerprints import as_stale, is_recorded_stale, same_configuration, same_options
+from cdc_sync.sync.planning import is_named, recorded_as
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from cdc_sync.errors import MappingError
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import IdScheme
-from cdc_sync.mapping.planner import DimensionChangedError, PlanOptions, build_plan, replan
+from cdc_sync.mapping.planner import DimensionChangedError, build_plan, replan
 from cdc_sync.mapping.table import PgType, redefined
 from tests.support.mapping_types import array, core, pgvector
 from tests.unit.test_planner import COLUMNS, column_of, index, table, vector_of

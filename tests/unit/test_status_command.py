@@ -32,15 +32,10 @@ from tests.support.status_scenes import (
     served,
     stopped_table,
     streaming,
+    told,
 )
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
-
-
-def told(scene: Scene) -> dict[str, object]:
-    answer = json.loads(json.dumps(scene.board.snapshot()))
-    assert isinstance(answer, dict)
-    return answer
 
 
 def run(server: HttpServer, *arguments: str) -> int:

@@ -20,7 +20,7 @@ from cdc_sync.ops.lag_history import SAMPLE_SECONDS, SAMPLES, LagHistory
 from cdc_sync.ops.logging import EventLogger
 from cdc_sync.ops.page import status_page
 from cdc_sync.ops.recent_events import KEPT_EVENTS, RecentEvents
-from tests.support.status_scenes import MIB, Scene, copying, hostile, served, streaming
+from tests.support.status_scenes import MIB, Scene, copying, hostile, served, streaming, told
 
 
 @pytest.fixture
@@ -42,13 +42,6 @@ def get(server: HttpServer, path: str) -> tuple[int, dict[str, str], bytes]:
         return response.status, dict(response.getheaders()), response.read()
     finally:
         connection.close()
-
-
-def told(scene: Scene) -> dict[str, object]:
-    """What ``/status`` answers."""
-    answer = json.loads(json.dumps(scene.board.snapshot()))
-    assert isinstance(answer, dict)
-    return answer
 
 
 def summary(scene: Scene) -> tuple[object, object]:

@@ -84,6 +84,19 @@ def test_sizes_that_lie(kinds: bool) -> None:
         assert read(second + b"abcd", 0) is None
 
 
+@pytest.mark.requirement("R14")
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_text_is_not_read_as_binary(place: int) -> None:
+    read = compile_reader([ANY_SIZE, 2, ANY_SIZE], kinds=True)
+    assert read is not None
+    row: Row = [b"one", b"22", b"three"]
+    assert read(tuple_bytes(row), 0) is not None
+    value = row[place]
+    assert isinstance(value, bytes)
+    row[place] = TextValue(value)
+    assert read(tuple_bytes(row), 0) is None
+
+
 def test_too_many_columns_are_left_to_the_loop() -> None:
     assert compile_reader([ANY_SIZE] * 1664, kinds=True) is None
     assert compile_reader([], kinds=True) is None

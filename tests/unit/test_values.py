@@ -39,7 +39,7 @@ def extension(owner: str, name: str) -> PgType:
 
 def array_bytes(*items: bytes | None, sizes: tuple[int, ...] | None = None) -> bytes:
     sizes = sizes if sizes is not None else (len(items),)
-    header = struct.pack(">iii", len(sizes), 1, 0)
+    header = struct.pack(">iii", len(sizes), None in items, 0)
     header += b"".join(struct.pack(">ii", size, 1) for size in sizes)
     return header + b"".join(
         struct.pack(">i", -1) if item is None else struct.pack(">i", len(item)) + item

@@ -9,8 +9,9 @@ import dataclasses
 import pytest
 
 from cdc_sync.errors import ConfigError, ErrorKind, SourceError
+from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import Datatype, Metric, TablePlan, VectorPlan
-from cdc_sync.mapping.planner import PlanOptions, build_plan, replan
+from cdc_sync.mapping.planner import build_plan, replan
 from cdc_sync.mapping.table import Column, Index, IndexColumn, PgType, Table
 from cdc_sync.mapping.vector_indexes import index_notes, vector_indexes
 from cdc_sync.mapping.vector_settings import find_dimension, find_metric

@@ -1,0 +1,226 @@
+"""The rebuild loses its connection while it stands at the swap, and its stream begins again before
+that: what it applies once more must not come over what the pipeline has written since."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from cdc_sync.qdrant.sink import RebuildState, SourceMark
+from cdc_sync.sync.applier import Applier
+from cdc_sync.sync.control import SwapRequest
+from cdc_sync.sync.gather import Batch
+from cdc_sync.sync.rebuild import answer_on_record
+from cdc_sync.sync.source_history import SourceHistory
+from cdc_sync.sync.stream import StreamSession
+from cdc_sync.sync.swaps import PipelineSwaps
+from cdc_sync.sync.table_records import TableRecords
+from cdc_sync.verify.rebuild import Conductor
+from tests.support.fix_postgres import Database
+from tests.support.pipeline_task import Running, running
+from tests.support.qdrant_control import QdrantTarget
+from tests.support.rebuild_scene import (
+    TABLE,
+    Rebuilding,
+    Scene,
+    finish_rebuild,
+    make_scene,
+    rebuilding,
+    sink_of,
+    until,
+)
+
+
+class Held:
+    """Steps that wait until they are let go of: the request, the pipeline's decision, the rebuild's
+    way back to its slot, and what it writes then. From the request on the rebuild confirms nothing
+    of what it applies, as if Postgres had crashed before it has saved the slot."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.request = asyncio.Event()
+        self.decision = asyncio.Event()
+        self.session = asyncio.Event()
+        self.writing = asyncio.Event()
+        self.session.set()
+        self.writing.set()
+        self.rebuild: Rebuilding | None = None
+        #: Steps that waited.
+        self.waited: set[str] = set()
+        monkeypatch.setattr(Conductor, "_ask", self._asking(Conductor._ask))
+        monkeypatch.setattr(PipelineSwaps, "meet", self._deciding(PipelineSwaps.meet))
+        monkeypatch.setattr(SourceHistory, "load", self._beginning(SourceHistory.load))
+        monkeypatch.setattr(Applier, "apply", self._applying(Applier.apply))
+        monkeypatch.setattr(StreamSession, "_confirm", self._confirming(StreamSession._confirm))
+
+    async def _pass(self, step: str, gate: asyncio.Event) -> None:
+        if not gate.is_set():
+            self.waited.add(step)
+        await gate.wait()
+
+    def _asking(self, ask: Callable[..., Awaitable[None]]) -> object:
+        async def held(conductor: Conductor, *arguments: object) -> None:
+            await self._pass("request", self.request)
+            await ask(conductor, *arguments)
+
+        return held
+
+    def _deciding(self, meet: Callable[..., Awaitable[None]]) -> object:
+        async def held(
+            swaps: PipelineSwaps, request: SwapRequest, lsn: int, *, settled: bool
+        ) -> None:
+            await self._pass("decision", self.decision)
+            await meet(swaps, request, lsn, settled=settled)
+
+        return held
+
+    def _beginning(self, load: Callable[..., Awaitable[SourceMark | None]]) -> object:
+        async def held(history: SourceHistory) -> SourceMark | None:
+            parts = self.rebuild.pipeline._parts if self.rebuild is not None else None
+            if parts is not None and history is parts.history:
+                await self._pass("session", self.session)
+            return await load(history)
+
+        return held
+
+    def _applying(self, apply: Callable[..., Awaitable[None]]) -> object:
+        async def held(applier: Applier, batch: Batch, *arguments: object) -> None:
+            if self.rebuild is not None and applier._sink is self.rebuild.pipeline._sink:
+                await self._pass("writing", self.writing)
+            await apply(applier, batch, *arguments)
+
+        return held
+
+    def _confirming(self, confirm: Callable[..., Awaitable[None]]) -> object:
+        async def forgotten(session: StreamSession, force: bool = False) -> None:
+            rebuild = self.rebuild
+            ours = rebuild is not None and session.positions is rebuild.pipeline.positions
+            if not ours or "request" not in self.waited:
+                await confirm(session, force)
+
+        return forgotten
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    return Held(monkeypatch)
+
+
+async def record(scene: Scene) -> RebuildState:
+    (found,) = await scene.records()
+    return found
+
+
+async def is_taken(scene: Scene) -> bool:
+    async with sink_of(scene.settings) as sink:
+        state = await sink.state.load(scene.settings.pipeline.name)
+    assert state is not None
+    answer = state.tables[0].rebuild
+    return answer is not None and answer.taken != ""
+
+
+def cut(database: Database, slot: str) -> None:
+    """End the connection over which a slot streams."""
+    database.execute(
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s",
+        (slot,),
+    )
+
+
+async def stand(scene: Scene, held: Held, life: Running, rebuild: Rebuilding) -> None:
+    """Until the rebuild stands, and has applied changes that its slot does not know of."""
+    held.rebuild = rebuild
+    await life.wait(lambda: "request" in held.waited, "the request")
+    life.database.execute("UPDATE items SET n = -1 WHERE id < 20; DELETE FROM items WHERE id = 20")
+    held.request.set()
+    await until(scene.is_ready)
+    await life.wait(lambda: "decision" in held.waited, "the pipeline")
+
+
+def change(database: Database) -> None:
+    """Change again what was changed before the rebuild stood."""
+    database.execute(
+        "UPDATE items SET n = -2 WHERE id < 20; INSERT INTO items (id, n) VALUES (20, -2)"
+    )
+
+
+async def assert_over(scene: Scene, life: Running, rebuild: Rebuilding) -> None:
+    await rebuild.ended()
+    assert await is_taken(scene)
+    await finish_rebuild(scene.settings, rebuild.rebuilt.rebuild)
+    await life.assert_equal(exclude=["body"])
+    assert life.pipeline.tables[0].plan.collection == scene.new
+
+
+@pytest.mark.requirement("R46")
+async def test_it_is_not_taken_while_it_comes_there_again(
+    database18: Database, qdrant: QdrantTarget, held: Held
+) -> None:
+    scene = make_scene(database18, qdrant, exclude=["body"])
+    async with (
+        running(scene.settings, database18, qdrant) as life,
+        rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild,
+    ):
+        await stand(scene, held, life, rebuild)
+        held.writing.clear()
+        cut(database18, (await record(scene)).slot)
+        await life.wait(lambda: "writing" in held.waited, "the stream from before the swap")
+        held.decision.set()
+        change(database18)
+
+        async def is_decided() -> bool:
+            return await is_taken(scene) or (await record(scene)).phase == "requested"
+
+        await until(is_decided)
+        if await is_taken(scene):
+            await life.caught_up()
+        held.writing.set()
+        await assert_over(scene, life, rebuild)
+
+
+@pytest.mark.requirement("R46")
+async def test_what_was_taken_meanwhile_is_not_written_again(
+    database18: Database, qdrant: QdrantTarget, held: Held
+) -> None:
+    scene = make_scene(database18, qdrant, exclude=["body"])
+    async with (
+        running(scene.settings, database18, qdrant) as life,
+        rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild,
+    ):
+        await stand(scene, held, life, rebuild)
+        held.session.clear()
+        cut(database18, (await record(scene)).slot)
+        await life.wait(lambda: "session" in held.waited, "the end of the connection")
+        held.decision.set()
+        await until(lambda: is_taken(scene))
+        change(database18)
+        await life.caught_up()
+        held.session.set()
+        await assert_over(scene, life, rebuild)
+
+
+async def test_it_is_not_taken_when_its_record_says_that_it_is_to_be_read_again(
+    database18: Database, qdrant: QdrantTarget, held: Held
+) -> None:
+    """As it does when its slot was lost meanwhile."""
+    scene = make_scene(database18, qdrant, exclude=["body"])
+    async with (
+        running(scene.settings, database18, qdrant) as life,
+        rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild,
+    ):
+        await stand(scene, held, life, rebuild)
+        async with sink_of(scene.settings) as sink:
+            await TableRecords(sink.state, (await record(scene)).worker).all_stale()
+        asked = (await record(scene)).token
+        held.decision.set()
+
+        async def is_answered() -> bool:
+            async with sink_of(scene.settings) as sink:
+                state = await sink.state.load(scene.settings.pipeline.name)
+            assert state is not None
+            return answer_on_record(state, TABLE).answered == asked
+
+        await until(is_answered)
+        assert not await is_taken(scene)
+        assert life.pipeline.tables[0].plan.collection == scene.old
