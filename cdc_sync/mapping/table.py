@@ -173,10 +173,10 @@ def redefined(before: str, after: str) -> bool:
 
     A definition is ``columns.storage.versions.labels``: the columns and partitions, the files that
     hold the rows, the transactions that last touched the columns' catalog entries, and digests of
-    the labels of enums and of the attributes of composites, by their OIDs. What rewrites rows and keeps the columns (``ALTER COLUMN n
-    TYPE int USING n * 2``) changes storage and versions at once; VACUUM FULL and TRUNCATE change
-    only the files, SET DEFAULT and GRANT only the versions. A label that is added is in no row yet;
-    one that is renamed is in rows that were written before.
+    the labels of enums and of the attributes of composites, by their OIDs. What rewrites rows and
+    keeps the columns (``ALTER COLUMN n TYPE int USING n * 2``) changes storage and versions at
+    once; VACUUM FULL and TRUNCATE change only the files, SET DEFAULT and GRANT only the versions. A
+    label that is added is in no row yet; one that is renamed is in rows that were written before.
     """
     columns, storage, versions, labels = _parts(before)
     columns_now, storage_now, versions_now, labels_now = _parts(after)

@@ -20,6 +20,7 @@ from cdc_sync.ops.status import StatusBoard
 from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.pgoutput.messages import LogicalMessage
 from cdc_sync.postgres.exclusive import wait_for_window
+from cdc_sync.postgres.replication import ReplicationConnection
 from cdc_sync.postgres.watch import SourcePosition
 from cdc_sync.qdrant.sink import Sink
 from cdc_sync.sync.applier import Applier
@@ -199,33 +200,7 @@ class Streaming:
             await asyncio.to_thread(self.resync.open)
             await self.resync.compare(self.positions.applied)
             await self.history.compare(self.relations)
-            timeout = connection.wal_sender_timeout_seconds
-            gatherer = Gatherer(
-                self.relations.route,
-                batch_rows=self.settings.pipeline.batch_rows,
-                batch_bytes=self.settings.pipeline.batch_bytes,
-                applied=self.positions.applied,
-                on_type=self.relations.forget_type,
-                on_message=lambda message: self._accept(control, message),
-                generation=lambda: self.relations.generation,
-            )
-            session = StreamSession(
-                connection=connection,
-                gatherer=gatherer,
-                applier=applier,
-                positions=self.positions,
-                metrics=self.metrics,
-                make_durable=self.sink.make_durable,
-                stop=self.trials.stop,
-                status_seconds=min(
-                    timeout / 3 or 10.0, self.settings.pipeline.status_interval_seconds
-                ),
-                board=self.board,
-                between=self._between,
-                let_go_seconds=self.settings.pipeline.let_go_seconds,
-                silence_seconds=2 * timeout or _SILENCE_SECONDS,
-                sink_away=lambda: self.sink_watch.away_seconds,
-            )
+            session = self._stream_session(connection, applier, control)
             log.info(
                 "streaming_started",
                 slot=self.settings.source.slot,
@@ -245,6 +220,36 @@ class Streaming:
             await asyncio.to_thread(connection.stop)
         finally:
             connection.close()
+
+    def _stream_session(
+        self, connection: ReplicationConnection, applier: Applier, control: ControlChannel
+    ) -> StreamSession:
+        pipeline, relations = self.settings.pipeline, self.relations
+        timeout = connection.wal_sender_timeout_seconds
+        gatherer = Gatherer(
+            relations.route,
+            batch_rows=pipeline.batch_rows,
+            batch_bytes=pipeline.batch_bytes,
+            applied=self.positions.applied,
+            on_type=relations.forget_type,
+            on_message=lambda message: self._accept(control, message),
+            generation=lambda: relations.generation,
+        )
+        return StreamSession(
+            connection=connection,
+            gatherer=gatherer,
+            applier=applier,
+            positions=self.positions,
+            metrics=self.metrics,
+            make_durable=self.sink.make_durable,
+            stop=self.trials.stop,
+            status_seconds=min(timeout / 3 or 10.0, pipeline.status_interval_seconds),
+            board=self.board,
+            between=self._between,
+            let_go_seconds=pipeline.let_go_seconds,
+            silence_seconds=2 * timeout or _SILENCE_SECONDS,
+            sink_away=lambda: self.sink_watch.away_seconds,
+        )
 
     async def _run_session(self, session: StreamSession) -> None:
         """Run until it ends. A connection lost after a while is no failed try: the next session

@@ -87,6 +87,8 @@ class Conductor:
     _said: set[str] = field(default_factory=set)
     _verified: bool = False
     _indexing_since: float | None = None
+    #: The position after the last request of this process.
+    _asked: int | None = None
 
     async def run(self, pipeline: Pipeline) -> None:
         """Until there is an outcome, or an error that does not pass by itself."""
@@ -205,6 +207,13 @@ class Conductor:
             return False
         return True
 
+    def _passed(self) -> bool:
+        """Whether everything up to the request is confirmed by the pipeline."""
+        slot = self._slot()
+        if slot is None or self._asked is None:
+            return False
+        return int(slot.confirmed_flush_lsn or 0) >= self._asked
+
     def _slot(self) -> SlotInfo | None:
         with connect(self.settings.source, application_name="cdc_sync rebuild") as connection:
             return read_slot(connection, self.settings.source.slot)
@@ -218,6 +227,7 @@ class Conductor:
         if asked is not None:
             self.rebuilt.rebuild = asked
             await asyncio.to_thread(self._emit, asked)
+            await self._answered(sink, token)
 
     async def _take_up(self, rebuild: RebuildState) -> None:
         """A request of an earlier run may not have come into the WAL; two of one token are as good
@@ -230,11 +240,18 @@ class Conductor:
         content = rebuild_content(RebuildMessage(rebuild.pipeline, rebuild.table, rebuild.token))
         with connect(self.settings.source, application_name="cdc_sync rebuild") as connection:
             lsn = emit_messages(connection, PREFIX, [content])
+        self._asked = int(lsn)
         self.say(f"{rebuild.table}: the pipeline goes over at {lsn}")
 
     async def _answered(self, sink: ServerSink, token: str) -> None:
-        """Wait until the request of a token is decided, or no more on record."""
+        """Wait until the request of a token is decided, or no more on record, or the pipeline has
+        gone past it without a word: it refuses what is asked for too often, by whomever."""
+        looked, passed = time.monotonic(), False
         while True:
+            if time.monotonic() - looked > _LOOK_SECONDS:
+                looked = time.monotonic()
+                # The position first: what was decided there was on record before it moved.
+                passed = await asyncio.to_thread(self._passed)
             rebuild = await self._record(sink)
             if rebuild is None or rebuild.token != token or rebuild.phase == "aborting":
                 break
@@ -243,7 +260,7 @@ class Conductor:
             )
             if answer.taken == token:
                 return
-            if answer.answered == token:
+            if answer.answered == token or passed:
                 # The stand may not have come there yet: it goes on then.
                 await change_rebuild(
                     self.settings, sink, rebuild.table, token, phase="filling", token="", lsn=0

@@ -25,13 +25,15 @@ def debezium_figures(bench: Setting) -> Iterator[Figure]:
     notes: dict[str, str] = {}
     if found is not None:
         ours, theirs = found.ours, found.debezium
+        drained = found.drain.rows_per_second
         values = {
             "rate": found.rate_ratio,
             "cpu": found.cpu_ratio,
             "memory": max(found.memory_ratio, found.bounded_memory_ratio),
         }
         notes = {
-            "rate": f"{ours.rows_per_second:,.0f} and {theirs.rows_per_second:,.0f} rows/s",
+            "rate": f"{ours.rows_per_second:,.0f} and {theirs.rows_per_second:,.0f} rows/s; "
+            f"the drain {drained:,.0f}, {drained / theirs.rows_per_second:.1f} x",
             "cpu": f"{ours.cpu_microseconds_per_row:.0f} and "
             f"{theirs.cpu_microseconds_per_row:.0f} µs",
             "memory": f"{_mb(ours.peak_rss_bytes):.0f} and {_mb(theirs.peak_rss_bytes):.0f} MB; "

@@ -13,6 +13,7 @@ from cdc_sync.sync.backfill import Backfill
 from cdc_sync.sync.source_history import SourceHistory
 from cdc_sync.verify import rebuild as conducting
 from cdc_sync.verify.rebuild import Conductor
+from tests.faults.test_slot_gone_back import go_back, remember
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import Running, pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
@@ -137,7 +138,7 @@ async def test_of_another_table_right_before_tables_are_planned_anew(
         await swap(scene, life, rebuild)
         await life.wait(lambda: life.pipeline._relations is not relations, "another plan")
         windows.limit = 1_000_000
-        await windows.wait_settled(life)
+        await read_again(life, "public.others")
         await life.assert_equal(exclude=["body"])
 
 
@@ -171,4 +172,28 @@ async def test_of_the_table_that_is_rebuilt(
         )
         monkeypatch.setattr(SourceHistory, "keep", keep)
         await swap(scene, life, rebuild)
+        await life.assert_equal(exclude=["body"])
+
+
+@pytest.mark.requirement("R39")
+async def test_before_a_rebuild_whose_pipeline_goes_back_to_before_that(
+    database18: Database, qdrant: QdrantTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stream brings older values than the rebuild has read, and not what came after them."""
+    monkeypatch.setattr(source_history, "_SAVE_SECONDS", 0.05)
+    scene = make_scene(database18, qdrant, exclude=["body"])
+    slot = scene.settings.source.slot
+    async with running(scene.settings, database18, qdrant) as life:
+        remember(database18, slot)
+        database18.execute("UPDATE items SET n = 7 WHERE id < 20")
+        await life.caught_up()
+        unsent_update(database18, scene.settings.source.publication, "items")
+        await read_again(life, TABLE)
+        async with rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild:
+            await swap(scene, life, rebuild)
+        await life.assert_equal(exclude=["body"])
+        await life.stop()
+    await asyncio.to_thread(go_back, database18, slot)
+    async with running(scene.wanted, database18, qdrant) as life:
+        await read_again(life, TABLE)
         await life.assert_equal(exclude=["body"])

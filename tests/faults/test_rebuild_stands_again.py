@@ -8,15 +8,18 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from cdc_sync.postgres.control import emit_messages
 from cdc_sync.qdrant.sink import RebuildState, SourceMark
+from cdc_sync.sync import control
 from cdc_sync.sync.applier import Applier
-from cdc_sync.sync.control import SwapRequest
+from cdc_sync.sync.control import PREFIX, RebuildMessage, SwapRequest, rebuild_content
 from cdc_sync.sync.gather import Batch
 from cdc_sync.sync.rebuild import answer_on_record
 from cdc_sync.sync.source_history import SourceHistory
 from cdc_sync.sync.stream import StreamSession
 from cdc_sync.sync.swaps import PipelineSwaps
 from cdc_sync.sync.table_records import TableRecords
+from cdc_sync.verify import rebuild as conducting
 from cdc_sync.verify.rebuild import Conductor
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import Running, running
@@ -224,3 +227,27 @@ async def test_it_is_not_taken_when_its_record_says_that_it_is_to_be_read_again(
         await until(is_answered)
         assert not await is_taken(scene)
         assert life.pipeline.tables[0].plan.collection == scene.old
+
+
+@pytest.mark.requirement("R49")
+async def test_a_request_that_is_refused_is_made_again(
+    database18: Database, qdrant: QdrantTarget, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may write requests, until no more of them are heard for a while."""
+    monkeypatch.setattr(control, "_SECONDS_A_SWAP", 1.0)
+    monkeypatch.setattr(conducting, "_RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(conducting, "_LOOK_SECONDS", 0.1)
+    scene = make_scene(database18, qdrant, exclude=["body"])
+    held.decision.set()
+    async with (
+        running(scene.settings, database18, qdrant) as life,
+        rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild,
+    ):
+        await life.wait(lambda: "request" in held.waited, "the request")
+        forged = rebuild_content(RebuildMessage(scene.settings.pipeline.name, TABLE, "0" * 32))
+        with database18.connect() as connection:
+            emit_messages(connection, PREFIX, [forged] * 40)
+        held.request.set()
+        await rebuild.ended()
+        assert sum("goes over at" in line for line in rebuild.said) > 1
+        await assert_over(scene, life, rebuild)

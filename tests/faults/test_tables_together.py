@@ -10,6 +10,8 @@ from typing import Any, Final
 
 import pytest
 
+from cdc_sync.errors import CdcSyncError
+from cdc_sync.sync.resync import Resync
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import Running, pipeline_settings, running
 from tests.support.qdrant_control import Faults, QdrantTarget
@@ -158,27 +160,47 @@ async def test_nothing_is_lost_or_overtaken_while_requests_fail_and_connections_
         assert 1 < together(log) <= REQUESTS
 
 
-async def test_a_collection_that_goes_stops_none_of_the_tables_beside_it(
-    database18: Database, qdrant: QdrantTarget, faults: Faults
+async def test_collections_that_go_stop_none_of_the_tables_beside_them(
+    database18: Database, qdrant: QdrantTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is made and filled again, and the others are written meanwhile."""
+    """They are made and filled again, and the others are written meanwhile. Two tables stop at the
+    same moment: what is kept of that is changed by one after the other."""
     create(database18)
     settings = pipeline_settings(
         database18, qdrant, *sections(qdrant), target={"parallel_requests": REQUESTS}
     )
-    gone = settings.tables[1].collection
-    assert gone is not None
+    gone = [str(settings.tables[number].collection) for number in (0, 2)]
+    stopping: list[str] = []
+    most = 0
+    stop = Resync.stop
+
+    async def slowly(self: Resync, table: str, error: CdcSyncError) -> None:
+        nonlocal most
+        stopping.append(table)
+        most = max(most, len(stopping))
+        await asyncio.sleep(0.2)
+        await stop(self, table, error)
+        stopping.remove(table)
+
+    monkeypatch.setattr(Resync, "stop", slowly)
     async with running(settings, database18, qdrant) as life:
         await life.caught_up()
-        qdrant.client().delete_collection(gone)
+        for collection in gone:
+            qdrant.client().delete_collection(collection)
         update_all(database18, "new")
         await life.caught_up()
+        assert most == 1
         for table in settings.tables:
             assert table.collection is not None
-            if table.collection != gone:
+            if table.collection not in gone:
                 points, _ = qdrant.client().scroll(table.collection, limit=100)
                 assert {(point.payload or {})["note"] for point in points} == {"new"}
-        await life.wait(lambda: qdrant.client().collection_exists(gone), "the collection")
-        await life.wait(lambda: qdrant.client().count(gone).count == 20, "its points")
+        for collection in gone:
+            await life.wait(
+                lambda c=collection: (  # type: ignore[misc]
+                    qdrant.client().collection_exists(c) and qdrant.client().count(c).count == 20
+                ),
+                "a collection and its points",
+            )
         await life.wait_streaming()
         await life.assert_equal()

@@ -23,10 +23,10 @@ async def test_the_lag_grows_while_the_connection_is_away_and_is_0_when_caught_u
         life.patience_seconds = 90
         await life.caught_up()
         await life.wait(lambda: _lag(life) == 0, "no lag")
+        await life.wait(lambda: life.metric("slot_active") == 1, "an active slot, seen")
         slot = life.pipeline.board.snapshot()["slot"]
         assert isinstance(slot, dict)
         assert (slot["active"], slot["wal_status"]) == (True, "reserved")
-        assert life.metric("slot_active") == 1
 
         with monkeypatch.context() as broken:
             broken.setattr(streaming, "start_stream", _refuse)
