@@ -206,11 +206,14 @@ class SourceMonitor:
     def _publish(self, seen: _Seen) -> None:
         now = time.time()
         self._positions.see_server(int(seen.position.current), now)
+        self._positions.alone_since = None
         publish_slot(self._metrics, self._board, seen.position)
         self._board.set_rebuilds(self._rebuilds.look(seen.rebuilds, now))
 
     def _not_seen(self, last: float) -> None:
         """Nobody can say what was written since, unless a session is running."""
         self._board.slot_unknown()
+        if self._positions.alone_since is None:
+            self._positions.alone_since = time.monotonic()
         if not self._board.source_up and self._positions.blind_since is None:
             self._positions.blind_since = last

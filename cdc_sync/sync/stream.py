@@ -71,6 +71,8 @@ class Positions:
     ahead: tuple[int, float] | None = None
     #: Since when nobody has been able to ask the server; None while somebody is.
     blind_since: float | None = None
+    #: Since when (of the monotonic clock) the server takes no other connection; None while it does.
+    alone_since: float | None = None
 
     def begin(self, lsn: int) -> None:
         """Stand at the beginning of a new slot; what was known of another does not count."""
@@ -169,6 +171,7 @@ class StreamSession:
     _in_flight: Batch | None = None
     _in_flight_since: float = 0.0
     _failing: bool = False
+    _troubled: bool = False
     _last_status: float = 0.0
     _last_durable: float = 0.0
     _last_heard: float = field(default_factory=time.monotonic)
@@ -332,7 +335,7 @@ class StreamSession:
 
     async def _sleep(self, seconds: float) -> None:
         """Pass the time before something is tried again, unless the connection is gone."""
-        self._failing = True
+        self._failing = self._troubled = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._lost.wait()
@@ -344,6 +347,7 @@ class StreamSession:
             # How long Qdrant takes says nothing about whether this loop lives.
             self.board.retire("writer")
             self._in_flight = batch
+            self._troubled = False
             self._progress()
             started = time.perf_counter()
             try:
@@ -416,10 +420,16 @@ class StreamSession:
     @property
     def _stalled_seconds(self) -> float:
         """How long Qdrant has not completed anything. One that is slow and does not fail is waited
-        for: a batch given up would be sent again from its beginning, each time."""
-        if self._in_flight is None or not self._failing:
+        for: a batch given up would be sent again from its beginning, each time.
+
+        A server that shuts down takes no other connection and waits for this one. Then it does not
+        help that a part was written with every try.
+        """
+        if self._in_flight is None:
             return 0.0
-        return time.monotonic() - self._in_flight_since
+        now, alone = time.monotonic(), self.positions.alone_since
+        stalled = now - self._in_flight_since if self._failing else 0.0
+        return stalled if alone is None or not self._troubled else max(stalled, now - alone)
 
     def _progress(self) -> None:
         self._in_flight_since = time.monotonic()

@@ -176,6 +176,40 @@ def test_a_batch_larger_than_qdrant_takes_in_a_minute_gets_through(
     assert "slot_let_go" not in synced.daemon.log()
 
 
+@pytest.mark.slow
+@pytest.mark.requirement("R7")
+def test_a_rate_limit_does_not_hold_up_a_shutdown(
+    private_database: Database,
+    sync_table: SyncTable,
+    qdrant_private: QdrantProcess,
+) -> None:
+    """Every try writes a few more points, so it would go on for minutes; what has been written of
+    the batch is written again after the server is back."""
+    database, server = private_database, private_database.server
+    create_items(database, 2000)
+    synced = sync_table(
+        database,
+        "items",
+        qdrant=qdrant_private,
+        pipeline={"let_go_seconds": 6},
+        qdrant_settings={"parallel_requests": 1, "request_points": 16},
+    )
+    daemon = synced.daemon
+    qdrant_private.script.rate_limit(600)
+    database.execute("UPDATE items SET emb = '[1,1,1,1]'")
+    limited = {"kind": "sink_rate_limited"}
+    daemon.wait(lambda: daemon.metric("cdc_sync_sink_retries_total", **limited) > 2, "tries")
+    # Longer than it may fail while Postgres is there.
+    time.sleep(7)
+    assert "slot_let_go" not in daemon.log()
+    server.stop("fast", timeout_seconds=60)
+    assert "slot_let_go" in daemon.log()
+    server.start()
+    qdrant_private.script.rate_limit(None)
+    daemon.wait(lambda: is_ready(daemon), "readiness again", 90)
+    synced.assert_equal()
+
+
 def test_a_slow_qdrant_is_no_reason_to_let_go(
     database18: Database, sync_table: SyncTable, qdrant_private: QdrantProcess, faults: Faults
 ) -> None:

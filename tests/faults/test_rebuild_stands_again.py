@@ -4,11 +4,14 @@ that: what it applies once more must not come over what the pipeline has written
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
 from cdc_sync.postgres.control import emit_messages
+from cdc_sync.qdrant.server import ServerSink
 from cdc_sync.qdrant.sink import RebuildState, SourceMark
 from cdc_sync.sync import control
 from cdc_sync.sync.applier import Applier
@@ -227,6 +230,41 @@ async def test_it_is_not_taken_when_its_record_says_that_it_is_to_be_read_again(
         await until(is_answered)
         assert not await is_taken(scene)
         assert life.pipeline.tables[0].plan.collection == scene.old
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"phase": "requested"}, {"lsn": 8}, {"token": "1" * 32}, {"phase": "aborting"}],
+    ids=str,
+)
+async def test_it_is_not_taken_when_its_record_has_changed_before_the_lock(
+    database18: Database,
+    qdrant: QdrantTarget,
+    held: Held,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+) -> None:
+    scene = make_scene(database18, qdrant, exclude=["body"])
+    decide: Callable[..., Awaitable[bool]] = PipelineSwaps._decide
+    decisions: list[bool] = []
+
+    async def changed(
+        swaps: PipelineSwaps, sink: ServerSink, rebuild: RebuildState, lsn: int
+    ) -> bool:
+        await sink.state.save_rebuild(dataclasses.replace(rebuild, **changes))
+        decisions.append(await decide(swaps, sink, rebuild, lsn))
+        return decisions[-1]
+
+    monkeypatch.setattr(PipelineSwaps, "_decide", changed)
+    held.decision.set()
+    held.request.set()
+    async with (
+        running(scene.settings, database18, qdrant) as life,
+        rebuilding(scene.settings, scene.wanted, scene.alias),
+    ):
+        await life.wait(lambda: bool(decisions), "the decision")
+        assert decisions[0] is False
+        assert not await is_taken(scene)
 
 
 @pytest.mark.requirement("R49")
