@@ -331,6 +331,8 @@ def check_all(*phases: Phase) -> None:
         derandomize=True,
         database=None,
         phases=phases,
+        # Which of several comes first depends on times.
+        report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow],
     )
     @given(commit_logs(), LIVES, st.integers(1, 6), st.integers(0, 1000))
@@ -342,7 +344,11 @@ def check_all(*phases: Phase) -> None:
         mock.patch.object(stream, "_IDLE_SECONDS", 0.005),
         mock.patch.object(stream, "_REPLY_SECONDS", 0.0),
     ):
-        holds()
+        try:
+            holds()
+        except BaseExceptionGroup as group:
+            # One that depends on times may not come again: it was there all the same.
+            raise group.exceptions[0] from None
 
 
 @pytest.mark.requirement("R41", "R43", "R44", "R45", "R47")
