@@ -26,6 +26,7 @@ from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Applied, Changes, Sink, TableWriter
 from cdc_sync.rows import LARGE_ROW_BYTES, PointId, Row
 from cdc_sync.sync.dead_letters import Refusal, refusals, unmapped_key
+from cdc_sync.sync.opening import opening
 from cdc_sync.sync.repairing import repairing
 from cdc_sync.sync.retry import retrying
 from cdc_sync.sync.writing import writing
@@ -312,18 +313,20 @@ class ChunkCopier:
 
 
 async def _unless_stopped(task: CopyTask, stop: asyncio.Event) -> PgConnection:
-    """Connect in a thread, which goes on by itself if the connection is not needed any more."""
-    connecting = asyncio.ensure_future(asyncio.to_thread(_import, task))
+    """Connect in a thread; what is opened after that is not needed any more is closed."""
+    connecting = asyncio.ensure_future(opening(_import, task))
     stopping = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait({connecting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not connecting.done():
             raise CopyStoppedError
         return connecting.result()
+    except BaseException:
+        connecting.add_done_callback(_close_unused)
+        connecting.cancel()
+        raise
     finally:
         stopping.cancel()
-        if not connecting.done():
-            connecting.add_done_callback(_close_unused)
 
 
 def _close_unused(connecting: asyncio.Future[PgConnection]) -> None:

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import enum
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SinkError, SourceError
@@ -49,6 +49,17 @@ class Beginning(enum.Enum):
     COPY = "copy"  #: from nothing
     GO_ON = "go on"  #: where the slot stands
     ANEW = "anew"  #: with a new slot, and every table read again
+
+
+class _NewSlot(NamedTuple):
+    """A slot, and the connection that has made it and keeps its snapshot."""
+
+    connection: ReplicationConnection
+    slot: CreatedSlot
+
+    def close(self) -> None:
+        """Close the connection; the slot stays."""
+        self.connection.close()
 
 
 class Until(Protocol):
@@ -408,24 +419,25 @@ class FirstCopy:
             completed=len(completed),
         )
 
-    async def _new_slot(self) -> tuple[ReplicationConnection, CreatedSlot]:
+    async def _new_slot(self) -> _NewSlot:
         try:
-            return await asyncio.to_thread(self._create_slot)
+            return await opening(self._create_slot)
         except SourceError as error:
             if error.kind is ErrorKind.SLOT_ACTIVE:
                 # Made by a command whose answer was lost: its snapshot is not to be had any more.
                 raise CopyAbandonedError(error.message) from error
             raise
 
-    def _create_slot(self) -> tuple[ReplicationConnection, CreatedSlot]:
+    def _create_slot(self) -> _NewSlot:
         source = self.settings.source
         replication = ReplicationConnection.open(source)
         with closed_on_error(replication):
-            return replication, replication.create_slot(
+            created = replication.create_slot(
                 source.slot,
                 failover=source.failover,
                 lock_timeout_seconds=source.slot_creation_timeout_seconds,
             )
+        return _NewSlot(replication, created)
 
     def _abandon_slot(self) -> None:
         with contextlib.suppress(SourceError), connect(self.settings.source) as connection:
