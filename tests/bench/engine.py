@@ -88,9 +88,12 @@ def _on_stall(error: CdcSyncError, seconds: float) -> None:
 
 @dataclass
 class _Progress:
-    """Counts changes up to the end, and reads the clocks once some are skipped."""
+    """Counts changes up to the end, which is a position or their number, and reads the clocks once
+    some are skipped. ``told`` is called with the number of each batch."""
 
     end: int
+    rows: int | None = None
+    told: Callable[[int], None] = lambda changes: None
     skip: int = 0
     meter: Meter | None = None
     began: Reading | None = None
@@ -100,10 +103,12 @@ class _Progress:
     def at(self, batch: Batch | None, applied: int) -> bool:
         """Whether it is the end."""
         if batch is not None:
-            self.changes += sum(len(table) for table in batch.tables.values())
+            changes = sum(len(table) for table in batch.tables.values())
+            self.changes += changes
+            self.told(changes)
         if self.meter is not None and self.began is None and self.changes >= self.skip:
             self.began, self.skipped = self.meter.begin(), self.changes
-        return applied >= self.end
+        return applied >= self.end if self.rows is None else self.changes >= self.rows
 
 
 @dataclass(frozen=True)
@@ -123,9 +128,13 @@ class StreamEngine:
     def run_after(self, skip: int, end: int, meter: Meter) -> tuple[Cost, int]:
         """The same, with the clocks running from the end of the batch on with which so many changes
         are applied; returns the cost and the number of changes after it."""
-        progress = _Progress(end, skip, meter)
+        progress = _Progress(end, skip=skip, meter=meter)
         cost = asyncio.run(self._run(end, meter, progress))
         return cost, progress.changes - progress.skipped
+
+    def follow(self, rows: int, told: Callable[[int], None]) -> None:
+        """Stream until so many changes are applied; told of each batch how many it had."""
+        asyncio.run(self._run(0, Meter(), _Progress(0, rows, told)))
 
     async def _run(self, end: int, meter: Meter, progress: _Progress) -> Cost:
         sink = NullSink(self.path, embedded=self.embedded)

