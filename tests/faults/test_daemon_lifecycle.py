@@ -186,8 +186,11 @@ def test_sigterm_finishes_the_batch_in_flight_and_confirms_it(
     synced = sync_table(database18, "items", qdrant=qdrant_private)
     daemon = synced.daemon
     faults.hold("write")
-    database18.execute("UPDATE items SET note = 'in flight'")
-    ((end,),) = database18.execute("SELECT pg_current_wal_insert_lsn()::text")
+    with database18.connect() as connection, connection.transaction():
+        connection.execute("UPDATE items SET note = 'in flight'")
+        # The commit comes after it; what others write after the commit would not be confirmed.
+        row = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+        assert row is not None
     daemon.wait(lambda: faults.held() > 0, "the request")
     assert daemon.process is not None
     daemon.process.send_signal(signal.SIGTERM)
@@ -196,8 +199,8 @@ def test_sigterm_finishes_the_batch_in_flight_and_confirms_it(
     faults.release()
     assert daemon.process.wait(LIMIT_SECONDS) == 0
     confirmed = database18.execute(
-        "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s",
-        (end, daemon.slot),
+        "SELECT confirmed_flush_lsn > %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s",
+        (row[0], daemon.slot),
     )
     assert confirmed == [(True,)]
     synced.assert_equal()
