@@ -36,6 +36,16 @@ STATE_EXIT: Final = 65
 _BUGS: Final = (b"Report this with the trace", b"never retrieved", b"Fatal Python error")
 _WANTED: Final = ("resync_wanted", "sweep_wanted")
 _COMPLETED: Final = ("resync_completed", "sweep_completed", "table_copied")
+#: Between these, the tables that a new slot makes it read again are not known yet.
+_NEW_SLOT: Final = "a new slot"
+_MARKS: Final = (
+    b"_wanted",
+    b"_completed",
+    b"table_copied",
+    b"stream_begins_anew",
+    b"streaming_started",
+    b'"state"',
+)
 
 
 class CampaignError(AssertionError):
@@ -143,9 +153,7 @@ class LogReader:
         # Not every traceback: at this level of logging, what ends it as it should has one too.
         if any(mark in line for mark in _BUGS):
             self.bugs.append(line.decode(errors="replace")[:2000])
-        if not any(
-            word in line for word in (b"_wanted", b"_completed", b"table_copied", b'"state"')
-        ):
+        if not any(mark in line for mark in _MARKS):
             return
         try:
             event = json.loads(line)
@@ -154,6 +162,10 @@ class LogReader:
         name, table = event.get("event"), str(event.get("table"))
         if name == "state" and event.get("state") == "starting":
             self.wanted.clear()
+        elif name == "stream_begins_anew":
+            self.wanted.add(_NEW_SLOT)
+        elif name == "streaming_started":
+            self.wanted.discard(_NEW_SLOT)
         elif name in _WANTED:
             self.wanted.add(table)
         elif name in _COMPLETED:
