@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -144,6 +145,19 @@ async def stand(scene: Scene, held: Held, life: Running, rebuild: Rebuilding) ->
     await life.wait(lambda: "decision" in held.waited, "the pipeline")
 
 
+@asynccontextmanager
+async def side_by_side(
+    database: Database, qdrant: QdrantTarget
+) -> AsyncIterator[tuple[Scene, Running, Rebuilding]]:
+    """The pipeline, and a rebuild of its table."""
+    scene = make_scene(database, qdrant, exclude=["body"])
+    async with (
+        running(scene.settings, database, qdrant) as life,
+        rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild,
+    ):
+        yield scene, life, rebuild
+
+
 def change(database: Database) -> None:
     """Change again what was changed before the rebuild stood."""
     database.execute(
@@ -163,11 +177,7 @@ async def assert_over(scene: Scene, life: Running, rebuild: Rebuilding) -> None:
 async def test_it_is_not_taken_while_it_comes_there_again(
     database18: Database, qdrant: QdrantTarget, held: Held
 ) -> None:
-    scene = make_scene(database18, qdrant, exclude=["body"])
-    async with (
-        running(scene.settings, database18, qdrant) as life,
-        rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild,
-    ):
+    async with side_by_side(database18, qdrant) as (scene, life, rebuild):
         await stand(scene, held, life, rebuild)
         held.writing.clear()
         cut(database18, (await record(scene)).slot)
@@ -189,11 +199,7 @@ async def test_it_is_not_taken_while_it_comes_there_again(
 async def test_what_was_taken_meanwhile_is_not_written_again(
     database18: Database, qdrant: QdrantTarget, held: Held
 ) -> None:
-    scene = make_scene(database18, qdrant, exclude=["body"])
-    async with (
-        running(scene.settings, database18, qdrant) as life,
-        rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild,
-    ):
+    async with side_by_side(database18, qdrant) as (scene, life, rebuild):
         await stand(scene, held, life, rebuild)
         held.session.clear()
         cut(database18, (await record(scene)).slot)
@@ -210,11 +216,7 @@ async def test_it_is_not_taken_when_its_record_says_that_it_is_to_be_read_again(
     database18: Database, qdrant: QdrantTarget, held: Held
 ) -> None:
     """As it does when its slot was lost meanwhile."""
-    scene = make_scene(database18, qdrant, exclude=["body"])
-    async with (
-        running(scene.settings, database18, qdrant) as life,
-        rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild,
-    ):
+    async with side_by_side(database18, qdrant) as (scene, life, rebuild):
         await stand(scene, held, life, rebuild)
         async with sink_of(scene.settings) as sink:
             await TableRecords(sink.state, (await record(scene)).worker).all_stale()
