@@ -285,6 +285,7 @@ class PostgresServer:
             self._launch()
             if self._wait_ready(timeout_seconds):
                 return
+            ended = self._how_it_ended(timeout_seconds)
             # Between choosing the port and listening on it somebody else may have taken it.
             with self.log_file.open("rb") as file:
                 file.seek(log_start)
@@ -295,7 +296,7 @@ class PostgresServer:
             self._port = None
         raise SourceError(
             ErrorKind.SOURCE_UNAVAILABLE,
-            f"Postgres {self.binaries.version} in {self.directory} did not start."
+            f"Postgres {self.binaries.version} in {self.directory} did not start: {ended}."
             f" The end of its log:\n{self.log_tail()}",
         )
 
@@ -470,6 +471,15 @@ class PostgresServer:
                 return True
             time.sleep(0.02)
         return False
+
+    def _how_it_ended(self, waited_seconds: float) -> str:
+        """Say how a start went wrong: a process that is killed early writes nothing to its log."""
+        code = None if self._process is None else self._process.poll()
+        if code is None:
+            return f"it was not ready within {waited_seconds:g} s"
+        if code < 0:
+            return f"it was ended by signal {-code} ({signal.strsignal(-code)})"
+        return f"it ended with exit code {code}"
 
     def _escalate(self) -> None:
         """Stop with growing force: a walsender whose client does not read holds up a fast stop."""

@@ -10,8 +10,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Final, TypeAlias
 
 import orjson
 
@@ -45,6 +45,10 @@ _HSTORE_PAIR: Final = re.compile(
     rb'"([^"\\]*(?:\\.[^"\\]*)*)"=>(?:"([^"\\]*(?:\\.[^"\\]*)*)"|NULL)(?:, (?=")|\Z)', re.DOTALL
 )
 _ESCAPED: Final = re.compile(rb"\\(.)", re.DOTALL)
+_NOT_IN_TEXT: Final = re.compile(rb"[\x00\xff]")
+
+#: From data, where a text begins and its length to where it ends.
+_EndOfText: TypeAlias = Callable[[bytes, int, int], int]
 
 
 def _parse_int(digits: str) -> int | str:
@@ -131,30 +135,61 @@ def _jsonb_binary(data: bytes) -> JsonValue:
 
 
 def _hstore_binary(data: bytes) -> JsonValue:
-    """Layout: Int32 pairs; each Int32 length and key, Int32 length (-1: NULL) and value."""
+    """Layout: Int32 pairs; each Int32 length and key, Int32 length (-1: NULL) and value.
+
+    Of a database that is not UTF-8 the lengths are those before the conversion to UTF-8.
+    """
     count: int = _INT32.unpack_from(data)[0]
     if not 0 <= count <= (len(data) - 4) // 8:
         raise malformed()
+    try:
+        return _pairs(data, count, _counted_end)
+    except (struct.error, ValueError):
+        return _pairs(data, count, _converted_end)
+
+
+def _pairs(data: bytes, count: int, end_of: _EndOfText) -> JsonValue:
     pairs: dict[str, JsonValue] = {}
     offset = 4
     for _ in range(count):
-        key, offset = _counted_text(data, offset)
+        key, offset = _counted_text(data, offset, end_of)
         if key is None:
             raise malformed()
-        pairs[key], offset = _counted_text(data, offset)
+        pairs[key], offset = _counted_text(data, offset, end_of)
     if offset != len(data):
         raise malformed()
     return pairs
 
 
-def _counted_text(data: bytes, offset: int) -> tuple[str | None, int]:
+def _counted_text(data: bytes, offset: int, end_of: _EndOfText) -> tuple[str | None, int]:
     length: int = _INT32.unpack_from(data, offset)[0]
     start = offset + 4
     if length == -1:
         return None, start
-    if not 0 <= length <= len(data) - start:
+    if length < 0:
         raise malformed()
-    return text(data[start : start + length]), start + length
+    end = end_of(data, start, length)
+    return text(data[start:end]), end
+
+
+def _counted_end(data: bytes, start: int, length: int) -> int:
+    end = start + length
+    # No text has a zero: it is of the next length, if this one counts other bytes than these.
+    if end > len(data) or data.find(0, start, end) >= 0:
+        raise malformed()
+    return end
+
+
+def _converted_end(data: bytes, start: int, length: int) -> int:
+    # What follows is a length below 2^24 or -1, and neither of their first bytes is in UTF-8.
+    if not length:
+        return start
+    following = _NOT_IN_TEXT.search(data, start)
+    end = following.start() if following else len(data)
+    # No encoding has more than four bytes for a character that has one in another.
+    if not length <= 4 * (end - start) <= 16 * length:
+        raise malformed()
+    return end
 
 
 def _hstore_text(data: bytes) -> JsonValue:

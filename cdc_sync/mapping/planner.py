@@ -469,7 +469,7 @@ def _replan_column(
             )
         return ColumnPlan(name, type_, before.field, None, before.part)
     skipped = selects(options.skip_bytea, name) and _is_bytea(type_)
-    if vector_kind(type_) is not None or skipped:
+    if vector_kind(type_, name in options.bit_vectors) is not None or skipped:
         return None
     try:
         binary_decoder(type_)

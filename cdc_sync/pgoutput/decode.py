@@ -207,12 +207,12 @@ def read_tuple(frame: bytes, pos: int) -> tuple[Row, int] | None:
         return None
 
 
-def _string(frame: bytes, pos: int) -> tuple[str, int]:
+def _string(frame: bytes, pos: int, errors: str = "strict") -> tuple[str, int]:
     end = frame.find(0, pos)
     if end < 0:
         raise _MalformedError("a string without end", pos)
     try:
-        return frame[pos:end].decode(), end + 1
+        return frame[pos:end].decode("utf-8", errors), end + 1
     except UnicodeDecodeError:
         raise _MalformedError("a string that is not UTF-8", pos) from None
 
@@ -325,7 +325,8 @@ def _truncate(frame: bytes, pos: int, xid: int | None = None) -> _Result:
 # M: Int8 flags, Int64 lsn, String prefix, Int32 size, bytes
 def _logical_message(frame: bytes, pos: int, xid: int | None = None) -> _Result:
     flags, lsn = _U8_U64(frame, pos)
-    prefix, pos = _string(frame, pos + 9)
+    # Anybody may write one, in a database without an encoding with any bytes for a prefix.
+    prefix, pos = _string(frame, pos + 9, "surrogateescape")
     (size,) = _I32(frame, pos)
     start = pos + 4
     stop = start + size

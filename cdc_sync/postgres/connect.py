@@ -131,6 +131,23 @@ def connect(
     return connection
 
 
+def unchecked_text(connection: PgConnection, *, local: bool = False) -> str:
+    """Return the command by which a server sends texts of a database without an encoding
+    (SQL_ASCII) as they are; "" for other databases.
+
+    It would refuse those that are not UTF-8, and with them the whole COPY or stream. psycopg must
+    not see other texts than ASCII meanwhile: end it with :data:`CHECKED_TEXT`, or with the
+    transaction (``local``).
+    """
+    if connection.pgconn.parameter_status(b"server_encoding") != b"SQL_ASCII":
+        return ""
+    return f"SET {'LOCAL ' if local else ''}client_encoding TO 'SQL_ASCII'"
+
+
+#: Ends what :func:`unchecked_text` has begun.
+CHECKED_TEXT: Final = "SET client_encoding TO 'UTF8'"
+
+
 class _Closes(Protocol):
     def close(self) -> None: ...
 

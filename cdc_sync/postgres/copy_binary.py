@@ -16,7 +16,13 @@ from psycopg import pq
 
 from cdc_sync.errors import ProtocolError
 from cdc_sync.pgoutput.tuple_readers import ObservedReader
-from cdc_sync.postgres.connect import PgConnection, result_error, translate
+from cdc_sync.postgres.connect import (
+    CHECKED_TEXT,
+    PgConnection,
+    result_error,
+    translate,
+    unchecked_text,
+)
 from cdc_sync.rows import Row, TextValue
 
 _SIGNATURE: Final = b"PGCOPY\n\xff\r\n\0"
@@ -209,7 +215,10 @@ def copy_rows(
     """
     pgconn = conn.pgconn
     parser = CopyParser(text_columns)
+    unchecked = unchecked_text(conn)
     try:
+        if unchecked:
+            _set(conn, unchecked)
         result = pgconn.exec_(f"COPY ({query}) TO STDOUT (FORMAT binary)".encode())
     except psycopg.Error as exc:
         raise translate(exc, "copying rows") from exc
@@ -220,17 +229,23 @@ def copy_rows(
         while not done:
             chunks, done = _gather(pgconn, batch_rows, batch_bytes)
             rows = parser.feed(b"".join(chunks))
-            if rows:
-                if done:
-                    _finish(conn, parser)
-                yield rows
-            elif done:
+            if done:
                 _finish(conn, parser)
+                if unchecked:
+                    _set(conn, CHECKED_TEXT)
+            if rows:
+                yield rows
     except psycopg.Error as exc:
         raise translate(exc, "copying rows") from exc
     finally:
         if not done:
             conn.close()
+
+
+def _set(conn: PgConnection, command: str) -> None:
+    result = conn.pgconn.exec_(command.encode())
+    if result.status != pq.ExecStatus.COMMAND_OK:
+        raise result_error(conn, result)
 
 
 def _gather(

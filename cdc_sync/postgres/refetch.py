@@ -11,7 +11,7 @@ from psycopg import pq
 
 from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.mapping.plan import ColumnPlan, TablePlan
-from cdc_sync.postgres.connect import PgConnection, result_error, translate
+from cdc_sync.postgres.connect import PgConnection, result_error, translate, unchecked_text
 from cdc_sync.postgres.identifiers import qualified, quote_ident
 from cdc_sync.postgres.snapshot import TransactionSnapshot, begin_snapshot, run_command, select_list
 from cdc_sync.postgres.written import write_out
@@ -76,6 +76,8 @@ def fetch_rows(
         remaining = max(1, round((deadline - time.monotonic()) * 1000))
         run_command(conn, f"SET LOCAL statement_timeout = {remaining}", "reading rows again")
         source = _source(conn, plan)
+        if unchecked := unchecked_text(conn, local=True):
+            run_command(conn, unchecked, "reading rows again")
         rows = [
             row
             for start in range(0, len(wanted), _CHUNK_KEYS)

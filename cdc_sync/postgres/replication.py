@@ -30,6 +30,7 @@ from cdc_sync.postgres.connect import (
     pooler_suspected,
     result_error,
     translate,
+    unchecked_text,
 )
 from cdc_sync.postgres.identifiers import quote_ident, quote_literal
 from cdc_sync.postgres.slot import BLOCKERS, slot_active, validate_slot_name
@@ -267,6 +268,8 @@ class ReplicationConnection:
         self._slot, self._publication = slot, publication
         version = server_version if server_version is not None else self.server_version
         command = start_command(slot, publication, options or StreamOptions(), version)
+        if unchecked := unchecked_text(self._conn):
+            self._query(unchecked, f"starting to stream from slot {slot}")
         try:
             result = self._pgconn.exec_(command.encode())
         except psycopg.Error as exc:

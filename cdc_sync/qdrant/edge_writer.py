@@ -16,7 +16,8 @@ from cdc_sync.mapping.comparison import StoredArray
 from cdc_sync.mapping.decoding import JsonValue
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.python import PythonCodec
-from cdc_sync.mapping.vectors import SparseArrays, SparseValue, compile_vector
+from cdc_sync.mapping.stored_doubles import may_be_written_back
+from cdc_sync.mapping.vectors import SparseValue
 from cdc_sync.qdrant.edge_database import STEP_POINTS, EdgeDatabase, first_line
 from cdc_sync.qdrant.rpc import reason
 from cdc_sync.qdrant.sink import (
@@ -28,7 +29,7 @@ from cdc_sync.qdrant.sink import (
     StoredVector,
 )
 from cdc_sync.qdrant.writer import require_disjoint
-from cdc_sync.rows import UNCHANGED, PointId, Row, TextValue
+from cdc_sync.rows import PointId, Row
 
 Item = TypeVar("Item")
 Refusals: TypeAlias = list[tuple[PointId, str]]
@@ -54,11 +55,6 @@ class EdgeWriter:
         self._plan = plan
         self._codec = PythonCodec(plan)
         self._filter = _table_filter(plan)
-        self._vectors = [
-            (position, column.vector.name, *compile_vector(plan.qualified_name, column))
-            for position, column in enumerate(plan.columns)
-            if column.vector is not None
-        ]
 
     @property
     def plan(self) -> TablePlan:
@@ -125,29 +121,20 @@ class EdgeWriter:
         return edge.Point(id_, self._known_vectors(row), payload)
 
     def _known_vectors(self, row: Row) -> dict[str, edge.NamedVector]:
-        """The vectors that are in the row and not NULL, by name. The row has been decoded, so it is
-        as wide as the plan.
-        """
-        vectors: dict[str, edge.NamedVector] = {}
-        for position, name, binary, text in self._vectors:
-            value = row[position]
-            if value is None or value is UNCHANGED:
-                continue
-            data = (text if isinstance(value, TextValue) else binary)(value)
-            if isinstance(data, SparseArrays):
-                vectors[name] = edge.SparseVector(data.indices.tolist(), data.values.tolist())
-            elif data is not None:
-                # The engine copies any sequence of numbers. This one makes them one at a time,
-                # where a list of them would be made, and held, as a whole: a third of the time.
-                dense = data.data if data.ndim == 1 else data.tolist()
-                vectors[name] = cast("list[float]", dense)
-        return vectors
+        """The vectors that are in the row and not NULL, by name."""
+        return {
+            name: edge.SparseVector(vector.indices, vector.values)
+            if isinstance(vector, SparseValue)
+            # The engine takes any sequence of numbers.
+            else cast("list[float]", vector)
+            for name, vector in self._codec.vectors(row).items()
+        }
 
     def _partial(
         self, rows: Sequence[tuple[PointId, Row]], unmappable: Refusals
     ) -> tuple[set[PointId], Refusals]:
         """Change points in place, and return the ids of those that are missing, or lack a field
-        that they would have to keep.
+        that they would have to keep, or cannot keep it as it is.
 
         Only fields that must be kept are read before: that a point is missing the engine says when
         it is to be changed.
@@ -160,7 +147,11 @@ class EdgeWriter:
             kept = _NOTHING
             if id_ in gaps:
                 there = stored.get(id_, _NOTHING)
-                kept = {field: there[field] for field in gaps[id_] if field in there}
+                kept = {
+                    field: there[field]
+                    for field in gaps[id_]
+                    if field in there and may_be_written_back(there[field])
+                }
             if self._codec.has_unknown_object(row) or len(kept) < len(gaps.get(id_, ())):
                 missing.add(id_)
                 continue
@@ -191,11 +182,7 @@ class EdgeWriter:
     ) -> list[edge.UpdateOperation]:
         payload = self._codec.payload(row, kept)
         vectors = self._known_vectors(row)
-        nulls = [
-            name
-            for position, name, _, _ in self._vectors
-            if row[position] is not UNCHANGED and name not in vectors
-        ]
+        nulls = self._codec.null_vectors(row)
         found = [edge.UpdateOperation.overwrite_payload([id_], payload)]
         if vectors:
             found.append(edge.UpdateOperation.update_vectors([edge.PointVectors(id_, vectors)]))

@@ -43,6 +43,7 @@ from qdrant_client import grpc as q
 
 from cdc_sync.errors import ErrorKind, MappingError, SinkError
 from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.mapping.stored_doubles import may_be_written_back
 from cdc_sync.mapping.wire import WireCodec
 from cdc_sync.qdrant import messages
 from cdc_sync.qdrant.large_rows import LargeRows, is_large
@@ -106,6 +107,17 @@ def _encode(codec: WireCodec, id_: PointId, row: Row, kept: Mapping[str, bytes])
     return Partial(id_, id_bytes, payload, vectors, nulls, size)
 
 
+def _may_be_written_back(value: q.Value) -> bool:
+    kind = value.WhichOneof("kind")
+    if kind == "double_value":
+        return may_be_written_back(value.double_value)
+    if kind == "list_value":
+        return all(map(_may_be_written_back, value.list_value.values))
+    if kind == "struct_value":
+        return all(map(_may_be_written_back, value.struct_value.fields.values()))
+    return True
+
+
 class PartialWriter:
     """Encodes and writes partial rows of one table."""
 
@@ -126,13 +138,13 @@ class PartialWriter:
         row may be.
 
         Returns the partials, the ids that are missing in Qdrant (or lack a field they would have to
-        keep), and refusals of the mapping.
+        keep, or cannot keep it as it is), and refusals of the mapping.
         """
         gaps: dict[PointId, list[str]] = {}
         for id_, row in rows:
             if unknown := self._codec.unknown_fields(row):
                 gaps[id_] = unknown
-        stored = await self._stored(list(gaps), lane) if gaps else {}
+        stored = await self._stored(gaps, lane) if gaps else {}
         encoded: list[Partial] = []
         missing: list[PointId] = []
         refused: list[tuple[PointId, str]] = []
@@ -207,12 +219,13 @@ class PartialWriter:
         return {messages.point_id_value(point.id) for point in points}
 
     async def _stored(
-        self, ids: Sequence[PointId], lane: int
+        self, gaps: Mapping[PointId, Sequence[str]], lane: int
     ) -> dict[PointId, Mapping[str, bytes]]:
-        """What columns became, by id: the payload, or the object in it that holds them. Every value
-        still a serialized Value, so that it goes back exactly as it came.
+        """The fields of these names, by id, from the payload or the object in it that holds what
+        columns became. Every value still a serialized Value, so that it goes back exactly as it
+        came; those that must not go back are left out.
         """
-        wanted = [self._codec.point_id(id_) for id_ in ids]
+        wanted = [self._codec.point_id(id_) for id_ in gaps]
         points = await self._get(wanted, lane, with_payload=True)
         found: dict[PointId, Mapping[str, bytes]] = {}
         for point in points:
@@ -221,8 +234,11 @@ class PartialWriter:
                 # Indexing a map of messages would make the entry.
                 nested = fields.get(self._plan.payload_key)
                 fields = {} if nested is None else nested.struct_value.fields
-            found[messages.point_id_value(point.id)] = {
-                name: fields[name].SerializeToString() for name in fields
+            id_ = messages.point_id_value(point.id)
+            found[id_] = {
+                name: fields[name].SerializeToString()
+                for name in gaps.get(id_, ())
+                if name in fields and _may_be_written_back(fields[name])
             }
         return found
 

@@ -17,7 +17,7 @@ from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.postgres.catalog import ServerInfo
-from cdc_sync.postgres.connect import PgConnection, set_lock_timeout
+from cdc_sync.postgres.connect import PgConnection, connect, set_lock_timeout
 from cdc_sync.postgres.publication import Publication, check_publication, read_publication
 from cdc_sync.postgres.watch import SourcePosition, definitions, source_position, table_signs
 from cdc_sync.sync.kept_connection import KeptConnection
@@ -127,7 +127,7 @@ class SourceMonitor:
                     if not is_transient(error):
                         raise
                     log.debug("monitor_failed", kind=error.kind.value, error=error.message)
-                    self._not_seen(last)
+                    self._not_seen(last, alone=not await asyncio.to_thread(self._is_open))
                 else:
                     last = time.time()
                     self._publish(seen)
@@ -210,10 +210,21 @@ class SourceMonitor:
         publish_slot(self._metrics, self._board, seen.position)
         self._board.set_rebuilds(self._rebuilds.look(seen.rebuilds, now))
 
-    def _not_seen(self, last: float) -> None:
-        """Nobody can say what was written since, unless a session is running."""
+    def _is_open(self) -> bool:
+        """Whether the server takes connections. One that only answers late does."""
+        try:
+            connect(self._settings.source, application_name="cdc_sync watch").close()
+        except SourceError:
+            return False
+        return True
+
+    def _not_seen(self, last: float, *, alone: bool) -> None:
+        """Nobody can say what was written since, unless a session is running. ``alone``: the server
+        takes no other connection."""
         self._board.slot_unknown()
-        if self._positions.alone_since is None:
+        if not alone:
+            self._positions.alone_since = None
+        elif self._positions.alone_since is None:
             self._positions.alone_since = time.monotonic()
         if not self._board.source_up and self._positions.blind_since is None:
             self._positions.blind_since = last

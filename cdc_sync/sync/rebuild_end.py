@@ -47,6 +47,14 @@ async def is_taken(settings: Settings, sink: ServerSink, rebuild: RebuildState) 
     return bool(rebuild.token) and answer_on_record(state, rebuild.table).taken == rebuild.token
 
 
+async def is_kept(settings: Settings, sink: ServerSink, rebuild: RebuildState) -> bool:
+    """Whether the pipeline keeps the table in the rebuilt collection, be there a record of the
+    rebuild or not."""
+    state = await sink.state.load(settings.pipeline.name)
+    record = table_on_record(rebuild.table, state.tables) if state is not None else None
+    return record is not None and record.collection == rebuild.collection
+
+
 async def is_gone_over(settings: Settings, sink: ServerSink, rebuild: RebuildState) -> bool:
     """Whether the pipeline has moved the readers' alias, too."""
     state = await sink.state.load(settings.pipeline.name)

@@ -450,10 +450,12 @@ class Resync:
 
     async def _ready(self, oids: Sequence[int]) -> list[PlannedTable]:
         """Plan the tables and make their collections ready; those that cannot be stop."""
+        # A window that is tried again may have completed some.
+        left = (self._relations.stale | self._relations.unswept).intersection(oids)
         wanted = [
             p
             for p in self._relations.tables
-            if p.plan.oid in oids and not self.stopped.waits(p.name)
+            if p.plan.oid in left and not self.stopped.waits(p.name)
         ]
         planned, failed = await asyncio.to_thread(self._replanner.again, wanted)
         for name, error in failed.items():

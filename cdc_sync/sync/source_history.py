@@ -11,6 +11,7 @@ whenever the slot is taken.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -45,13 +46,22 @@ class SourceHistory:
         self._saved: SourceMark | None = None
         self._saved_at = time.monotonic()
         self._last_xid: int | None = None
+        #: The one that was the last when the source was last looked at.
+        self._looked_xid: int | None = None
+        #: The newest (64 bit) that was found visible; 0: none yet.
+        self._visible_xid = 0
         #: How the publication was last seen, by table.
         self._seen: dict[str, str] = {}
 
     async def load(self) -> SourceMark | None:
         """Read the mark on record."""
-        self._saved = await self._store.mark(self._settings.pipeline.name)
-        return self._saved
+        saved = await self._store.mark(self._settings.pipeline.name)
+        if saved != self._saved:
+            # Of another process, which may have begun anew: what was applied here does not count.
+            self._last_xid = self._looked_xid = None
+            self._visible_xid = 0
+        self._saved = saved
+        return saved
 
     def taken(self, timeline: int) -> None:
         """The slot was taken, in this timeline of the server."""
@@ -60,20 +70,34 @@ class SourceHistory:
     def observe(self, position: SourcePosition) -> None:
         """Take in what the server was seen at."""
         self._position = position
+        # While a synchronous standby holds its commit back, a transaction that was received is in
+        # progress, as another of its number would be in another history. Where there are many the
+        # last one is newer than what was seen.
+        for last in (self._looked_xid, self._last_xid):
+            xid = position.xmax if last is None else widen_xid(last, position.xmax)
+            if xid < position.xmax and xid not in position.running:
+                self._visible_xid = xid
+        self._looked_xid = self._last_xid
 
     def applied(self, xid: int) -> None:
         """A committed transaction came by the stream; its 32-bit id."""
         self._last_xid = xid
 
     async def compare(self, relations: Relations) -> None:
-        """Mark tables for which the publication was altered since it was last seen."""
+        """Mark tables for which the publication was altered since it was last seen. How it is for
+        tables that are new is on record when this returns, before anything of them is copied."""
         now = await self._identities(relations.tables)
-        before = dict(self._saved.publications) if self._saved is not None else {}
-        before |= self._seen
+        recorded = self._publications()
+        before = recorded | self._seen
         self._seen = {p.name: now.get(p.plan.oid, "") for p in relations.tables}
         for planned in relations.tables:
             if before.get(planned.name, self._seen[planned.name]) != self._seen[planned.name]:
                 relations.mark(planned, "the publication was altered", unsent=True)
+        new = {name: before.get(name, seen) for name, seen in self._seen.items()}
+        if not new.keys() <= recorded.keys():
+            mark = self._saved or SourceMark(self._settings.pipeline.name, lsn=0, timeline=0)
+            known = tuple(sorted((new | recorded).items()))
+            await self._save(dataclasses.replace(mark, publications=known))
 
     def plan_anew(self) -> None:
         """The tables are planned anew. What was marked of them is not known any more, so they are
@@ -93,10 +117,13 @@ class SourceHistory:
             pipeline=self._settings.pipeline.name,
             lsn=received,
             timeline=self._timeline,
-            xid=self._committed(self._position),
+            xid=self._visible_xid or (self._saved.xid if self._saved is not None else 0),
             publications=self._settled(relations),
         )
         self._saved_at = time.monotonic()
+        await self._save(mark)
+
+    async def _save(self, mark: SourceMark) -> None:
         if mark == self._saved:
             return
         try:
@@ -112,7 +139,8 @@ class SourceHistory:
     async def begin(self, tables: Sequence[PlannedTable]) -> None:
         """Begin a new history, with a slot that is still to be made. How the publication is for the
         tables is put on record: it may be altered before the stream begins."""
-        self._last_xid = self._position = None
+        self._last_xid = self._looked_xid = self._position = None
+        self._visible_xid = 0
         self._seen.clear()
         now = await self._identities(tables)
         known = sorted((planned.name, now.get(planned.plan.oid, "")) for planned in tables)
@@ -122,15 +150,14 @@ class SourceHistory:
         await self._store.save_mark(mark)
         self._saved = mark
 
-    def _committed(self, position: SourcePosition) -> int:
-        if self._last_xid is not None:
-            return widen_xid(self._last_xid, position.xmax)
-        return self._saved.xid if self._saved is not None else 0
+    def _publications(self) -> dict[str, str]:
+        """How the publication was for the tables, as far as that is on record."""
+        return dict(self._saved.publications) if self._saved is not None else {}
 
     def _settled(self, relations: Relations) -> tuple[tuple[str, str], ...]:
         """Of a table that is to be read again the old identity stays on record until it has been:
         should this process die, the next one finds the same difference."""
-        before = dict(self._saved.publications) if self._saved is not None else {}
+        before = self._publications()
         kept = {}
         for planned in relations.tables:
             stale = planned.plan.oid in relations.stale

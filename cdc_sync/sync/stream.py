@@ -12,8 +12,8 @@ Three loops share the connection on one event loop:
 
 On any end the requests in flight are awaited before the session ends: the next session sends the
 same changes again, and no two requests for one point may be in flight together. Once the connection
-is lost or let go of, nothing is tried again either: another process may have the slot by then, and
-what it has written must not be overwritten by an older batch.
+is lost or let go of, no further request is begun either: another process may have the slot by then,
+and what it has written must not be overwritten by an older batch.
 """
 
 from __future__ import annotations
@@ -212,10 +212,12 @@ class StreamSession:
         """Wait for the batch in flight. If this is cancelled (the grace period is over) the writer
         goes too."""
         self._news.set()
-        if self._lost.is_set():
+        lost = self._lost.is_set()
+        if lost:
             self.connection.close()
-        if self._resting:
-            # A table is being read again, which may take long; it is done from the start next time.
+        if lost or self._resting:
+            # All of the batch is sent again, so no more of it is begun. A table that is being read
+            # again may take long; it is done from the start next time.
             writer.cancel()
         try:
             await asyncio.wait({writer})

@@ -197,9 +197,10 @@ class Streaming:
             self.positions.go_back(await asyncio.to_thread(confirmed_position, source))
             await self.dead_letters.open()
             await self.swaps.compare()
+            # The publication before the horizon: what was not sent until then is below that.
+            await self.history.compare(self.relations)
             await asyncio.to_thread(self.resync.open)
             await self.resync.compare(self.positions.applied)
-            await self.history.compare(self.relations)
             session = self._stream_session(connection, applier, control)
             log.info(
                 "streaming_started",

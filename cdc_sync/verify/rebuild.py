@@ -32,7 +32,7 @@ from cdc_sync.sync.rebuild import (
     worker_settings,
 )
 from cdc_sync.sync.rebuild_begin import Order, begin, table_on_record
-from cdc_sync.sync.rebuild_end import finish, is_gone_over, is_taken, remove_made
+from cdc_sync.sync.rebuild_end import finish, is_gone_over, is_kept, is_taken, remove_made
 from cdc_sync.sync.retry import is_transient
 from cdc_sync.verify.data import Asked, verify_once
 from cdc_sync.verify.report import Report
@@ -236,10 +236,11 @@ class Conductor:
             await asyncio.to_thread(self._emit, rebuild)
 
     def _emit(self, rebuild: RebuildState) -> None:
-        self._said.add(rebuild.token)
         content = rebuild_content(RebuildMessage(rebuild.pipeline, rebuild.table, rebuild.token))
         with connect(self.settings.source, application_name="cdc_sync rebuild") as connection:
             lsn = emit_messages(connection, PREFIX, [content])
+        # Only now: one that could not be written is written by the next step.
+        self._said.add(rebuild.token)
         self._asked = int(lsn)
         self.say(f"{rebuild.table}: the pipeline goes over at {lsn}")
 
@@ -376,7 +377,12 @@ async def _ended(settings: Settings, rebuilt: Rebuilt) -> Rebuilt:
     try:
         server, known = as_server(sink), rebuilt.rebuild
         now = await server.state.rebuild(known.pipeline, known.table)
-        if now is None or now.phase == "aborting":
+        if now is None and await is_kept(settings, server, known):
+            # Another run of the command was at work on it, too, and has cleaned up; this one may
+            # have made something since.
+            await finish(settings, server, known)
+            rebuilt.outcome = Outcome.TAKEN
+        elif now is None or now.phase == "aborting":
             # This process may have made something since the abort looked.
             await remove_made(settings, server, known)
             rebuilt.outcome = Outcome.ABORTED

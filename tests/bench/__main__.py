@@ -28,6 +28,7 @@ from tests.bench.setting import DEFAULT, FULL, QUICK, Scale, Setting, setting
 from tests.bench.sink_figures import sink_figures
 from tests.bench.stream_figures import stream_figures
 from tests.bench.targets import Figure
+from tests.bench.usage import interpreter_step
 
 BENCHES: Final[dict[str, Callable[[Setting], Iterator[Figure]]]] = {
     "stream": stream_figures,
@@ -49,11 +50,14 @@ def run(scale: Scale, names: Sequence[str], cores: int | None = None) -> report.
     cores = available_cpus() if cores is None else cores
     load, began = os.getloadavg()[0], time.monotonic()
     figures: list[Figure] = []
+    steps = [interpreter_step()]
     with setting(scale, cores) as bench:
         for name in names:
             figures += BENCHES[name](bench)
+            steps.append(interpreter_step())
         version = bench.source.scalar("SHOW server_version")
-    found = report.environment(scale.name, cores, version, load, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    found = report.environment(scale.name, cores, version, load, seconds, steps)
     return report.Run(figures, found)
 
 
@@ -99,9 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{report.surroundings(done.environment)}"
     )
     if options.against:
-        sys.stdout.write(
-            "\n" + report.changes(done.figures, json.loads(options.against.read_text()))
-        )
+        earlier = json.loads(options.against.read_text())
+        sys.stdout.write("\n" + report.changes(done.figures, done.environment, earlier))
     if options.json:
         options.json.write_text(done.to_json(), encoding="utf-8")
     if options.write:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from tests.bench.targets import Figure, Verdict, number
+
+#: How long the interpreter takes for a step of a loop: its speed on this machine in that run.
+STEP: Final = "interpreter step"
 
 #: What part of a ratio may change from one day to another.
 STABLE: Final = 0.15
@@ -53,12 +57,14 @@ class Run:
 
 
 def environment(
-    scale: str, cores: int, postgres: str, load: float, seconds: float
+    scale: str, cores: int, postgres: str, load: float, seconds: float, steps: Sequence[float]
 ) -> dict[str, str]:
-    """Where and how a run was made; ``load``: the load average before it."""
+    """Where and how a run was made; ``load``: the load average before it; ``steps``: what
+    :func:`tests.bench.usage.interpreter_step` gave between the figures."""
     return {
         "scale": scale,
         "python": platform.python_version(),
+        STEP: f"{statistics.median(steps):.1f} ns",
         "postgres": postgres,
         "cpu": _cpu(),
         "cores": f"{cores}, shared by Postgres, cdc_sync and the sink",
@@ -135,11 +141,18 @@ def surroundings(found: Mapping[str, str]) -> str:
     return "; ".join(f"{name} {value}" for name, value in found.items()) + ".\n"
 
 
-def changes(figures: Sequence[Figure], earlier: Mapping[str, object]) -> str:
+def changes(
+    figures: Sequence[Figure], found: Mapping[str, str], earlier: Mapping[str, object]
+) -> str:
     """Every ratio beside that of an earlier report; those that have changed by more than
-    :data:`STABLE`, or have another verdict, are marked."""
+    :data:`STABLE`, or have another verdict, are marked.
+
+    Before them stands how fast the interpreter was in this run (``found``: its environment) beside
+    the earlier one: the limits of copy and stream are the kernel's work for the most part, and ours
+    the interpreter's.
+    """
     known = _by_name(earlier)
-    lines = ["| ratio | then | now | change | |", "|---|---|---|---|---|"]
+    lines = [*_speeds(found, earlier), "| ratio | then | now | change | |", "|---|---|---|---|---|"]
     for figure in figures:
         before = known.get(figure.name)
         if not figure.relative or figure.value is None or before is None:
@@ -154,6 +167,16 @@ def changes(figures: Sequence[Figure], earlier: Mapping[str, object]) -> str:
             f"{change:+.1%} | {mark} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _speeds(found: Mapping[str, str], earlier: Mapping[str, object]) -> list[str]:
+    environment = earlier.get("environment")
+    then = environment.get(STEP) if isinstance(environment, dict) else None
+    now = found.get(STEP)
+    if then is None or now is None:
+        return []
+    speed = float(str(then).split()[0]) / float(now.split()[0])
+    return [f"The interpreter ran at {speed:.2f} of its speed in the earlier run.", ""]
 
 
 def _by_name(report: Mapping[str, object]) -> dict[str, tuple[float, str]]:

@@ -27,7 +27,7 @@ from tests.support.rebuild_scene import (
     rebuilding,
     with_table,
 )
-from tests.support.windows import Windows
+from tests.support.windows import DONE, EUCLID, ONE_CHUNK, ROWS, Windows, create_paged
 
 
 def unseen(database: Database, publication: str, *statements: str) -> None:
@@ -81,6 +81,35 @@ async def test_in_the_first_window(
         await life.assert_equal()
 
 
+@pytest.mark.requirement("R39")
+async def test_of_a_table_that_is_being_copied_while_nobody_runs(
+    database18: Database, qdrant: QdrantTarget, windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has joined the pipeline, and part of it is copied when the process ends."""
+    monkeypatch.setattr(source_history, "_SAVE_SECONDS", 0.05)
+    database18.execute("CREATE TABLE others (id bigint PRIMARY KEY, emb vector(3))")
+    create_paged(database18, ROWS, dim=3)
+    settings = pipeline_settings(
+        database18, qdrant, "others", {"name": "docs", **EUCLID}, migration=ONE_CHUNK
+    )
+    first = settings.model_copy(update={"tables": settings.tables[:1]})
+    async with running(first, database18, qdrant) as life:
+        await life.caught_up()
+        await life.stop()
+    windows.limit = windows.closed + 1
+    async with running(settings, database18, qdrant, wait=False) as life:
+        await life.wait(lambda: windows.closed >= windows.limit, "the first window")
+        await life.caught_up()
+        await life.stop()
+    unsent(database18, settings.source.publication, "docs", f"DELETE FROM docs WHERE id = {DONE}")
+    windows.limit = 1_000_000
+    at_once = settings.migration.model_copy(update={"window_seconds": 60.0})
+    settings = settings.model_copy(update={"migration": at_once})
+    async with running(settings, database18, qdrant) as life:
+        await read_again(life, "public.docs")
+        await life.assert_equal()
+
+
 class Asking:
     """A rebuild that asks for the swap when it is told to."""
 
@@ -96,13 +125,17 @@ class Asking:
         monkeypatch.setattr(Conductor, "_ask", held)
 
 
-def unsent_update(database: Database, publication: str, table: str) -> None:
+def unsent(database: Database, publication: str, table: str, statement: str) -> None:
     """Have the table changed without it being sent, and the publication as before after that."""
     name = f'"{publication}"'
     database.execute(
-        f"BEGIN; ALTER PUBLICATION {name} DROP TABLE {table}; UPDATE {table} SET n = -1;"
+        f"BEGIN; ALTER PUBLICATION {name} DROP TABLE {table}; {statement};"
         f" ALTER PUBLICATION {name} ADD TABLE {table}; COMMIT"
     )
+
+
+def unsent_update(database: Database, publication: str, table: str) -> None:
+    unsent(database, publication, table, f"UPDATE {table} SET n = -1")
 
 
 async def swap(scene: Scene, life: Running, rebuild: Rebuilding) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
+from cdc_sync.errors import ErrorKind, SinkError, SourceError
+from cdc_sync.pgoutput.lsn import Lsn
+from cdc_sync.postgres.connect import PgConnection
 from cdc_sync.postgres.control import emit_messages
+from cdc_sync.qdrant.aliases import Aliases
 from cdc_sync.qdrant.server import ServerSink
-from cdc_sync.qdrant.sink import RebuildState, SourceMark
-from cdc_sync.sync import control
+from cdc_sync.qdrant.sink import RebuildState, SourceMark, TableRebuild, TableState
+from cdc_sync.sync import control, swaps
 from cdc_sync.sync.applier import Applier
 from cdc_sync.sync.control import PREFIX, RebuildMessage, SwapRequest, rebuild_content
 from cdc_sync.sync.gather import Batch
@@ -212,14 +216,22 @@ async def test_what_was_taken_meanwhile_is_not_written_again(
         await assert_over(scene, life, rebuild)
 
 
+@pytest.mark.parametrize("reason", ["stale", "not copied"])
 async def test_it_is_not_taken_when_its_record_says_that_it_is_to_be_read_again(
-    database18: Database, qdrant: QdrantTarget, held: Held
+    database18: Database, qdrant: QdrantTarget, held: Held, reason: str
 ) -> None:
     """As it does when its slot was lost meanwhile."""
     async with side_by_side(database18, qdrant) as (scene, life, rebuild):
         await stand(scene, held, life, rebuild)
         async with sink_of(scene.settings) as sink:
-            await TableRecords(sink.state, (await record(scene)).worker).all_stale()
+            worker = (await record(scene)).worker
+            if reason == "stale":
+                await TableRecords(sink.state, worker).all_stale()
+            else:
+                state = await sink.state.load(worker)
+                assert state is not None
+                tables = tuple(dataclasses.replace(t, copied=False) for t in state.tables)
+                await sink.state.save(dataclasses.replace(state, tables=tables))
         asked = (await record(scene)).token
         held.decision.set()
 
@@ -291,3 +303,128 @@ async def test_a_request_that_is_refused_is_made_again(
         await rebuild.ended()
         assert sum("goes over at" in line for line in rebuild.said) > 1
         await assert_over(scene, life, rebuild)
+
+
+async def test_a_request_that_could_not_be_written_is_written_later(
+    database18: Database, qdrant: QdrantTarget, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[bool] = []
+
+    def refused_once(connection: PgConnection, prefix: str, contents: Sequence[bytes]) -> Lsn:
+        tries.append(True)
+        if len(tries) == 1:
+            raise SourceError(ErrorKind.SOURCE_UNAVAILABLE, "the server is restarting")
+        return emit_messages(connection, prefix, contents)
+
+    monkeypatch.setattr(conducting, "emit_messages", refused_once)
+    held.decision.set()
+    held.request.set()
+    async with side_by_side(database18, qdrant) as (scene, life, rebuild):
+        await assert_over(scene, life, rebuild)
+
+
+async def test_what_another_run_of_the_command_has_finished_is_not_removed(
+    database18: Database, qdrant: QdrantTarget, held: Held
+) -> None:
+    """Both were at work on one rebuild, and this one sees last that its record is gone."""
+    held.decision.set()
+    held.request.set()
+    async with side_by_side(database18, qdrant) as (scene, life, rebuild):
+        await assert_over(scene, life, rebuild)
+        ended = await conducting._ended(scene.settings, rebuild.rebuilt)
+        assert ended.outcome is conducting.Outcome.TAKEN
+        assert qdrant.client().collection_exists(scene.new)
+        await life.assert_equal(exclude=["body"])
+
+
+async def test_a_decision_whose_answer_is_lost_is_seen_by_the_next_try(
+    database18: Database, qdrant: QdrantTarget, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rebuilt = TableRecords.rebuilt
+    lost: list[str] = []
+
+    async def unanswered(records: TableRecords, new: TableState) -> None:
+        await rebuilt(records, new)
+        if not lost:
+            lost.append(new.table)
+            raise SinkError(ErrorKind.SINK_UNKNOWN, "the answer was lost")
+
+    monkeypatch.setattr(TableRecords, "rebuilt", unanswered)
+    held.decision.set()
+    held.request.set()
+    async with side_by_side(database18, qdrant) as (scene, life, rebuild):
+        await life.wait(lambda: bool(lost), "the decision")
+        database18.execute("UPDATE items SET n = -2 WHERE id < 20")
+        await assert_over(scene, life, rebuild)
+        assert scene.alias_of(scene.new) == [scene.alias]
+
+
+async def test_an_alias_that_cannot_be_moved_for_a_moment_is_moved(
+    database18: Database, qdrant: QdrantTarget, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers would have stayed with a collection that nobody writes to."""
+    scene = make_scene(database18, qdrant, exclude=["body"])
+    point = Aliases.point
+    refused: list[str] = []
+
+    async def refused_at_first(aliases: Aliases, alias: str, collection: str) -> None:
+        if collection == scene.new and len(refused) < 3:
+            refused.append(alias)
+            raise SinkError(ErrorKind.SINK_UNAVAILABLE, "gone for a moment")
+        await point(aliases, alias, collection)
+
+    monkeypatch.setattr(Aliases, "point", refused_at_first)
+    held.decision.set()
+    held.request.set()
+    async with (
+        running(scene.settings, database18, qdrant) as life,
+        rebuilding(scene.settings, scene.wanted, scene.alias) as rebuild,
+    ):
+        await assert_over(scene, life, rebuild)
+        assert len(refused) == 3
+        await until(lambda: _is_alias_of(scene, scene.new))
+
+
+async def _is_alias_of(scene: Scene, collection: str) -> bool:
+    return await asyncio.to_thread(scene.alias_of, collection) == [scene.alias]
+
+
+async def answer(scene: Scene) -> TableRebuild:
+    """What the pipeline has put on record of requests."""
+    async with sink_of(scene.settings) as sink:
+        return answer_on_record(await sink.state.load(scene.settings.pipeline.name), TABLE)
+
+
+async def test_what_was_refused_is_not_taken_when_the_pipeline_comes_there_again(
+    database18: Database, qdrant: QdrantTarget, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rebuild has been told to go on, and does."""
+    monkeypatch.setattr(conducting, "_RETRY_SECONDS", 0.1)
+    async with side_by_side(database18, qdrant) as (scene, life, rebuild):
+        await stand(scene, held, life, rebuild)
+        refused = (await record(scene)).token
+        async with sink_of(scene.settings) as sink:
+            records = TableRecords(sink.state, scene.settings.pipeline.name)
+            await records.rebuild(TABLE, lambda known: dataclasses.replace(known, answered=refused))
+        held.decision.set()
+        await until(lambda: is_taken(scene))
+        assert (await answer(scene)).taken != refused
+        await assert_over(scene, life, rebuild)
+
+
+async def test_a_rebuild_that_is_being_removed_is_not_waited_for(
+    database18: Database, qdrant: QdrantTarget, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swaps, "WAIT_SECONDS", 1_000_000.0)
+    async with side_by_side(database18, qdrant) as (scene, life, rebuild):
+        await stand(scene, held, life, rebuild)
+        now = await record(scene)
+        async with sink_of(scene.settings) as sink:
+            await sink.state.save_rebuild(dataclasses.replace(now, phase="aborting"))
+        held.decision.set()
+
+        async def is_answered() -> bool:
+            return (await answer(scene)).answered == now.token
+
+        await until(is_answered)
+        assert not await is_taken(scene)

@@ -17,6 +17,7 @@ from cdc_sync.errors import ConfigError, ErrorKind, SinkError
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Applied, Changes, PipelineState, Sink, TableWriter
 from cdc_sync.rows import UNCHANGED
+from cdc_sync.sync.writing import writing
 from tests.support.fix_qdrant import Faults, QdrantProcess, QdrantTarget
 from tests.support.sink_rows import item, items_plan
 from tests.support.sinks import content, ready, settings_of
@@ -237,6 +238,26 @@ async def test_missing_points_are_told_apart_from_lost_answers(
     stored = await content(writer)
     assert set(stored) == set(range(0, 40, 2))
     assert {p.payload["title"] for p in stored.values()} == {"b"}
+
+
+async def test_missing_points_are_told_of_by_the_next_try_too(scripted: QdrantTarget) -> None:
+    """Their request was answered, and another of the batch fails: they are still to be written."""
+    sink = await open_sink(lanes_of(scripted, request_points=20, parallel_requests=1))
+    try:
+        writer = await ready(sink, items_plan("items"))
+        missing = frozenset(range(1, 20, 2))
+        await writer.apply(Changes(upserts=[(n, item(n)) for n in range(40) if n not in missing]))
+        changes = Changes(partials=[(n, item(n, "b", None, (0.0, 0.0), None)) for n in range(40)])
+        # The first request is sent again without those that are missing; the second fails.
+        scripted.script.slow("UpdateBatch", 0.0, times=2)
+        scripted.script.reject("UpdateBatch", "UNAVAILABLE")
+        attempt = writing(writer, changes)
+        with pytest.raises(SinkError) as failed:
+            await attempt()
+        assert failed.value.completed == frozenset(range(0, 20, 2))
+        assert (await attempt()).missing == missing
+    finally:
+        await sink.close()
 
 
 async def test_barrier_waits_for_operations_that_are_applied_late(

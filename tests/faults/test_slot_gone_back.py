@@ -16,7 +16,18 @@ from tests.faults.test_slot_lost import drop_slot, settled
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import Running, pipeline_settings, running, wal_position
 from tests.support.qdrant_control import QdrantTarget
-from tests.support.windows import DONE, Windows, create_paged, docs_settings, first_window
+from tests.support.windows import (
+    CHUNK_PAGES,
+    DONE,
+    EUCLID,
+    ONE_CHUNK,
+    Windows,
+    block_of,
+    create_paged,
+    docs_settings,
+    first_window,
+    make_space,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +180,33 @@ async def test_rows_computed_anew_in_the_middle_of_the_first_copy(
         await life.assert_equal()
         await life.stop()
     await again(settings, database18, qdrant)
+
+
+@pytest.mark.requirement("R31", "R46")
+async def test_a_copy_under_way_begins_again(
+    database18: Database, qdrant: QdrantTarget, windows: Windows
+) -> None:
+    """A chunk that was copied has rows computed anew by a rewrite; the stream brings what they were
+    before, and of the rewrite nothing."""
+    create_paged(database18, 300, dim=3)
+    settings = pipeline_settings(
+        database18, qdrant, {"name": "docs", **EUCLID}, migration=ONE_CHUNK
+    )
+    windows.limit = 1_000_000
+    async with running(settings, database18, qdrant) as life:
+        await windows.wait_settled(life)
+        make_space(database18)
+        await life.caught_up()
+        remember(database18, settings.source.slot)
+        database18.execute("UPDATE docs SET note = 'changed' WHERE id = %s", (DONE,))
+        assert block_of(database18, DONE) < CHUNK_PAGES
+        await life.caught_up()
+        windows.limit = windows.closed + 1
+        database18.execute("ALTER TABLE docs ALTER note TYPE text USING note || '!'")
+        await life.wait(lambda: windows.closed >= windows.limit, "the first chunk")
+        await life.stop()
+    await asyncio.to_thread(go_back, database18, settings.source.slot)
+    windows.limit = 1_000_000
+    async with running(settings, database18, qdrant) as life:
+        await windows.wait_settled(life)
+        await life.assert_equal()

@@ -75,13 +75,13 @@ def mark_set(life: Running) -> bool:
 
 
 async def settled(life: Running) -> None:
-    """Until a mark is on record and every table has been read."""
+    """Until a mark is on record, every table has been read and its points looked through."""
     await life.caught_up()
     await life.wait(lambda: mark_set(life), "a mark")
 
     def at_rest() -> bool:
-        relations = life.pipeline._relations
-        return life.state == "streaming" and relations is not None and not relations.stale
+        now = life.pipeline._relations
+        return life.state == "streaming" and now is not None and not now.stale | now.unswept
 
     await life.wait(at_rest, "the end of the copies")
 
@@ -289,9 +289,14 @@ async def test_a_cluster_restored_to_an_older_state(
     await asyncio.to_thread(back_up, server, backup)
     async with running(settings, database, qdrant) as life:
         await settled(life)
+        ((first,),) = database.execute("SELECT pg_current_xact_id()::text::int8")
+        assert isinstance(first, int)
         change(database)
         await settled(life)
-        await asyncio.sleep(0.3)
+        history = life.pipeline._together.history
+        await life.wait(
+            lambda: history._saved is not None and history._saved.xid > first, "a transaction"
+        )
         await life.caught_up()
         await life.stop()
     await asyncio.to_thread(restore, server, backup)

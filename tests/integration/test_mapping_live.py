@@ -29,7 +29,7 @@ from cdc_sync.mapping.wire import WireCodec
 from cdc_sync.rows import RawValue, Row, TextValue
 from tests.support.fix_postgres import Database
 from tests.support.mapping_types import SESSION_SETTINGS, Connection, look_up, table_plan
-from tests.support.points import payload_of
+from tests.support.points import numbers_of, payload_of
 
 pytestmark = pytest.mark.requirement("R18")
 
@@ -441,7 +441,7 @@ def test_vectors_are_the_same_from_both_formats(connection: Connection) -> None:
         assert codec.point(key, binary) == codec.point(key, text)
         assert codec.null_vectors(binary) == codec.null_vectors(text)
     _, row = fetch(connection, "SELECT * FROM vectors WHERE id = 1", binary=True)
-    vectors = python.vectors(row)
+    vectors = numbers_of(python.vectors(row))
     assert vectors["sparse"] == SparseValue([0, 2, 69999], [1.5, 2.0, -0.25])
     assert vectors["multi"] == [[1.0, 2.0], [3.0, 4.5]]
     assert vectors["bits"] == [1.0] + [0.0] * 9 + [1.0]

@@ -171,7 +171,9 @@ def test_rows_that_share_an_id(database18: Database, qdrant: QdrantTarget) -> No
         "CREATE TABLE more_notes () INHERITS (notes);"
         "ALTER TABLE more_notes ADD PRIMARY KEY (id);"
         "INSERT INTO notes SELECT i, 'x', '[1,2]' FROM generate_series(1, 50) i;"
-        "INSERT INTO more_notes SELECT i, 'y', '[1,2]' FROM generate_series(49, 80) i"
+        # The point of the second one is what both of its rows map to.
+        "INSERT INTO more_notes SELECT i, CASE WHEN i = 50 THEN 'x' ELSE 'y' END, '[1,2]'"
+        " FROM generate_series(49, 80) i"
     )
     settings = pipeline_settings(database18, qdrant, "notes")
     with contextlib.redirect_stderr(io.StringIO()):
@@ -206,6 +208,53 @@ def test_without_a_slot_points_are_written_directly(
     assert only(verified(settings)).equal
     options = {"qdrant_url": qdrant.url, "collection": name, "api_key": qdrant.api_key}
     assert not compare(database18.url, "items", **options)  # type: ignore[arg-type]
+
+
+def test_vectors_that_are_missing_or_too_many(database18: Database, qdrant: QdrantTarget) -> None:
+    database18.execute(
+        "CREATE TABLE items (id int PRIMARY KEY, emb vector(2), words sparsevec(9));"
+        "INSERT INTO items SELECT i, CASE WHEN i > 4 THEN '[1,2]'::vector END,"
+        " CASE WHEN i % 2 = 0 THEN '{1:2}/9'::sparsevec END FROM generate_series(1, 9) i"
+    )
+    settings = copied(database18, qdrant, "items")
+    assert verified(settings).report.equal
+    client, name = qdrant.client(), collection(settings)
+    sparse = q.SparseVector(indices=[0], values=[2.0])
+    client.update_vectors(name, [q.PointVectors(id=1, vector={"emb": [1.0, 2.0]})], wait=True)
+    client.update_vectors(name, [q.PointVectors(id=3, vector={"words": sparse})], wait=True)
+    client.delete_vectors(name, ["emb"], [7], wait=True)
+    client.delete_vectors(name, ["words"], [2, 8], wait=True)
+    (found,) = verified(settings).findings
+    counts = {(one.kind.value, one.field): one.count for one in found.report.findings.values()}
+    assert counts == {
+        ("vector_unexpected", "emb"): 1,
+        ("vector_unexpected", "words"): 1,
+        ("vector_missing", "emb"): 1,
+        ("vector_missing", "words"): 2,
+    }
+    assert set(found.keys) == {1, 3, 7, 2, 8}
+
+
+def test_keys_that_points_tell(database18: Database, qdrant: QdrantTarget) -> None:
+    """A payload that holds no key hides no other's."""
+    database18.execute(
+        "CREATE TABLE visits (at timestamptz, n int, emb vector(2), PRIMARY KEY (at, n));"
+        "INSERT INTO visits SELECT to_timestamp(i), i, '[1,2]' FROM generate_series(1, 9) i"
+    )
+    settings = pipeline_settings(database18, qdrant, "visits")
+    with contextlib.redirect_stderr(io.StringIO()):
+        migrate(settings, remove=True)
+    database18.execute("DELETE FROM visits WHERE n <= 3")
+    client, name = qdrant.client(), collection(settings)
+    records, _ = client.scroll(name)
+    gone = {record.id for record in records if record.payload and record.payload["n"] <= 3}
+    liar = "00000000-0000-4000-8000-00000000000a"
+    said = {"at": "never", "n": 1}
+    client.upsert(name, [q.PointStruct(id=liar, vector={}, payload=said)], wait=True)
+    (found,) = verified(settings).findings
+    assert (set(found.keys), found.ids) == (gone, {liar})
+    assert repair(settings, verified(settings), 60, lambda _: None)
+    assert verified(settings).report.equal
 
 
 def test_an_embedded_database(database18: Database, qdrant: QdrantTarget, tmp_path: Path) -> None:

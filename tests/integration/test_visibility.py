@@ -18,6 +18,7 @@ import pytest
 from cdc_sync.demo.embedded import PostgresServer
 from cdc_sync.postgres import refetch
 from cdc_sync.sync import reading as engine
+from cdc_sync.sync import source_history
 from tests.support.fix_postgres import Database, DatabaseFactory
 from tests.support.pipeline_task import Running, pipeline_settings, running, wal_position
 from tests.support.qdrant_control import QdrantTarget
@@ -212,6 +213,32 @@ async def test_it_can_be_stopped_while_a_read_takes_long(
         await life.wait(lambda: readers(database, SLOW) == 1, "the read")
         await stop_quickly(life, bound)
     monkeypatch.undo()
+    async with running(settings, database, qdrant) as life:
+        await life.assert_equal()
+
+
+@pytest.mark.requirement("R59")
+async def test_the_history_is_not_another_while_it_is_invisible(
+    database: Database, qdrant: QdrantTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server says of such a transaction that it is in progress, as of one that was rewound and
+    whose number somebody else has now."""
+    monkeypatch.setattr(source_history, "_SAVE_SECONDS", 0.05)
+    settings = pipeline_settings(database, qdrant, "docs")
+    stops = settings.source.model_copy(update={"on_slot_lost": "stop"})
+    settings = settings.model_copy(update={"source": stops})
+    async with running(settings, database, qdrant) as life:
+        await life.caught_up()
+        with hanging(database, "UPDATE docs SET note = 'x' WHERE id = 1"):
+            bound = wal_position(database)
+            await life.wait(lambda: life.confirmed() >= bound, "the change")
+            history = life.pipeline._together.history
+            await life.wait(
+                lambda: history._saved is not None and history._saved.lsn >= bound, "a mark"
+            )
+            await life.stop()
+            async with running(settings, database, qdrant) as life:
+                await life.caught_up()
     async with running(settings, database, qdrant) as life:
         await life.assert_equal()
 

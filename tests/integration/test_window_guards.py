@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Sequence
@@ -9,13 +10,29 @@ from collections.abc import Sequence
 import pytest
 
 from cdc_sync.config import SourceSettings
+from cdc_sync.errors import ErrorKind, SinkError
+from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.postgres.connect import connect
 from cdc_sync.postgres.exclusive import lock_window
+from cdc_sync.qdrant.server import ServerSink
+from cdc_sync.qdrant.sink import CollectionState
+from cdc_sync.sync import stopped_tables
+from cdc_sync.sync.resync import Resync
 from cdc_sync.sync.routing import PlannedTable
 from tests.support.fix_postgres import Database
 from tests.support.ledger_log import events_of
 from tests.support.pipeline_task import Running, pipeline_settings, running
 from tests.support.qdrant_control import QdrantTarget
+from tests.support.windows import (
+    CHUNK_PAGES,
+    DONE,
+    EUCLID,
+    ONE_CHUNK,
+    Windows,
+    block_of,
+    create_paged,
+    make_space,
+)
 
 
 def create(database: Database, *tables: str) -> None:
@@ -134,4 +151,119 @@ async def test_ddl_between_the_barrier_and_the_window_postpones_it(
         ask_for(life, "public.docs")
         await life.wait(lambda: seen(caplog, "resync_completed"), "the resync")
         assert seen(caplog, "was altered meanwhile")
+        await life.assert_equal()
+
+
+async def test_a_window_that_is_tried_again_does_not_begin_what_is_completed(
+    database18: Database, qdrant: QdrantTarget, windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would end it, and whoever asks for the table later would wait for that end."""
+    create(database18, "docs", "notes")
+    complete = Resync.complete
+    completed: list[str] = []
+    refused = False
+
+    async def once_refused(resync: Resync, planned: PlannedTable) -> None:
+        nonlocal refused
+        if completed and not refused:
+            refused = True
+            raise SinkError(ErrorKind.SINK_UNAVAILABLE, "gone for a moment")
+        await complete(resync, planned)
+        completed.append(planned.name)
+
+    settings = pipeline_settings(database18, qdrant, "docs", "notes")
+    async with running(settings, database18, qdrant) as life:
+        await life.caught_up()
+        relations = life.pipeline._relations
+        assert relations is not None
+        ask_for(life, "public.docs")
+        ask_for(life, "public.notes")
+        await life.wait(lambda: len(relations.stale) == 2, "the requests")
+        monkeypatch.setattr(Resync, "complete", once_refused)
+        windows.limit = 1_000_000
+        await life.wait(lambda: refused and not relations.stale, "both to be read again")
+        assert sorted(completed) == ["public.docs", "public.notes"]
+        backfill = life.pipeline._together.backfill
+        assert not any(backfill.has_begun(name) for name in completed)
+        ask_for(life, completed[0])
+        await life.wait(lambda: len(completed) == 3, "the table to be read once more")
+        await life.assert_equal()
+
+
+async def test_what_was_read_again_before_the_table_stopped_at_a_start_does_not_count(
+    database18: Database, qdrant: QdrantTarget, windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its changes are dropped until it starts, those of chunks that were done, too."""
+    monkeypatch.setattr(stopped_tables, "FIRST_PAUSE_SECONDS", 0.1)
+    inspect = ServerSink.inspect
+    fits = True
+
+    async def inspected(sink: ServerSink, plan: TablePlan) -> CollectionState:
+        if not fits:
+            raise SinkError(ErrorKind.COLLECTION_MISMATCH, "it does not fit")
+        return await inspect(sink, plan)
+
+    monkeypatch.setattr(ServerSink, "inspect", inspected)
+    create_paged(database18, 300, dim=3)
+    settings = pipeline_settings(
+        database18, qdrant, {"name": "docs", **EUCLID}, migration=ONE_CHUNK
+    )
+    windows.limit = 1_000_000
+    async with running(settings, database18, qdrant) as life:
+        await windows.wait_settled(life)
+        make_space(database18)
+        await life.caught_up()
+        await windows.begin_resync(life)
+        await life.caught_up()
+        await life.stop()
+    fits = False
+    async with running(settings, database18, qdrant) as life:
+        await life.wait(lambda: life.metric("table_stopped", table="public.docs") == 1, "its stop")
+        database18.execute("UPDATE docs SET note = 'dropped' WHERE id = %s", (DONE,))
+        assert block_of(database18, DONE) < CHUNK_PAGES
+        await life.wait(
+            lambda: life.metric("changes_dropped_total", table="public.docs") > 0, "the change"
+        )
+        fits = True
+        windows.limit = 1_000_000
+        await windows.wait_settled(life)
+        await life.assert_equal()
+
+
+async def test_a_request_made_during_a_copy_outlives_a_crash_after_it(
+    database18: Database, qdrant: QdrantTarget, windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_paged(database18, 300, dim=3)
+    settings = pipeline_settings(
+        database18, qdrant, {"name": "docs", **EUCLID}, migration=ONE_CHUNK
+    )
+    windows.limit = 1_000_000
+    async with running(settings, database18, qdrant) as life:
+        await windows.wait_settled(life)
+        await life.caught_up()
+        await windows.begin_resync(life)
+        ask_for(life, "public.docs")
+        backfill = life.pipeline._together.backfill
+        await life.wait(lambda: backfill.is_wanted_again("public.docs"), "the request")
+        completed = asyncio.Event()
+        complete = Resync.complete
+
+        async def held(resync: Resync, planned: PlannedTable) -> None:
+            await complete(resync, planned)
+            completed.set()
+            await asyncio.Event().wait()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Resync, "complete", held)
+            windows.limit = 1_000_000
+            await life.wait(completed.is_set, "the end of the copy")
+            life.task.cancel()
+            await asyncio.gather(life.task, return_exceptions=True)
+    async with running(settings, database18, qdrant) as life:
+        await life.wait(
+            lambda: (
+                life.metric("schema_changes_total", table="public.docs", outcome="resynced") > 0
+            ),
+            "the table to be read again",
+        )
         await life.assert_equal()

@@ -39,7 +39,7 @@ from tests.support.mapping_types import (
     range_of,
     table_plan,
 )
-from tests.support.points import payload_of, value_of, vectors_of
+from tests.support.points import numbers_of, payload_of, value_of, vectors_of
 from tests.unit.test_values import array_bytes, int4
 
 #: A value of a type in both formats, as the server would write it.
@@ -327,7 +327,8 @@ def test_both_codecs_give_the_same_vectors(
         column("multi", array(pgvector("vector")), VectorKind.MULTI, 2),
     )
     wire = WireCodec(plan)
-    expected = PythonCodec(plan).vectors(row)
+    python = PythonCodec(plan)
+    expected = numbers_of(python.vectors(row))
     data = wire.vectors(row)
     written = {} if data is None else vectors_of(grpc.Vectors.FromString(data))
     assert written == expected
@@ -337,6 +338,7 @@ def test_both_codecs_give_the_same_vectors(
         if state == "unchanged"
     }
     assert set(wire.null_vectors(row)) == {"dense", "sparse", "multi"} - set(expected) - unchanged
+    assert wire.null_vectors(row) == python.null_vectors(row)
 
 
 @settings(max_examples=200, deadline=None)

@@ -190,7 +190,7 @@ def _flag(value: bool) -> bytes:
 
 
 def _string(text: str) -> bytes:
-    return text.encode() + b"\x00"
+    return text.encode("utf-8", "surrogateescape") + b"\x00"
 
 
 def _int16(value: int) -> bytes:

@@ -62,7 +62,7 @@ class PipelineStatus:
 
     def settled(self, lsn: int, looks: int) -> bool:
         """Whether everything before the position is confirmed, the catalog was found unchanged so
-        often, and no table waits to be read again."""
+        often, and no table waits to be read or its points to be looked through again."""
         return self.confirmed >= lsn and self.looks >= looks and not self.stale
 
 
@@ -98,8 +98,9 @@ class PipelineProcess:
         return self._process.is_alive()
 
     def kill(self) -> None:
-        """kill -9."""
-        self._process.kill()
+        """kill -9, unless it has ended by itself: its process id may be another's by now."""
+        if self._process.is_alive():
+            self._process.kill()
         self._reap()
 
     def stop(self, timeout: float = _PATIENCE_SECONDS) -> PipelineEnd:
@@ -131,8 +132,7 @@ class PipelineProcess:
         return self._process.exitcode
 
     def close(self) -> None:
-        self._process.kill()
-        self._reap()
+        self.kill()
 
     def _reap(self) -> None:
         self._process.join()
@@ -272,7 +272,7 @@ def _status(pipeline: Pipeline, looks: int) -> PipelineStatus:
         state=str(pipeline.board.snapshot()["state"]),
         applied=pipeline.positions.applied,
         confirmed=pipeline.positions.confirmed,
-        stale=frozenset(relations.stale) if relations is not None else frozenset(),
+        stale=frozenset() if relations is None else frozenset(relations.stale | relations.unswept),
         looks=looks,
         schema_changes=changes,
         stopped=_stopped(pipeline),

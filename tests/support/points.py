@@ -4,10 +4,16 @@ understands.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeAlias
+
 from qdrant_client import grpc
 
 from cdc_sync.mapping.python import SparseValue, VectorValue
 from cdc_sync.mapping.values import JsonValue
+
+#: A vector of plain numbers, so that they can be compared.
+Numbers: TypeAlias = "list[float] | SparseValue | list[list[float]]"
 
 
 def value_of(value: grpc.Value) -> JsonValue:
@@ -29,7 +35,7 @@ def payload_of(point: grpc.PointStruct) -> dict[str, JsonValue]:
     return {key: value_of(value) for key, value in point.payload.items()}
 
 
-def vector_of(vector: grpc.Vector) -> VectorValue:
+def vector_of(vector: grpc.Vector) -> Numbers:
     """Return a dense vector, a sparse vector, or the rows of a multivector."""
     kind = vector.WhichOneof("vector")
     if kind == "dense":
@@ -40,8 +46,16 @@ def vector_of(vector: grpc.Vector) -> VectorValue:
     return [list(row.data) for row in vector.multi_dense.vectors]
 
 
-def vectors_of(vectors: grpc.Vectors) -> dict[str, VectorValue]:
+def vectors_of(vectors: grpc.Vectors) -> dict[str, Numbers]:
     """Return vectors by name; a single unnamed one under ""."""
     if vectors.WhichOneof("vectors_options") == "vector":
         return {"": vector_of(vectors.vector)}
     return {name: vector_of(vector) for name, vector in vectors.vectors.vectors.items()}
+
+
+def numbers_of(vectors: Mapping[str, VectorValue]) -> dict[str, Numbers]:
+    """Return vectors as PythonCodec decodes them, as plain numbers."""
+    return {
+        name: list(map(float, vector)) if isinstance(vector, memoryview) else vector
+        for name, vector in vectors.items()
+    }

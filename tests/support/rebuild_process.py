@@ -83,8 +83,9 @@ class RebuildProcess:
         theirs.close()
 
     def kill(self) -> None:
-        """kill -9."""
-        self._process.kill()
+        """kill -9, unless it has ended by itself: its process id may be another's by now."""
+        if self._process.is_alive():
+            self._process.kill()
         self._process.join()
 
     def died(self) -> None:

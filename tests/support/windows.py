@@ -172,7 +172,7 @@ class Windows:
 
         def settled() -> bool:
             nonlocal since
-            if life.state != "streaming" or relations.stale:
+            if life.state != "streaming" or relations.stale or relations.unswept:
                 since = None
             elif since is None:
                 since = self._looks

@@ -18,7 +18,7 @@ from tests.bench.model import RowCost, allowed, speed_up
 from tests.bench.plots import Bar, chart, charts
 from tests.bench.rounds import Median, quantile, ratio_of_best, ratios, take_turns
 from tests.bench.targets import Figure, Target, Verdict, number
-from tests.bench.usage import Cost, Meter, descendants, memory_mb, tree_cpu
+from tests.bench.usage import Cost, Meter, descendants, interpreter_step, memory_mb, tree_cpu
 
 
 def figure(value: float | None, target: Target | None, **more: object) -> Figure:
@@ -134,7 +134,9 @@ def test_cpu_of_children_counts_when_they_have_ended() -> None:
     burn = "import time\nwhile time.process_time() < 0.3: pass"
     with subprocess.Popen([sys.executable, "-c", burn]) as child:
         assert child.pid in descendants(os.getpid())
-        assert memory_mb(child.pid, "VmHWM") > 1
+        # For a moment after it has begun it has no memory of its own.
+        while memory_mb(child.pid, "VmHWM") <= 1:
+            assert child.poll() is None
         child.wait()
     cost = began.until(meter.end())
     assert cost.others["us"] >= 0.25
@@ -169,15 +171,23 @@ def test_missed_targets_are_never_hidden() -> None:
 
 def test_ratios_that_have_changed_are_marked() -> None:
     earlier = json.loads(RUN.to_json())
-    assert "changed" not in report.changes(RUN.figures, earlier)
+    assert "changed" not in report.changes(RUN.figures, {}, earlier)
     slower = dataclasses.replace(RUN.figures[0], value=Median.of([0.46]))
-    assert "| 0.55 | 0.46 | -16.4% | changed |" in report.changes([slower], earlier)
+    assert "| 0.55 | 0.46 | -16.4% | changed |" in report.changes([slower], {}, earlier)
     faster = dataclasses.replace(RUN.figures[0], value=Median.of([0.61]))
-    assert "| 0.55 | 0.61 | +10.9% | missed, now met |" in report.changes([faster], earlier)
+    assert "| 0.55 | 0.61 | +10.9% | missed, now met |" in report.changes([faster], {}, earlier)
     absolute = dataclasses.replace(RUN.figures[1], value=Median.of([40.0]))
-    assert report.changes([absolute], earlier).count("\n") == 2
+    assert report.changes([absolute], {}, earlier).count("\n") == 2
     with pytest.raises(ValueError, match="not a report"):
-        report.changes([slower], {})
+        report.changes([slower], {}, {})
+
+
+def test_the_speed_of_the_interpreter_stands_beside_ratios_that_have_changed() -> None:
+    assert 1 < interpreter_step(rounds=2, steps=5_000) < 100_000
+    found = report.environment("quick", 2, "18", 0.1, 60, [50.0, 80.0, 60.0])
+    earlier = json.loads(report.Run(RUN.figures, {**found, report.STEP: "45.0 ns"}).to_json())
+    assert "ran at 0.75 of its speed" in report.changes(RUN.figures, found, earlier)
+    assert "interpreter ran" not in report.changes(RUN.figures, found, json.loads(RUN.to_json()))
 
 
 def test_only_what_stands_between_the_markers_is_replaced(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from cdc_sync.qdrant.collections import index_path
 from cdc_sync.rows import UNCHANGED, RawValue, Row, TextValue
 from cdc_sync.sync.planning import plan_options
 from tests.support.mapping_types import array, core, domain, pgvector
-from tests.support.points import payload_of, value_of
+from tests.support.points import numbers_of, payload_of, value_of
 from tests.unit.test_planner import COLUMNS, column_of, index, table, vector_of
 
 PRICE = Column("price", 4, core("numeric"))
@@ -373,7 +373,7 @@ def test_bit_vectors() -> None:
     vector = vector_of(plan, "bits")
     assert (vector.name, vector.size) == ("code", 8)
     row = row_of(plan, VALUES)
-    assert PythonCodec(plan).vectors(row) == {"code": [0.0] * 7 + [1.0]}
+    assert numbers_of(PythonCodec(plan).vectors(row)) == {"code": [0.0] * 7 + [1.0]}
     assert "bits" not in payload(plan)
     assert plan_of().vectors == (vector_of(plan_of(), "embedding"),)
     assert pgvector("vector", 3) == column_of(plan, "embedding").type

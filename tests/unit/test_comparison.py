@@ -11,7 +11,7 @@ from cdc_sync.errors import MappingError
 from cdc_sync.mapping.comparison import PointComparison, same_json
 from cdc_sync.mapping.plan import ColumnPlan, Datatype, Metric, VectorKind, VectorPlan
 from cdc_sync.mapping.vectors import SparseValue
-from cdc_sync.rows import TextValue
+from cdc_sync.rows import Row, TextValue
 from tests.support import sink_rows as rows
 
 
@@ -22,8 +22,16 @@ def compare(
     comparison = PointComparison(rows.plan_of("c", (rows.column("id", rows.INT8), column)))
     written = TextValue(str(list(components)).replace(" ", "").encode())
     value = written if text else rows.vector(*components)
+    row: Row = [rows.int8(1), value]
+    payload = {"id": 1}
     vectors = {"v": stored} if stored is not None else {}
-    return comparison.equal([rows.int8(1), value], {"id": 1}, vectors)  # type: ignore[arg-type]
+    equal = comparison.equal(row, payload, vectors)  # type: ignore[arg-type]
+    # Many at once, which must find the same.
+    unlike = [({"id": 2}, vectors), (payload, {**vectors, "w": array(1)}), ({}, vectors)]
+    points = [(payload, vectors), *unlike]
+    found = comparison.equal_all([row] * len(points), points)  # type: ignore[arg-type]
+    assert found == [equal, False, False, False]
+    return equal
 
 
 def dense(metric: Metric = Metric.EUCLID, datatype: Datatype = Datatype.FLOAT32) -> VectorPlan:
@@ -44,6 +52,10 @@ def test_components_are_compared_exactly_but_under_cosine(text: bool) -> None:
     assert not compare("vector", dense(Metric.COSINE), array(0.6, 0.80001), 3, 4, text=text)
     assert not compare("vector", dense(Metric.COSINE), array(3, 4), 3, 4, text=text)
     assert not compare("vector", dense(Metric.COSINE), array(-0.6, -0.8), 3, 4, text=text)
+    # Very short ones are not normalised.
+    assert compare("vector", dense(Metric.COSINE), array(1e-5, 0), 1e-5, 0, text=text)
+    assert not compare("vector", dense(Metric.COSINE), array(1, 0), 1e-5, 0, text=text)
+    assert not compare("vector", dense(Metric.COSINE), array(1, 0), 0, 0, text=text)
 
 
 def test_a_small_change_of_a_component_among_many_is_seen_under_cosine() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from cdc_sync.errors import MappingError
 from cdc_sync.mapping.options import PlanOptions
-from cdc_sync.mapping.plan import IdScheme
+from cdc_sync.mapping.plan import IdScheme, PayloadIndexType
 from cdc_sync.mapping.planner import DimensionChangedError, build_plan, replan
 from cdc_sync.mapping.table import PgType, redefined
 from tests.support.mapping_types import array, core, pgvector
@@ -38,6 +38,15 @@ def test_new_and_dropped_columns() -> None:
     dropped = replan(BEFORE, NAMES[:2], PlanOptions())
     assert dropped.vectors == ()
     assert dropped.payload_indexes == BEFORE.payload_indexes
+    # Indexes on fields that no column has, but members of its documents, stay as they are.
+    options = PlanOptions(indexes={"kind": PayloadIndexType.KEYWORD})
+    before = build_plan(table(), options).plan
+    assert replan(before, columns, options).payload_indexes == before.payload_indexes != ()
+    # Like vectors that are new, bits that are to be one are left out.
+    bits = [*NAMES, ("code", core("bit", 8))]
+    for chosen, added in (((), ["code"]), (("code",), [])):
+        plan = replan(BEFORE, bits, PlanOptions(bit_vectors=chosen))
+        assert [column.name for column in plan.columns] == [*dict(NAMES), *added]
 
 
 @pytest.mark.requirement("R32")

@@ -103,6 +103,29 @@ def test_truncated_and_extended_bytes_are_refused(sample: tuple[PgType, bytes]) 
             decode(data + b"\0")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "euc_jis_2004", "gb18030", "utf-16-le"])
+def test_hstore_of_other_encodings(encoding: str) -> None:
+    """Lengths are of the bytes in the database's encoding, texts are in UTF-8; some take more bytes
+    there, some less."""
+    texts = ["é", "", "a", "日本", "\u00e9x", "x" * 300, "\u00fc" * 130]
+    kept = [one for one in texts if one.encode(encoding, "ignore").decode(encoding) == one]
+    assert len(kept) >= 5
+
+    def counted(value: str) -> bytes:
+        return int4(len(value.encode(encoding))) + value.encode()
+
+    pairs = {key + str(n): None if n == 3 else kept[-n] for n, key in enumerate(kept, 1)}
+    data = int4(len(pairs)) + b"".join(
+        counted(key) + (int4(-1) if value is None else counted(value))
+        for key, value in pairs.items()
+    )
+    decode = binary_decoder(extension("hstore", "hstore"))
+    assert decode(data) == pairs
+    for cut in range(4, len(data), 7):
+        with pytest.raises(MappingError):
+            decode(data[:-cut])
+
+
 @pytest.mark.parametrize(
     ("type_", "data"),
     [

@@ -92,6 +92,17 @@ def test_long_vectors_are_refused_under_cosine_only() -> None:
         binary(long)
     with pytest.raises(MappingError, match="finite"):
         text(b"[1e39,0,0]")
+    rows = array_bytes(vector(1, 2, 3), long)
+    for metric in (Metric.DOT, Metric.COSINE):
+        binary, text = compile_vector(
+            "t", column(array(pgvector("vector")), 3, VectorKind.MULTI, metric)
+        )
+        for read, data in ((binary, rows), (text, b'{"[1,2,3]","[1e19,3e38,0]"}')):
+            if metric is Metric.COSINE:
+                with pytest.raises(MappingError, match="normalised"):
+                    read(data)
+            else:
+                assert numbers(read(data)) == np.array([[1, 2, 3], [1e19, 3e38, 0]], "<f4").tolist()
 
 
 @pytest.mark.requirement("R16")
