@@ -35,9 +35,10 @@ class Notifier:
         """Whether anybody listens."""
         return self._address is not None
 
-    def ready(self, status: str = "") -> None:
-        """Say that the service has started."""
-        self._send("READY=1", *([_status(status)] if status else []))
+    def ready(self, status: str = "") -> bool:
+        """Say that the service has started; returns whether that was heard. A service manager that
+        is busy takes nothing more for a while, and would end what it thinks has not started."""
+        return self._send("READY=1", *([_status(status)] if status else []))
 
     def status(self, text: str) -> None:
         """Say in a line how things are; shown by ``systemctl status``."""
@@ -57,9 +58,9 @@ class Notifier:
             self._socket.close()
             self._socket = None
 
-    def _send(self, *assignments: str) -> None:
+    def _send(self, *assignments: str) -> bool:
         if self._address is None:
-            return
+            return False
         try:
             if self._socket is None:
                 kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
@@ -71,6 +72,8 @@ class Notifier:
             if not self._failed:
                 log.warning("service_notification_failed", error=error.strerror)
             self._failed = True
+            return False
+        return True
 
 
 def _address(value: str) -> str | None:

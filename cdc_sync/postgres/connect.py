@@ -99,6 +99,9 @@ _REFUSALS: Final[tuple[tuple[str, ErrorKind, str | None], ...]] = (
 )
 
 
+#: Where libpq's texts name a host, which may be called like one of the reasons above.
+_HOST_NAMES: Final = re.compile(r'(server at|host name|host address) "[^"]*"')
+
 #: How long a question may take that the server answers at once.
 PATIENCE_SECONDS: Final = 60.0
 
@@ -109,15 +112,18 @@ def connect(
     application_name: str = "cdc_sync",
     replication: bool = False,
     autocommit: bool = True,
+    standby: bool = False,
 ) -> PgConnection:
     """Open a connection with all session settings pinned (R6, R53) and an empty ``search_path``.
 
     The empty search path makes every name in our SQL, and in the SQL Postgres prints, mean one
     thing only; :func:`cdc_sync.postgres.catalog.find_table` looks names up in the role's own path.
-    A replication connection speaks the simple query protocol only (no parameters). Raises
-    :class:`ConfigError` for a malformed URL and :class:`SourceError` for everything else.
+    A replication connection speaks the simple query protocol only (no parameters). A standby is
+    refused, as a server that is not there yet, unless the URL asks for one, or ``standby`` takes
+    one where the URL names a single server. Raises :class:`ConfigError` for a malformed URL and
+    :class:`SourceError` for everything else.
     """
-    parameters = _parameters(source, application_name)
+    parameters = _parameters(source, application_name, standby=standby)
     if replication:
         parameters["replication"] = "database"
     try:
@@ -162,7 +168,9 @@ def closed_on_error(connection: _Closes) -> Iterator[None]:
         raise
 
 
-def _parameters(source: SourceSettings, application_name: str) -> dict[str, Any]:
+def _parameters(
+    source: SourceSettings, application_name: str, *, standby: bool = False
+) -> dict[str, Any]:
     try:
         parameters = conninfo.conninfo_to_dict(source.url.get_secret_value())
     except psycopg.Error:
@@ -198,8 +206,9 @@ def _parameters(source: SourceSettings, application_name: str) -> dict[str, Any]
         parameters.setdefault(f"keepalives_{name}", value)
     parameters.setdefault("tcp_user_timeout", 60_000)
     hosts = parameters.get("host") or parameters.get("hostaddr") or os.environ.get("PGHOST")
-    if "," in str(hosts or "") and not os.environ.get("PGTARGETSESSIONATTRS"):
-        # Else a connection may lead to a standby while the others lead to the primary (R73).
+    if not os.environ.get("PGTARGETSESSIONATTRS") and ("," in str(hosts or "") or not standby):
+        # Else a connection may lead to a standby while the others lead to the primary (R73). In the
+        # middle of a failover a name or a virtual address does so too, with all of them.
         parameters.setdefault("target_session_attrs", "primary")
     return parameters
 
@@ -284,11 +293,19 @@ def _refused(error: psycopg.Error, parameters: dict[str, Any]) -> SourceError:
     # address.
     _, fatal, spoken = text.rpartition("FATAL: ")
     reason = spoken.strip() if fatal else text.rpartition(" failed: ")[2]
+    said = _HOST_NAMES.sub("", text)
     for pattern, kind, remedy in _REFUSALS:
-        if re.search(pattern, text, re.IGNORECASE):
+        if re.search(pattern, said, re.IGNORECASE):
             return SourceError(
                 kind, f"Postgres at {where} refuses the connection: {reason}", remedy
             )
+    if "hot standby mode" in said:
+        return SourceError(
+            ErrorKind.SOURCE_UNAVAILABLE,
+            f"Postgres at {where} is a standby in recovery",
+            "Let source.url lead to the primary. In the middle of a failover this passes by"
+            " itself.",
+        )
     return SourceError(
         ErrorKind.SOURCE_UNAVAILABLE, f"cannot connect to Postgres at {where}: {reason}"
     )

@@ -61,6 +61,24 @@ def lock_rebuild(source: SourceSettings) -> PgConnection:
     return connection
 
 
+_RECORDS = "SELECT pg_advisory_lock(hashtextextended('cdc_sync records ' || %s, 0))"
+_RECORDS_SECONDS = 30.0
+
+
+def lock_records(source: SourceSettings, pipeline: str) -> PgConnection:
+    """Take the lock under which the pipeline's record is read, changed and written again; it is
+    held until the connection returned is closed. Raises :class:`SourceError` TABLE_LOCKED or
+    SOURCE_UNAVAILABLE when it is not to be had in time."""
+    connection = connect(source, application_name="cdc_sync lock")
+    with closed_on_error(connection):
+        set_lock_timeout(connection, _RECORDS_SECONDS)
+        try:
+            connection.execute(_RECORDS, (pipeline,))
+        except psycopg.Error as error:
+            raise translate(error, "taking the lock of the pipeline's record") from error
+    return connection
+
+
 _WINDOW = "SELECT pg_advisory_lock(hashtextextended('cdc_sync window ' || %s, 0))"
 #: How long a new holder of the slot waits for the workers of the last one.
 _WINDOW_SECONDS = 30.0

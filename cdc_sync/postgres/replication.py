@@ -37,6 +37,8 @@ from cdc_sync.postgres.slot import BLOCKERS, slot_active, validate_slot_name
 
 _COPY_BOTH: Final = pq.ExecStatus.COPY_BOTH
 _FATAL_ERROR: Final = pq.ExecStatus.FATAL_ERROR
+#: Linux says so while something is left to be read; poll reports the rest without being asked.
+_HUNG_UP: Final = getattr(select, "POLLRDHUP", 0)
 _ENDED_WELL: Final = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.COPY_IN)
 
 #: Highest protocol version of pgoutput by the server's major version.
@@ -78,6 +80,15 @@ class StreamOptions:
     streaming: Literal["off", "on", "parallel"] = "off"
 
 
+class BinaryRefusedError(SourceError):
+    """The server cannot send a value in binary format; the slot can be read as text. Its kind is
+    PROTOCOL."""
+
+
+class ConnectionClosedError(SourceError):
+    """The stream has ended; the slot may be another's. Its kind is SOURCE_UNAVAILABLE."""
+
+
 class ReplicationConnection:
     """A connection that makes a slot or streams from one.
 
@@ -91,6 +102,7 @@ class ReplicationConnection:
         self._pgconn = conn.pgconn
         self._slot = ""
         self._publication = ""
+        self._binary = False
         self._streaming = False
         self._unsent = False
         self._error: SourceError | None = None
@@ -266,8 +278,10 @@ class ReplicationConnection:
         """
         validate_slot_name(slot)
         self._slot, self._publication = slot, publication
+        options = options or StreamOptions()
+        self._binary = options.binary
         version = server_version if server_version is not None else self.server_version
-        command = start_command(slot, publication, options or StreamOptions(), version)
+        command = start_command(slot, publication, options, version)
         if unchecked := unchecked_text(self._conn):
             self._query(unchecked, f"starting to stream from slot {slot}")
         try:
@@ -288,6 +302,25 @@ class ReplicationConnection:
         except psycopg.Error as exc:
             raise translate(exc, "waiting for changes") from exc
 
+    @property
+    def error(self) -> SourceError | None:
+        """What has ended the stream, as far as that was read."""
+        return self._error
+
+    def check(self) -> None:
+        """Make sure that the stream has not ended, be there something to read still or not. A
+        system call, and no more. Raises :class:`ConnectionClosedError`."""
+        poller = select.poll()
+        try:
+            poller.register(self._pgconn.socket, _HUNG_UP)
+            ended = self._error is not None or bool(poller.poll(0))
+        except psycopg.Error:
+            ended = True
+        if ended:
+            raise ConnectionClosedError(
+                ErrorKind.SOURCE_UNAVAILABLE, f"the stream of slot {self._slot} has ended"
+            )
+
     def read(self, max_frames: int = 1000, max_bytes: int = 4 << 20) -> list[bytes]:
         """Return the frames that are there now, without waiting; none when there are none.
 
@@ -301,7 +334,8 @@ class ReplicationConnection:
         - PUBLICATION_UNUSABLE: the publication does not exist at this point of the WAL. Postgres 18
           only warns and skips the changes; that is an error here, and the frames of that read are
           withheld (R9)
-        - PROTOCOL and others: the server fails to decode (R8)
+        - PROTOCOL and others: the server fails to decode (R8); :class:`BinaryRefusedError` where it
+          would not as text (R12)
         """
         if self._error is not None:
             raise self._error
@@ -380,6 +414,8 @@ class ReplicationConnection:
         if sqlstate == "42601":
             return pooler_suspected("START_REPLICATION")
         error = translate(exc, f"streaming from slot {slot}")
+        if sqlstate == "42883" and self._binary:
+            return BinaryRefusedError(error.kind, error.message, error.remedy)
         if sqlstate == "57P01":
             error.remedy = "Look at the slot: an invalidated one ends its consumer like this."
         return error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Final
 
 # gRPC writes of every failed handshake to stderr, between the lines of our log. Read when it is
@@ -72,6 +73,26 @@ def credentials(settings: QdrantSettings, *, secure: bool) -> grpc.ChannelCreden
         return grpc.ssl_channel_credentials(root_certificates=authorities)
     chain, private = check_pair("qdrant", certificate, key)
     return grpc.ssl_channel_credentials(authorities, private, chain)
+
+
+def files_seen(settings: QdrantSettings) -> tuple[tuple[int, ...], ...]:
+    """Return what changes when somebody renews the files that :func:`credentials` reads; of those
+    that cannot be looked at, nothing."""
+    named = (
+        settings.ca_file or system_authorities(),
+        settings.client_cert_file,
+        settings.client_key_file,
+    )
+    seen = []
+    for path in named:
+        try:
+            found = None if path is None else Path(path).stat()
+        except (OSError, ValueError):
+            found = None
+        seen.append(
+            () if found is None else (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+        )
+    return tuple(seen)
 
 
 def plain_text_warning(settings: QdrantSettings, host: str) -> str | None:

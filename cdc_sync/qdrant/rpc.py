@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -19,9 +19,9 @@ import grpc
 from qdrant_client import grpc as q
 
 from cdc_sync.config import QdrantSettings
-from cdc_sync.errors import ErrorKind, SinkError, policy
+from cdc_sync.errors import ConfigError, ErrorKind, SinkError, policy
 from cdc_sync.qdrant import answers
-from cdc_sync.qdrant.channel import credentials, handshake_failure, metadata
+from cdc_sync.qdrant.channel import credentials, files_seen, handshake_failure, metadata
 from cdc_sync.qdrant.pace import Pace
 from cdc_sync.qdrant.sink import RequestObserver
 
@@ -273,7 +273,14 @@ class Rpc:
         self._deadline_bytes = max(settings.request_bytes, _DEADLINE_BYTES)
         self._metadata = metadata(settings)
         self._target = target
+        self._settings = settings
+        self._files = files_seen(settings)
         self._trusted = credentials(settings, secure=secure)
+        #: Called before each write; what it raises keeps the write from being begun.
+        self.guard: Callable[[], None] | None = None
+        self._under_way = 0
+        #: Channels of certificates that were renewed, with calls that may not be over.
+        self._former: list[grpc.Channel] = []
         self._lanes = min(_MAX_CHANNELS, settings.parallel_requests)
         self._channels = [self._open(MAX_ANSWER_BYTES) for _ in range(self._lanes)]
         self._stubs: dict[tuple[str, int], grpc.UnaryUnaryMultiCallable] = {}
@@ -297,8 +304,10 @@ class Rpc:
 
         Raises :class:`RpcError`. When cancelled, a read is abandoned, but a write is awaited to
         its end (at most the deadline) before CancelledError goes on: nothing may be in flight any
-        more for whoever comes next.
+        more for whoever comes next. A write is not begun if :attr:`guard` raises something.
         """
+        if method.writes and self.guard is not None:
+            self.guard()
         if unlimited:
             lane = self._unlimited_lane()
         if self._observer is None:
@@ -334,6 +343,7 @@ class Rpc:
         )
         rpc.add_done_callback(finished)
         cancelled: asyncio.CancelledError | None = None
+        self._under_way += 1
         while not done.done():
             try:
                 await asyncio.wait((done,))
@@ -342,12 +352,16 @@ class Rpc:
                 if not method.writes:
                     rpc.cancel()
                     break
+        self._under_way -= 1
+        if self._former and not self._under_way:
+            self._close_former()
         if cancelled is not None:
             raise cancelled
         if rpc.code() is not _C.OK:
-            raise RpcError(
-                method, rpc.code(), rpc.details() or "", _retry_after(rpc.trailing_metadata())
-            )
+            details = rpc.details() or ""
+            if rpc.code() is _C.UNAVAILABLE and self._trusted is not None:
+                details = self._renew() + details
+            raise RpcError(method, rpc.code(), details, _retry_after(rpc.trailing_metadata()))
         response: Response = rpc.result()
         return response
 
@@ -359,6 +373,30 @@ class Rpc:
             return await self.call(method, request, lane)
         except RpcError as failure:
             raise sink_error(failure, target) from failure
+
+    def _renew(self) -> str:
+        """Take up certificates that were renewed since they were read: gRPC keeps to those that a
+        channel was opened with. Returns what to say first of the error, if they are of no use."""
+        seen = files_seen(self._settings)
+        if seen == self._files:
+            return ""
+        try:
+            self._trusted = credentials(self._settings, secure=True)
+        except ConfigError as error:
+            # Half of them are written, perhaps: looked at again with the next failure.
+            return f"{error.message} "
+        self._files = seen
+        self._former += self._channels
+        self._channels = [self._open(MAX_ANSWER_BYTES) for _ in range(self._lanes)]
+        self._stubs.clear()
+        if not self._under_way:
+            self._close_former()
+        return ""
+
+    def _close_former(self) -> None:
+        for channel in self._former:
+            channel.close()
+        self._former.clear()
 
     def _deadline(self, request: bytes) -> float:
         return self._timeout * max(1, min(len(request) // self._deadline_bytes, _MAX_DEADLINES))
@@ -382,6 +420,7 @@ class Rpc:
 
     def close(self) -> None:
         """Close the channels; calls still under way fail."""
+        self._close_former()
         for channel in self._channels:
             channel.close()
 

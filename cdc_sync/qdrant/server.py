@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 
 from qdrant_client.grpc import CollectionStatus, HealthCheckReply
 
@@ -77,6 +78,11 @@ class ServerSink:
     def multi_process(self) -> bool:
         """Other processes may write to the same server."""
         return True
+
+    def guard(self, check: Callable[[], None] | None) -> None:
+        """Have ``check`` called before every write from here on, its own records' too; what it
+        raises keeps the write from being begun. None: no more."""
+        self._rpc.guard = check
 
     @property
     def version(self) -> str:

@@ -113,6 +113,9 @@ class Backfill:
         sweep_only: bool = False,
     ) -> None:
         """Begin a copy of the table from nothing, or only a sweep. On record when this returns."""
+        # Points of rows that were refused are older than the stream, and no letter says so any
+        # more once it is released.
+        sweep = sweep or self._dead_letters.has_letters(planned.name)
         ledger = Ledger.new(
             self._settings.pipeline.name,
             planned,

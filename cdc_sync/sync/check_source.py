@@ -74,7 +74,10 @@ class SourceFacts:
 def check_source(settings: Settings, findings: list[Finding]) -> SourceFacts | None:
     """Add what there is to say of Postgres. None when the tables cannot be planned."""
     try:
-        with connect(settings.source) as connection, answering(connection, _CHECK_SECONDS):
+        with (
+            connect(settings.source, standby=True) as connection,
+            answering(connection, _CHECK_SECONDS),
+        ):
             findings.append(finding("postgres-connection", "ok", "postgres", "connected"))
             return _Examination(settings, connection, findings).run()
     except CdcSyncError as error:

@@ -23,6 +23,7 @@ from cdc_sync.ops.status import StatusBoard
 from cdc_sync.sync.copy_report import CopyReporter
 from cdc_sync.sync.pipeline import Pipeline
 from cdc_sync.sync.progress import ProgressScreen, ProgressWatch, on_terminal
+from cdc_sync.sync.supervision import supervised
 from cdc_sync.sync.swaps import Swaps
 from cdc_sync.sync.task_dump import dump_tasks
 from cdc_sync.sync.transport import transport_warnings
@@ -130,13 +131,15 @@ class _Life:
         for received in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(received, self._on_signal, received)
         loop.add_signal_handler(signal.SIGUSR1, dump_tasks)
+        board = self._pipeline.board
+        reporter = CopyReporter(self._pipeline, summaries=not self._once)
         watching = [
-            asyncio.create_task(_tell(self._pipeline, self._notifier)),
-            asyncio.create_task(ProgressWatch(self._pipeline.board, self._screen).run()),
-            asyncio.create_task(CopyReporter(self._pipeline, summaries=not self._once).run()),
+            supervised(_tell(self._pipeline, self._notifier), "notification", board, vital=True),
+            supervised(ProgressWatch(board, self._screen).run(), "progress", board),
+            supervised(reporter.run(), "copy report", board),
         ]
         if self._beside is not None:
-            watching.append(asyncio.create_task(self._beside(self._pipeline)))
+            watching.append(supervised(self._beside(self._pipeline), "companion", board))
         try:
             await self._pipeline.run(self._stop, restart=self._restart, once=self._once)
             for task in watching:
@@ -201,8 +204,7 @@ async def _tell(pipeline: Pipeline, notifier: Notifier) -> None:
         # A stopped table is no reason to end a daemon that has just started.
         checks = [check for check in board.readiness() if check.name != "tables"]
         if not ready and all(check.ok for check in checks):
-            ready = True
-            notifier.ready()
+            ready = notifier.ready()
         notifier.status(str(state))
         if all(check.ok for check in board.liveness()):
             notifier.watchdog()

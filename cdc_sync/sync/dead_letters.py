@@ -101,6 +101,10 @@ class DeadLetterOffice:
         """Whether the point's last version is a dead letter."""
         return (table, str(point_id)) in self._parked
 
+    def has_letters(self, table: str) -> bool:
+        """Whether there are dead letters of the table."""
+        return any(parked == table for parked, _ in self._parked)
+
     @property
     def pending(self) -> int:
         """Number of dead letters parked."""

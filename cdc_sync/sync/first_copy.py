@@ -204,7 +204,7 @@ class FirstCopy:
         owned = await self._until(lambda: asyncio.to_thread(self._prepare_source, plan, state))
         record = self._record(plan, state, slot_lsn=0, owned=owned)
         # Before the slot exists: whatever happens from here on is known to be ours and unfinished.
-        await self._until(lambda: self.sink.state.save(record))
+        await self._until(lambda: self._records.save(record))
         await self._until(lambda: self._forget(plan.tables))
         for planned in plan.tables:
             await self._until(lambda p=planned: self._empty(p, state))  # type: ignore[misc]
@@ -220,7 +220,7 @@ class FirstCopy:
         """
         stale = self._stale(plan, state)
         # Before the slot is there: whoever goes on with it reads the tables again.
-        await self._until(lambda: self.sink.state.save(stale))
+        await self._until(lambda: self._records.save(stale))
         await self._until(self._drop_ledgers)
         owned = await self._until(lambda: asyncio.to_thread(self._prepare_source, plan, state))
         # What was known of the source does not hold for what comes from the new slot.
@@ -237,7 +237,7 @@ class FirstCopy:
             slot_lsn=lsn,
             owns_publication=owned,
         )
-        await self._until(lambda: self.sink.state.save(record))
+        await self._until(lambda: self._records.save(record))
         log.info("slot_recreated", slot=created.name, lsn=str(Lsn(lsn)), tables=len(plan.tables))
         return lsn
 
@@ -392,9 +392,7 @@ class FirstCopy:
             for planned in plan.tables:
                 await self.backfill.begin(planned, sweep=self._adopting, repair=self._adopting)
             # From here on the copy is resumed, by those ledgers.
-            await self._until(
-                lambda: self.sink.state.save(dataclasses.replace(record, slot_lsn=lsn))
-            )
+            await self._until(lambda: self._records.save(dataclasses.replace(record, slot_lsn=lsn)))
             await self._first_window(plan, holder)
         finally:
             await asyncio.to_thread(holder.close)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-from cdc_sync.errors import MappingError, ProtocolError
+from cdc_sync.errors import ErrorKind, MappingError, ProtocolError, SourceError
 from cdc_sync.pgoutput import messages as m
 from cdc_sync.pgoutput.decode import Decoder, read_tuple
 from cdc_sync.pgoutput.envelope import XLOG_HEADER_BYTES, decode_keepalive, unix_seconds
@@ -37,6 +37,9 @@ _CHANGE_END = XLOG_HEADER_BYTES + 6
 
 #: Transactions a batch may complete, so that a stream of empty ones is bounded too.
 _MAX_TRANSACTIONS = 4096
+#: Relation messages kept of tables that are not ours: where all tables are published, temporary
+#: ones of other programs come and go without end.
+_MAX_IGNORED = 5_000
 
 
 #: The kinds of messages as they are counted.
@@ -113,8 +116,10 @@ class Gatherer:
         self._on_message = on_message
         self._decoder = Decoder()
         self._bindings: dict[int, Binding | Unusable | None] = {}
-        #: The Relation messages, and the generation by which each was bound.
-        self._relations: dict[int, tuple[m.Relation, int]] = {}
+        #: The Relation messages, if they are kept, and the generation by which each was bound.
+        self._relations: dict[int, tuple[m.Relation | None, int]] = {}
+        #: Relations that are not ours and whose messages are kept, the oldest first.
+        self._ignored: dict[int, None] = {}
         self._transaction: _Transaction | None = None
         self._sealed: deque[Batch] = deque()
         self._batch = Batch()
@@ -398,7 +403,14 @@ class Gatherer:
 
     def _bind(self, relation: m.Relation) -> None:
         self._relations[relation.oid] = relation, self._generation()
-        self._bindings[relation.oid] = self._route(relation)
+        binding = self._bindings[relation.oid] = self._route(relation)
+        self._ignored.pop(relation.oid, None)
+        if binding is None:
+            self._ignored[relation.oid] = None
+            if len(self._ignored) > _MAX_IGNORED:
+                oldest = next(iter(self._ignored))
+                del self._ignored[oldest]
+                self._relations[oldest] = None, self._relations[oldest][1]
         # Its tuples may look otherwise from here on.
         oid = relation.oid.to_bytes(4, "big")
         for start in (b"I%bN" % oid, b"U%bN" % oid):
@@ -407,12 +419,19 @@ class Gatherer:
 
     def _binding(self, oid: int) -> Binding | Unusable | None:
         """What the relation of a change is bound to; its message comes once, so it may have to be
-        bound again."""
+        bound again. Raises SOURCE_UNAVAILABLE for one that was not kept: another session gets it
+        again."""
         try:
             relation, generation = self._relations[oid]
         except KeyError:
             raise ProtocolError(f"change of relation {oid} before its Relation message") from None
         if generation != self._generation():
+            if relation is None:
+                raise SourceError(
+                    ErrorKind.SOURCE_UNAVAILABLE,
+                    f"the tables have changed, and what relation {oid} is was forgotten among many "
+                    "others; the stream is opened again",
+                )
             self._bind(relation)
         return self._bindings[oid]
 
@@ -477,8 +496,18 @@ class Gatherer:
             return
         old = binding.arrange(message.old)
         new = _take_from_old(new, old, whole=not message.old_is_key, key=binding.key)
-        old_id: PointId = binding.point_id(old)
-        new_id: PointId = binding.point_id(new)
+        try:
+            old_id: PointId = binding.point_id(old)
+        except MappingError:
+            # There is no point of that key; the row has one from here on.
+            table.create(binding.point_id(new), new, xid)
+            return
+        try:
+            new_id: PointId = binding.point_id(new)
+        except MappingError:
+            # The row is a dead letter from here on, but its point has no row any more.
+            table.delete(old_id, xid)
+            raise
         if old_id == new_id:
             table.update(new_id, new, xid)
         else:

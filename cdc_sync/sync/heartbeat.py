@@ -13,7 +13,7 @@ import time
 from collections import deque
 
 from cdc_sync.config import SourceSettings
-from cdc_sync.errors import SourceError
+from cdc_sync.errors import CdcSyncError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.pgoutput.messages import LogicalMessage
@@ -55,7 +55,7 @@ class Heartbeat:
                     await asyncio.to_thread(
                         self._connection.run, lambda c, b=content: emit_messages(c, PREFIX, [b])
                     )
-                except SourceError as error:
+                except CdcSyncError as error:
                     log.debug("heartbeat_failed", kind=error.kind.value, error=error.message)
                 await asyncio.sleep(self._seconds)
         finally:

@@ -50,6 +50,7 @@ from cdc_sync.sync.source_history import SourceHistory
 from cdc_sync.sync.stopped_tables import concerns_one_table
 from cdc_sync.sync.stream import Positions
 from cdc_sync.sync.streaming import Streaming
+from cdc_sync.sync.supervision import supervised
 from cdc_sync.sync.swaps import (
     PipelineSwaps,
     Swaps,
@@ -233,11 +234,13 @@ class Pipeline:
         watch = SinkWatch(sink.ping, self.board)
         return _Parts(
             history=SourceHistory(self.settings, sink.state),
-            records=TableRecords(sink.state, pipeline.name),
+            records=TableRecords(
+                sink.state, pipeline.name, self.settings.source if sink.multi_process else None
+            ),
             dead_letters=dead_letters,
             backfill=backfill,
             sink_watch=watch,
-            watching=asyncio.create_task(watch.run()),
+            watching=supervised(watch.run(), "watch over Qdrant", self.board, vital=True),
         )
 
     async def _stream(self) -> bool:

@@ -48,8 +48,9 @@ class SourceHistory:
         self._last_xid: int | None = None
         #: The one that was the last when the source was last looked at.
         self._looked_xid: int | None = None
-        #: The newest (64 bit) that was found visible; 0: none yet.
+        #: The newest (64 bit) that was found visible; 0: none yet. And as the stream has it.
         self._visible_xid = 0
+        self._settled_xid: int | None = None
         #: How the publication was last seen, by table.
         self._seen: dict[str, str] = {}
 
@@ -58,7 +59,7 @@ class SourceHistory:
         saved = await self._store.mark(self._settings.pipeline.name)
         if saved != self._saved:
             # Of another process, which may have begun anew: what was applied here does not count.
-            self._last_xid = self._looked_xid = None
+            self._last_xid = self._looked_xid = self._settled_xid = None
             self._visible_xid = 0
         self._saved = saved
         return saved
@@ -74,9 +75,12 @@ class SourceHistory:
         # progress, as another of its number would be in another history. Where there are many the
         # last one is newer than what was seen.
         for last in (self._looked_xid, self._last_xid):
-            xid = position.xmax if last is None else widen_xid(last, position.xmax)
+            if last is None or last == self._settled_xid:
+                # Four thousand million transactions later its number is that of another one.
+                continue
+            xid = widen_xid(last, position.xmax)
             if xid < position.xmax and xid not in position.running:
-                self._visible_xid = xid
+                self._visible_xid, self._settled_xid = xid, last
         self._looked_xid = self._last_xid
 
     def applied(self, xid: int) -> None:
@@ -139,7 +143,7 @@ class SourceHistory:
     async def begin(self, tables: Sequence[PlannedTable]) -> None:
         """Begin a new history, with a slot that is still to be made. How the publication is for the
         tables is put on record: it may be altered before the stream begins."""
-        self._last_xid = self._looked_xid = self._position = None
+        self._last_xid = self._looked_xid = self._settled_xid = self._position = None
         self._visible_xid = 0
         self._seen.clear()
         now = await self._identities(tables)

@@ -30,7 +30,7 @@ from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics, Trigger
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.pgoutput.lsn import Lsn
-from cdc_sync.postgres.replication import ReplicationConnection
+from cdc_sync.postgres.replication import ConnectionClosedError, ReplicationConnection
 from cdc_sync.sync.gather import Batch, Gatherer
 from cdc_sync.sync.sink_watch import LetGoError
 
@@ -46,6 +46,9 @@ _REPLY_SECONDS = 0.1
 _READ_FRAMES = 512
 _READ_BYTES = 1 << 20
 _IDLE_SECONDS = 1.0
+#: How long the end of a stream of which nothing more is taken goes unnoticed, at the most, while
+#: it brings something.
+_DISCARD_SECONDS = 0.05
 #: How long what the server has written may be on its way to us without counting as lag.
 _ON_ITS_WAY_SECONDS = 2.0
 #: For so long the slot may be taken by what is left of a connection of our own.
@@ -205,27 +208,33 @@ class StreamSession:
             await self._finish(writer, reader, clock, stopped)
         for task in (writer, reader, clock):
             if task.done() and not task.cancelled():
-                with contextlib.suppress(BatchAbandonedError):
+                try:
                     task.result()
+                except BatchAbandonedError:
+                    pass
+                except ConnectionClosedError as error:
+                    raise self.connection.error or error from None
 
     async def _finish(self, writer: asyncio.Task[None], *others: asyncio.Task[object]) -> None:
         """Wait for the batch in flight. If this is cancelled (the grace period is over) the writer
         goes too."""
         self._news.set()
-        lost = self._lost.is_set()
-        if lost:
-            self.connection.close()
-        if lost or self._resting:
-            # All of the batch is sent again, so no more of it is begun. A table that is being read
-            # again may take long; it is done from the start next time.
+        if self._lost.is_set():
+            self._give_up(writer)
+        elif self._resting:
+            # A table that is being read again may take long; it is done from the start next time.
             writer.cancel()
+        keeping = asyncio.create_task(self._keep_slot(writer), name="keeper of the slot")
         try:
             await asyncio.wait({writer})
         except asyncio.CancelledError:
             writer.cancel()
             raise
         finally:
-            await asyncio.gather(writer, *others, return_exceptions=True)
+            # It guards also a request that is waited for after a cancellation.
+            await asyncio.gather(writer, return_exceptions=True)
+            keeping.cancel()
+            await asyncio.gather(keeping, *others, return_exceptions=True)
             for task in ("reader", "writer", "clock"):
                 self.board.retire(task)
         with contextlib.suppress(Exception):
@@ -233,6 +242,29 @@ class StreamSession:
             await self._confirm(force=True)
         self._publish()
         self.metrics.buffer_bytes.set(0)
+
+    def _give_up(self, writer: asyncio.Task[None]) -> None:
+        """The slot may be another's: all of the batch is sent again, so no more of it is begun."""
+        self._lost.set()
+        self.connection.close()
+        writer.cancel()
+
+    async def _keep_slot(self, writer: asyncio.Task[None]) -> None:
+        """Keep the slot while the last batch is written, or see that it is lost. What comes
+        meanwhile is not taken, so it is sent again."""
+        try:
+            while not writer.done() and not self._lost.is_set():
+                if self.connection.read(_READ_FRAMES, _READ_BYTES):
+                    self._last_heard = time.monotonic()
+                    await asyncio.sleep(_DISCARD_SECONDS)
+                else:
+                    await self._wait_readable()
+                if time.monotonic() - self._last_status >= self.status_seconds:
+                    self._send_status("timer")
+                self._listen()
+        except SourceError as error:
+            log.info("slot_lost_while_draining", reason=error.message)
+            self._give_up(writer)
 
     # -- reader
 
@@ -407,8 +439,9 @@ class StreamSession:
         A host that vanishes is noticed by TCP; a proxy in between, or a walsender that hangs, is
         not.
         """
-        if self.gatherer.full:
+        if self.gatherer.full and not self._ending:
             self._last_heard = time.monotonic()  # Nobody reads.
+            self.connection.check()
         silent = time.monotonic() - self._last_heard
         if silent > self.silence_seconds:
             raise SourceError(

@@ -20,8 +20,9 @@ from cdc_sync.ops.status import StatusBoard
 from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.pgoutput.messages import LogicalMessage
 from cdc_sync.postgres.exclusive import wait_for_window
-from cdc_sync.postgres.replication import ReplicationConnection
+from cdc_sync.postgres.replication import BinaryRefusedError, ReplicationConnection
 from cdc_sync.postgres.watch import SourcePosition
+from cdc_sync.qdrant.server import ServerSink
 from cdc_sync.qdrant.sink import Sink
 from cdc_sync.sync.applier import Applier
 from cdc_sync.sync.control import Accepted, ControlChannel, ResyncRows, SwapRequest
@@ -39,6 +40,7 @@ from cdc_sync.sync.retry import is_transient
 from cdc_sync.sync.sink_watch import LetGoError, SinkWatch
 from cdc_sync.sync.source_history import SourceHistory
 from cdc_sync.sync.stream import Positions, StreamSession
+from cdc_sync.sync.supervision import supervised
 from cdc_sync.sync.swaps import Swaps, TablesChangedError
 from cdc_sync.sync.taking_slot import confirmed_position, server_position, start_stream
 from cdc_sync.sync.task_dump import dump_tasks
@@ -84,6 +86,9 @@ class Streaming:
     heartbeat: Heartbeat = field(init=False)
     _goal: int | None = None
     _in_window: bool = False
+    #: The server has met a value that it cannot send in binary format: of a column that is new, or
+    #: of a table that is not ours.
+    _as_text: bool = False
     _walsender_waits: str = ""
 
     def __post_init__(self) -> None:
@@ -137,7 +142,10 @@ class Streaming:
         resync.on_taken = lambda: self.history.compare(relations)
         await self.trials.until(lambda: asyncio.to_thread(resync.open))
         watching = self.watching = asyncio.create_task(self._watch(monitor))
-        beside = [asyncio.create_task(self.heartbeat.run()), asyncio.create_task(watchdog.run())]
+        beside = [
+            supervised(self.heartbeat.run(), "heartbeat", self.board),
+            supervised(watchdog.run(), "watchdog", self.board, vital=True),
+        ]
         try:
             while not self.trials.stop.is_set():
                 await self.trials.until(lambda: self._session(applier, control))
@@ -185,9 +193,16 @@ class Streaming:
         # Another process may have had the slot meanwhile, and have put a mark.
         mark = await self.history.load()
         taken = await opening(
-            start_stream, source, self.plan, self.relations.tables, mark, self.positions.applied
+            start_stream,
+            source,
+            self.plan,
+            self.relations.tables,
+            mark,
+            self.positions.applied,
+            text=self._as_text,
         )
         connection = taken.connection
+        self._guard(connection)
         try:
             self.resync.walsender = connection.backend_pid
             self.history.taken(taken.timeline)
@@ -211,6 +226,10 @@ class Streaming:
             self.board.set_source(True)
             try:
                 await self._run_session(session)
+            except BinaryRefusedError as error:
+                log.info("stream_becomes_text", reason=error.message)
+                self._as_text = True
+                return
             except SourceError:
                 raise
             except (CdcSyncError, TablesChangedError):
@@ -220,7 +239,15 @@ class Streaming:
                 raise
             await asyncio.to_thread(connection.stop)
         finally:
+            self._guard(None)
             connection.close()
+
+    def _guard(self, connection: ReplicationConnection | None) -> None:
+        """Nothing is written once the slot may be another's, however late that would be noticed: a
+        process may have been stopped meanwhile, or nobody reads since enough waits to be
+        written."""
+        if isinstance(self.sink, ServerSink):
+            self.sink.guard(None if connection is None else connection.check)
 
     def _stream_session(
         self, connection: ReplicationConnection, applier: Applier, control: ControlChannel

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TypeAlias
 
+from cdc_sync.config import SourceSettings
 from cdc_sync.errors import StateError
 from cdc_sync.mapping.plan import TablePlan
+from cdc_sync.postgres.exclusive import lock_records
 from cdc_sync.qdrant.sink import PipelineState, StateStore, TableRebuild, TableState
 from cdc_sync.sync.fingerprints import as_stale, fingerprint, stale_fingerprint
+from cdc_sync.sync.opening import opening
 from cdc_sync.sync.routing import PlannedTable
 
 _Tables: TypeAlias = tuple[TableState, ...]
 
 
 class TableRecords:
-    """Reads and writes the tables' part of the pipeline's record. Errors as of the state store."""
+    """Reads and writes the tables' part of the pipeline's record. Errors as of the state store.
 
-    def __init__(self, store: StateStore, pipeline: str) -> None:
+    ``source``: other processes may write it too (one that waits for the slot lets tables join,
+    while one that has the slot marks others), so each change is made under a lock there; errors
+    of that as of :func:`~cdc_sync.postgres.exclusive.lock_records`. None: there are no others.
+    """
+
+    def __init__(self, store: StateStore, pipeline: str, source: SourceSettings | None) -> None:
+        self._source = source
         self._store = store
         self._changing = asyncio.Lock()
         self._pipeline = pipeline
@@ -27,6 +37,11 @@ class TableRecords:
     async def load(self) -> PipelineState | None:
         """The pipeline's record."""
         return await self._store.load(self._pipeline)
+
+    async def save(self, state: PipelineState) -> None:
+        """Replace the pipeline's record as a whole."""
+        async with self._changing, self._alone():
+            await self._store.save(state)
 
     async def copied(self, planned: PlannedTable, *, stale: bool = False) -> None:
         """The table has been copied as a whole, by this plan; ``stale``: and must be once more."""
@@ -107,11 +122,24 @@ class TableRecords:
         """Load, change and save, one at a time. Nothing is written where nothing changes."""
         async with self._changing:
             state = await self.load()
-            if state is None:
+            if state is None or change(state.tables) == state.tables:
                 return
-            tables = change(state.tables)
-            if tables != state.tables:
-                await self._store.save(dataclasses.replace(state, tables=tables))
+            async with self._alone():
+                state = await self.load()
+                if state is not None:
+                    tables = change(state.tables)
+                    await self._store.save(dataclasses.replace(state, tables=tables))
+
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        if self._source is None:
+            yield
+            return
+        lock = await opening(lock_records, self._source, self._pipeline)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(lock.close)
 
 
 def table_state(planned: PlannedTable, *, copied: bool) -> TableState:

@@ -36,8 +36,11 @@ def start_stream(
     tables: Sequence[PlannedTable],
     mark: SourceMark | None,
     applied: int,
+    *,
+    text: bool = False,
 ) -> TakenSlot:
-    """Start replication from where the slot stands.
+    """Start replication from where the slot stands; values come as ``text`` if so, else in binary
+    format where the tables allow it.
 
     Raises :class:`SourceError`: SLOT_ACTIVE while another process has it, SOURCE_CHANGED when the
     server is another than the plan's, SOURCE_REWOUND as :func:`check_history`.
@@ -53,7 +56,7 @@ def start_stream(
             )
         timeline = check_history(connection, mark, applied)
         # Of a table that could not be planned it is not known.
-        binary = not plan.stopped and _can_be_binary(tables)
+        binary = not text and not plan.stopped and _can_be_binary(tables)
         connection.start(source.slot, source.publication, options=StreamOptions(binary=binary))
     return TakenSlot(connection, timeline)
 

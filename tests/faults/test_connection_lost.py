@@ -5,6 +5,7 @@ it let go of without need: all of the batch would be sent again."""
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -14,11 +15,26 @@ from cdc_sync.postgres.connect import PgConnection
 from cdc_sync.sync.monitor import SourceMonitor
 from cdc_sync.sync.stream import StreamSession
 from tests.support.fix_postgres import Database
-from tests.support.pipeline_task import pipeline_settings, running, wal_position
+from tests.support.pipeline_task import Running, pipeline_settings, running, wal_position
 from tests.support.qdrant_control import Faults, QdrantTarget
 
 ROWS = 60
 POINTS = 10
+
+
+def lose_the_slot(life: Running) -> None:
+    """End the walsender, and wait until it has gone: the slot is anybody's then."""
+    slot = (life.slot,)
+    life.database.execute(
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s",
+        slot,
+    )
+    query = "SELECT active FROM pg_replication_slots WHERE slot_name = %s"
+    for _ in range(600):
+        if life.database.execute(query, slot) == [(False,)]:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the walsender has not ended")
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
@@ -66,6 +82,113 @@ async def test_no_more_of_the_batch_is_begun(
         written = [count for count in points if count is not None]
     # Those in flight, and the batch as a whole once more.
     assert sum(written) == ROWS + parallel * POINTS
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_what_is_not_read_shows_it_too(
+    database18: Database,
+    qdrant: QdrantTarget,
+    faults: Faults,
+    monkeypatch: pytest.MonkeyPatch,
+    paused: bool,
+) -> None:
+    """Nobody reads while a full batch waits for the one that is written; and a process that was
+    stopped has not read by the time it goes on. No more of either batch is begun."""
+    ending, waits = asyncio.Event(), asyncio.Event()
+    finish, pause = StreamSession._finish, StreamSession._pause
+
+    async def finishing(session: StreamSession, *tasks: asyncio.Task[None]) -> None:
+        ending.set()
+        await finish(session, *tasks)
+
+    async def pausing(session: StreamSession) -> None:
+        waits.set()
+        await pause(session)
+
+    monkeypatch.setattr(StreamSession, "_finish", finishing)
+    monkeypatch.setattr(StreamSession, "_pause", pausing)
+    database18.execute(
+        "CREATE TABLE docs (id bigint PRIMARY KEY, note text, emb vector(3));"
+        f"INSERT INTO docs SELECT i, 'old', '[1,2,3]' FROM generate_series(1, {ROWS}) i"
+    )
+    settings = pipeline_settings(
+        database18,
+        qdrant,
+        "docs",
+        target={"parallel_requests": 1, "request_points": POINTS},
+        pipeline={"batch_rows": 2 * POINTS},
+    )
+    async with running(settings, database18, qdrant) as life:
+        await life.caught_up()
+        faults.clear_log()
+        faults.hold("Upsert", times=1)
+        database18.execute("UPDATE docs SET note = 'new'")
+        await life.wait(lambda: faults.held() == 1, "a request in flight")
+        await life.wait(waits.is_set, "a full batch")
+        if paused:
+            lose_the_slot(life)
+            faults.release()
+            time.sleep(0.5)  # noqa: ASYNC251 - so does the whole process
+        else:
+            lose_the_slot(life)
+            await life.wait(ending.is_set, "the end of the connection")
+            faults.release()
+        await life.assert_equal()
+        points = [e["points"] for e in faults.log() if e["operation"] == "Upsert"]
+    assert sum(count for count in points if count is not None) == ROWS + POINTS
+
+
+@pytest.mark.requirement("R1", "R50")
+async def test_while_the_last_batch_is_written(
+    database18: Database, qdrant: QdrantTarget, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM, and Qdrant is slow: the slot is kept meanwhile, however short wal_sender_timeout may
+    be; once it is lost, no more of the batch is begun."""
+    lost = asyncio.Event()
+    give_up: Callable[..., None] = StreamSession._give_up
+
+    def giving_up(session: StreamSession, writer: asyncio.Task[None]) -> None:
+        lost.set()
+        give_up(session, writer)
+
+    monkeypatch.setattr(StreamSession, "_give_up", giving_up)
+    database18.execute(
+        "CREATE TABLE docs (id bigint PRIMARY KEY, note text, emb vector(3));"
+        f"INSERT INTO docs SELECT i, 'old', '[1,2,3]' FROM generate_series(1, {ROWS}) i"
+    )
+    settings = pipeline_settings(
+        database18,
+        qdrant,
+        "docs",
+        target={"parallel_requests": 1, "request_points": POINTS},
+        pipeline={"status_interval_seconds": 0.2, "shutdown_timeout_seconds": 300},
+    )
+    async with running(settings, database18, qdrant) as life:
+        await life.caught_up()
+        faults.clear_log()
+        faults.hold("Upsert", times=1)
+        database18.execute("UPDATE docs SET note = 'new'")
+        await life.wait(lambda: faults.held() == 1, "a request in flight")
+        life.stopping.set()
+        await life.wait(lambda: life.state == "draining", "the drain")
+        # More than what the session may have said until it ended.
+        said = life.metric("status_updates_total", trigger="timer") + 3
+        await life.wait(
+            lambda: life.metric("status_updates_total", trigger="timer") > said, "signs of life"
+        )
+        database18.execute("INSERT INTO docs VALUES (1000, 'later', '[1,2,3]')")
+        database18.execute(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+            " WHERE slot_name = %s",
+            (life.slot,),
+        )
+        await life.wait(lost.is_set, "the end of the connection")
+        faults.release()
+        await life.task
+        points = [e["points"] for e in faults.log() if e["operation"] == "Upsert"]
+        assert sum(count for count in points if count is not None) == POINTS
+    async with running(settings, database18, qdrant) as life:
+        await life.assert_equal()
 
 
 async def test_a_look_that_fails_is_no_shutdown(

@@ -226,7 +226,7 @@ async def test_it_is_not_taken_when_its_record_says_that_it_is_to_be_read_again(
         async with sink_of(scene.settings) as sink:
             worker = (await record(scene)).worker
             if reason == "stale":
-                await TableRecords(sink.state, worker).all_stale()
+                await TableRecords(sink.state, worker, None).all_stale()
             else:
                 state = await sink.state.load(worker)
                 assert state is not None
@@ -404,7 +404,7 @@ async def test_what_was_refused_is_not_taken_when_the_pipeline_comes_there_again
         await stand(scene, held, life, rebuild)
         refused = (await record(scene)).token
         async with sink_of(scene.settings) as sink:
-            records = TableRecords(sink.state, scene.settings.pipeline.name)
+            records = TableRecords(sink.state, scene.settings.pipeline.name, None)
             await records.rebuild(TABLE, lambda known: dataclasses.replace(known, answered=refused))
         held.decision.set()
         await until(lambda: is_taken(scene))

@@ -125,7 +125,11 @@ def test_who_names_the_kind_of_server_is_heeded(pair: tuple[Database, PostgresSe
 @pytest.mark.requirement("R73")
 def test_a_snapshot_of_a_standby_is_refused(pair: tuple[Database, PostgresServer]) -> None:
     database, standby = pair
-    source = source_settings(standby.url(database.name))
+    url = standby.url(database.name)
+    with pytest.raises(SourceError, match="is a standby") as refused:
+        connect(source_settings(url))
+    assert refused.value.kind is ErrorKind.SOURCE_UNAVAILABLE
+    source = source_settings(f"{url}?target_session_attrs=any")
     with connect(source) as connection:
         table = find_table(connection, "docs")
     with pytest.raises(SourceError, match="standby") as caught:

@@ -12,7 +12,7 @@ from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import ColumnPlan, IdScheme, TablePlan
 from cdc_sync.mapping.table import Column, PgType, Table
 from cdc_sync.pgoutput import messages as m
-from cdc_sync.rows import LARGE_ROW_BYTES, UNCHANGED, Row
+from cdc_sync.rows import LARGE_ROW_BYTES, UNCHANGED, Row, Unchanged
 from cdc_sync.sync.gather import Batch, Gatherer
 from cdc_sync.sync.routing import Binding, PlannedTable, Unusable, bind
 from tests.support import frames
@@ -186,6 +186,31 @@ def test_nulls_of_a_key_tuple_are_not_data() -> None:
     batch = stream.take()
     assert pending(batch) == {1: None, 2: new}
     assert batch.tables[OID].pending[2].rootless
+
+
+@pytest.mark.requirement("R21")
+def test_a_key_that_becomes_none_takes_its_point_with_it() -> None:
+    """The row cannot be written any more, and its point would be one without a row."""
+    stream = Stream()
+    stream.transaction(
+        100, RELATION, m.Update(OID, [key(1), None, None], True, [b"none", b"a", UNCHANGED])
+    )
+    batch = stream.take()
+    assert pending(batch) == {1: None}
+    assert len(batch.unmappable) == 1
+    assert batch.end_lsn == 108
+
+
+@pytest.mark.requirement("R21")
+@pytest.mark.parametrize("value", [b"b", UNCHANGED])
+def test_a_key_that_was_none_gives_its_row_a_point(value: bytes | Unchanged) -> None:
+    stream = Stream()
+    new: Row = [key(2), b"a", value]
+    stream.transaction(100, RELATION, m.Update(OID, [b"none", None, None], True, new))
+    batch = stream.take()
+    assert pending(batch) == {2: new}
+    assert batch.tables[OID].pending[2].rootless
+    assert not batch.unmappable
 
 
 @pytest.mark.requirement("R20")

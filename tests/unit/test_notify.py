@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from cdc_sync.ops.notify import Notifier
+from cdc_sync.ops.status import StatusBoard
+from cdc_sync.sync.daemon import _tell
+from cdc_sync.sync.pipeline import Pipeline
 
 
 @pytest.fixture
@@ -89,6 +95,52 @@ def test_a_manager_that_does_not_read_never_blocks(
     for _ in range(10_000):
         notifier.watchdog()
     assert listener.recv(1024) == b"WATCHDOG=1"
+
+
+def test_that_it_has_started_is_said_until_it_is_heard(
+    notifier: Notifier, listener: socket.socket
+) -> None:
+    while notifier.ready():
+        pass
+    assert not notifier.ready()
+    listener.recv(1024)
+    assert notifier.ready()
+    assert not Notifier({}).ready()
+
+
+async def test_a_manager_that_is_busy_hears_it_later(
+    notifier: Notifier, listener: socket.socket
+) -> None:
+    while notifier.ready():
+        pass
+    notifier.watchdog_seconds = 0.01
+    board = StatusBoard("p")
+    board.set_source(True)
+    board.set_sink(True)
+    board.set_state("streaming")
+    telling = asyncio.create_task(_tell(cast(Pipeline, SimpleNamespace(board=board)), notifier))
+    try:
+        await asyncio.sleep(0.1)
+        listener.setblocking(False)
+        while _waits(listener):
+            pass
+        heard: set[bytes] = set()
+        async with asyncio.timeout(60):
+            for message in iter(lambda: _waits(listener), b"READY=1"):
+                heard.add(message)
+                await asyncio.sleep(0.01)
+        assert heard <= {b"", b"STATUS=streaming", b"WATCHDOG=1"}
+    finally:
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
+
+
+def _waits(listener: socket.socket) -> bytes:
+    """The next message, or nothing."""
+    try:
+        return listener.recv(4096)
+    except BlockingIOError:
+        return b""
 
 
 @pytest.mark.parametrize(
