@@ -123,7 +123,7 @@ def connect(
     one where the URL names a single server. Raises :class:`ConfigError` for a malformed URL and
     :class:`SourceError` for everything else.
     """
-    parameters = _parameters(source, application_name, standby=standby)
+    parameters = _parameters(source, application_name, standby=standby, replication=replication)
     if replication:
         parameters["replication"] = "database"
     try:
@@ -169,7 +169,11 @@ def closed_on_error(connection: _Closes) -> Iterator[None]:
 
 
 def _parameters(
-    source: SourceSettings, application_name: str, *, standby: bool = False
+    source: SourceSettings,
+    application_name: str,
+    *,
+    standby: bool = False,
+    replication: bool = False,
 ) -> dict[str, Any]:
     try:
         parameters = conninfo.conninfo_to_dict(source.url.get_secret_value())
@@ -201,10 +205,11 @@ def _parameters(
         connect_timeout=max(2, math.ceil(source.connect_timeout_seconds)),
     )
     # A host that vanishes without a word is noticed within about a minute, unless the URL says
-    # otherwise.
+    # otherwise. One that does not acknowledge our status reports may have given the slot to another
+    # process after wal_sender_timeout, 60 s by default; we are to know before that.
     for name, value in (("idle", 20), ("interval", 10), ("count", 4)):
         parameters.setdefault(f"keepalives_{name}", value)
-    parameters.setdefault("tcp_user_timeout", 60_000)
+    parameters.setdefault("tcp_user_timeout", 30_000 if replication else 60_000)
     hosts = parameters.get("host") or parameters.get("hostaddr") or os.environ.get("PGHOST")
     if not os.environ.get("PGTARGETSESSIONATTRS") and ("," in str(hosts or "") or not standby):
         # Else a connection may lead to a standby while the others lead to the primary (R73). In the

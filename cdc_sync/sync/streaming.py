@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from cdc_sync.config import Settings
-from cdc_sync.errors import CdcSyncError, SourceError
+from cdc_sync.errors import CdcSyncError, ErrorKind, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
@@ -176,14 +176,16 @@ class Streaming:
         self.resync.observe(position, definitions)
 
     async def _watch(self, monitor: SourceMonitor) -> None:
-        """Watch the source. What it finds may mean that changes were not sent, so that is put on
-        record before the pipeline ends: the tables are read again at the next start."""
+        """Watch the source. A publication that was dropped means that changes were not sent, which
+        is put on record before the pipeline ends: the tables are read again at the next start."""
         resync = self.resync
         try:
             await monitor.run()
-        except SourceError:
-            for planned in self.relations.tables:
-                await self.trials.until(lambda p=planned: resync.outdated(p))  # type: ignore[misc]
+        except SourceError as error:
+            # Not a password that was changed, say.
+            if error.kind is ErrorKind.PUBLICATION_UNUSABLE:
+                for planned in self.relations.tables:
+                    await self.trials.until(lambda p=planned: resync.outdated(p))  # type: ignore[misc]
             raise
 
     async def _session(self, applier: Applier, control: ControlChannel) -> None:

@@ -29,12 +29,15 @@ class Trials:
     def __init__(self, metrics: Metrics, board: StatusBoard, stop: asyncio.Event) -> None:
         self._metrics = metrics
         self._board = board
+        self._logged: State | None = None
         self.stop = stop
 
     def state(self, state: State, message: str | None = None) -> None:
         """Show what the pipeline is doing, and why where that does not say it."""
         self._board.set_state(state, message)
-        log.info("state", state=state)
+        if state != self._logged:
+            self._logged = state
+            log.info("state", state=state)
 
     async def until(
         self,
@@ -71,7 +74,9 @@ class Trials:
         return await self.until(operation, retry=is_sink_trouble)
 
     def stalled(self, error: CdcSyncError, seconds: float) -> None:
-        """Show that something is tried again after so many seconds, and why."""
+        """Show that something is tried again after so many seconds, and why. That another process
+        still has the slot is no news: one that stands by looks for its turn for months."""
+        stood_by = False
         if isinstance(error, SinkError):
             # Room is made by somebody, and nobody else says how.
             full = error.kind is ErrorKind.SINK_FULL
@@ -81,10 +86,12 @@ class Trials:
         elif isinstance(error, SourceError):
             self._metrics.source_reconnects[error.kind].inc()
             if error.kind is ErrorKind.SLOT_ACTIVE:
+                stood_by = self._logged == "standby"
                 self.state("standby")
             else:
                 self._board.set_source(False, error.message)
         self._metrics.count_error(error.kind)
-        log.warning(
-            "retrying", kind=error.kind.value, error=error.message, seconds=round(seconds, 2)
-        )
+        if not stood_by:
+            log.warning(
+                "retrying", kind=error.kind.value, error=error.message, seconds=round(seconds, 2)
+            )

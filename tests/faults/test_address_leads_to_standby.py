@@ -8,9 +8,11 @@ import asyncio
 import pytest
 
 from cdc_sync.sync import source_history
+from cdc_sync.sync.check import run_checks
 from tests.faults.test_failover import Pair, wait_standby
 from tests.faults.test_failover import pair as pair  # a fixture, registered by being here
 from tests.faults.test_slot_lost import change, fill, resynced, settled
+from tests.integration.test_check import severities
 from tests.support.pipeline_task import pipeline_settings, running
 from tests.support.proxy import TcpProxy
 from tests.support.qdrant_control import QdrantTarget
@@ -43,6 +45,8 @@ async def test_a_standby_that_is_promoted_later(
 
             await life.wait(refused_often, "tries at the standby")
             assert "is a standby" in str(life.pipeline.board.snapshot()["source"])
+            found = await asyncio.to_thread(run_checks, settings)
+            assert severities(found)["postgres-standby"] == "error"
             life.database = await asyncio.to_thread(pair.promoted)
             life.database.execute("DELETE FROM docs WHERE id > 290")
             await settled(life)
