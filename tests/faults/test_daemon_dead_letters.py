@@ -3,6 +3,7 @@ daemon says about its work holds no secret and no value (invariant 9)."""
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -141,9 +142,17 @@ def test_qdrant_refuses_a_batch_then_a_point(
     create_items(database18, 1000)
     synced = sync_table(database18, "items", qdrant=qdrant_private)
     daemon = synced.daemon
-    # Whole requests are refused until they have been halved a few times; then all is taken.
+    # While the first is written the others come together: of a few rows that came alone each would
+    # be refused by itself.
+    faults.hold("write")
+    database18.execute("UPDATE items SET note = 'first' WHERE id = 1000")
+    daemon.wait(lambda: faults.held() > 0, "the first")
     faults.reject("write", "INVALID_ARGUMENT", "Wrong input: scripted", times=12)
     database18.execute("UPDATE items SET note = 'changed'")
+    received = functools.partial(daemon.metric, "cdc_sync_received_messages_total", kind="update")
+    daemon.wait(lambda: received() > 1000, "the others")
+    # Whole requests are refused until they have been halved a few times; then all is taken.
+    faults.release()
     synced.assert_equal()
     assert faults.queued() == 0
     assert daemon.metric("cdc_sync_dead_letters_total") == 0

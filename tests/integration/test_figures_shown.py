@@ -47,7 +47,7 @@ async def test_the_lag_grows_while_the_connection_is_away_and_is_0_when_caught_u
         assert life.metric("slot_spilled_bytes_total") == 0
 
 
-def _refuse(*_: object) -> None:
+def _refuse(*_: object, **__: object) -> None:
     raise SourceError(ErrorKind.SOURCE_UNAVAILABLE, "the connection is refused")
 
 

@@ -201,6 +201,9 @@ class Connection:
         self.received = max([self.received, *(int.from_bytes(f[1:9]) for f in taken)])
         return taken
 
+    def check(self) -> None:
+        """Whether it has ended is seen by reading only, or by writing."""
+
     def send_status(self, write: int, flush: int, reply: bool = False) -> None:
         """What the server cannot check."""
         assert self.flush <= flush <= write <= self.received, "a position that was not received"
@@ -212,6 +215,10 @@ class Connection:
             assert self.sink.versions.get(key, -1) >= version, "confirmed before it was written"
         if self._left is None or self._left > self._deaf:
             self.server.confirmed = max(self.server.confirmed, flush)
+
+    @property
+    def error(self) -> SourceError | None:
+        return None
 
     @property
     def received_lsn(self) -> Lsn:
