@@ -59,8 +59,7 @@ class SourceHistory:
         saved = await self._store.mark(self._settings.pipeline.name)
         if saved != self._saved:
             # Of another process, which may have begun anew: what was applied here does not count.
-            self._last_xid = self._looked_xid = self._settled_xid = None
-            self._visible_xid = 0
+            self._forget_transactions()
         self._saved = saved
         return saved
 
@@ -143,8 +142,8 @@ class SourceHistory:
     async def begin(self, tables: Sequence[PlannedTable]) -> None:
         """Begin a new history, with a slot that is still to be made. How the publication is for the
         tables is put on record: it may be altered before the stream begins."""
-        self._last_xid = self._looked_xid = self._settled_xid = self._position = None
-        self._visible_xid = 0
+        self._forget_transactions()
+        self._position = None
         self._seen.clear()
         now = await self._identities(tables)
         known = sorted((planned.name, now.get(planned.plan.oid, "")) for planned in tables)
@@ -153,6 +152,10 @@ class SourceHistory:
         )
         await self._store.save_mark(mark)
         self._saved = mark
+
+    def _forget_transactions(self) -> None:
+        self._last_xid = self._looked_xid = self._settled_xid = None
+        self._visible_xid = 0
 
     def _publications(self) -> dict[str, str]:
         """How the publication was for the tables, as far as that is on record."""

@@ -25,16 +25,28 @@ ROWS = 60
 POINTS = 10
 
 
-def lose_the_slot(life: Running) -> None:
-    """End the walsender, and wait until it has gone: the slot is anybody's then."""
-    slot = (life.slot,)
+def create_docs(database: Database) -> None:
+    """Create the table ``docs``, filled."""
+    database.execute(
+        "CREATE TABLE docs (id bigint PRIMARY KEY, note text, emb vector(3));"
+        f"INSERT INTO docs SELECT i, 'old', '[1,2,3]' FROM generate_series(1, {ROWS}) i"
+    )
+
+
+def end_walsender(life: Running) -> None:
+    """Have the server end the connection to the slot."""
     life.database.execute(
         "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s",
-        slot,
+        (life.slot,),
     )
+
+
+def lose_the_slot(life: Running) -> None:
+    """End the walsender, and wait until it has gone: the slot is anybody's then."""
+    end_walsender(life)
     query = "SELECT active FROM pg_replication_slots WHERE slot_name = %s"
     for _ in range(600):
-        if life.database.execute(query, slot) == [(False,)]:
+        if life.database.execute(query, (life.slot,)) == [(False,)]:
             return
         time.sleep(0.1)
     raise AssertionError("the walsender has not ended")
@@ -65,10 +77,7 @@ async def test_no_more_of_the_batch_is_begun(
         await finish(session, *tasks)
 
     monkeypatch.setattr(StreamSession, "_finish", finishing)
-    database18.execute(
-        "CREATE TABLE docs (id bigint PRIMARY KEY, note text, emb vector(3));"
-        f"INSERT INTO docs SELECT i, 'old', '[1,2,3]' FROM generate_series(1, {ROWS}) i"
-    )
+    create_docs(database18)
     settings = pipeline_settings(
         database18,
         qdrant,
@@ -81,11 +90,7 @@ async def test_no_more_of_the_batch_is_begun(
         faults.hold("Upsert", times=parallel)
         database18.execute("UPDATE docs SET note = 'new'")
         await life.wait(lambda: faults.held() == parallel, "requests in flight")
-        database18.execute(
-            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
-            " WHERE slot_name = %s",
-            (life.slot,),
-        )
+        end_walsender(life)
         await life.wait(ending.is_set, "the end of the connection")
         await asyncio.sleep(0)
         faults.release()
@@ -119,10 +124,7 @@ async def test_what_is_not_read_shows_it_too(
 
     monkeypatch.setattr(StreamSession, "_finish", finishing)
     monkeypatch.setattr(StreamSession, "_pause", pausing)
-    database18.execute(
-        "CREATE TABLE docs (id bigint PRIMARY KEY, note text, emb vector(3));"
-        f"INSERT INTO docs SELECT i, 'old', '[1,2,3]' FROM generate_series(1, {ROWS}) i"
-    )
+    create_docs(database18)
     settings = pipeline_settings(
         database18,
         qdrant,
@@ -165,10 +167,7 @@ async def test_while_the_last_batch_is_written(
         give_up(session, writer)
 
     monkeypatch.setattr(StreamSession, "_give_up", giving_up)
-    database18.execute(
-        "CREATE TABLE docs (id bigint PRIMARY KEY, note text, emb vector(3));"
-        f"INSERT INTO docs SELECT i, 'old', '[1,2,3]' FROM generate_series(1, {ROWS}) i"
-    )
+    create_docs(database18)
     settings = pipeline_settings(
         database18,
         qdrant,
@@ -190,11 +189,7 @@ async def test_while_the_last_batch_is_written(
             lambda: life.metric("status_updates_total", trigger="timer") > said, "signs of life"
         )
         database18.execute("INSERT INTO docs VALUES (1000, 'later', '[1,2,3]')")
-        database18.execute(
-            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
-            " WHERE slot_name = %s",
-            (life.slot,),
-        )
+        end_walsender(life)
         await life.wait(lost.is_set, "the end of the connection")
         faults.release()
         await life.task
@@ -227,10 +222,7 @@ async def test_a_look_that_fails_is_no_shutdown(
         looks.append(connection.closed)
         raise SourceError(ErrorKind.SOURCE_UNAVAILABLE, "the server has not answered")
 
-    database18.execute(
-        "CREATE TABLE docs (id bigint PRIMARY KEY, note text, emb vector(3));"
-        f"INSERT INTO docs SELECT i, 'old', '[1,2,3]' FROM generate_series(1, {ROWS}) i"
-    )
+    create_docs(database18)
     settings = pipeline_settings(
         database18,
         qdrant,

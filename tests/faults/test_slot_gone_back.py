@@ -19,8 +19,6 @@ from tests.support.qdrant_control import QdrantTarget
 from tests.support.windows import (
     CHUNK_PAGES,
     DONE,
-    EUCLID,
-    ONE_CHUNK,
     Windows,
     block_of,
     create_paged,
@@ -189,9 +187,7 @@ async def test_a_copy_under_way_begins_again(
     """A chunk that was copied has rows computed anew by a rewrite; the stream brings what they were
     before, and of the rewrite nothing."""
     create_paged(database18, 300, dim=3)
-    settings = pipeline_settings(
-        database18, qdrant, {"name": "docs", **EUCLID}, migration=ONE_CHUNK
-    )
+    settings = docs_settings(database18, qdrant)
     windows.limit = 1_000_000
     async with running(settings, database18, qdrant) as life:
         await windows.wait_settled(life)

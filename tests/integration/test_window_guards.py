@@ -26,11 +26,10 @@ from tests.support.qdrant_control import QdrantTarget
 from tests.support.windows import (
     CHUNK_PAGES,
     DONE,
-    EUCLID,
-    ONE_CHUNK,
     Windows,
     block_of,
     create_paged,
+    docs_settings,
     make_space,
 )
 
@@ -205,9 +204,7 @@ async def test_what_was_read_again_before_the_table_stopped_at_a_start_does_not_
 
     monkeypatch.setattr(ServerSink, "inspect", inspected)
     create_paged(database18, 300, dim=3)
-    settings = pipeline_settings(
-        database18, qdrant, {"name": "docs", **EUCLID}, migration=ONE_CHUNK
-    )
+    settings = docs_settings(database18, qdrant)
     windows.limit = 1_000_000
     async with running(settings, database18, qdrant) as life:
         await windows.wait_settled(life)
@@ -234,9 +231,7 @@ async def test_a_request_made_during_a_copy_outlives_a_crash_after_it(
     database18: Database, qdrant: QdrantTarget, windows: Windows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create_paged(database18, 300, dim=3)
-    settings = pipeline_settings(
-        database18, qdrant, {"name": "docs", **EUCLID}, migration=ONE_CHUNK
-    )
+    settings = docs_settings(database18, qdrant)
     windows.limit = 1_000_000
     async with running(settings, database18, qdrant) as life:
         await windows.wait_settled(life)
