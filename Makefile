@@ -22,6 +22,7 @@ audit: $(VENV)/.dev
 	$(BIN)/python -m tests.audit $(ARGS)
 
 bench: $(VENV)/.bench
+	$(BIN)/python -m tests.bench.libraries
 	$(BIN)/python -m tests.bench $(ARGS)
 
 campaign: $(VENV)/.deployment
@@ -32,6 +33,7 @@ fuzz: $(VENV)/.fuzz
 	$(BIN)/python -m tests.fuzz --runs $(or $(RUNS),1000000) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # For DURATION seconds, drawn from SEED (another one each time); ROUND=n begins with that round.
+# WITH=administrators has what administrators do besides, ONLY=... nothing but the events named.
 faults: $(VENV)/.dev
 	TEST_FAULTS_SECONDS=$(DURATION) TEST_FAULTS_SEED=$(SEED) TEST_FAULTS_ROUND=$(ROUND) \
 	TEST_FAULTS_WITH=$(WITH) TEST_FAULTS_ONLY=$(ONLY) $(BIN)/python -m pytest -s tests/faults/test_fault_campaign.py $(ARGS)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr
+
+from cdc_sync.credentials import Login
 
 MetricName = Literal["cosine", "euclid", "dot", "manhattan"]
 
@@ -88,6 +90,18 @@ class SourceSettings(_Section):
         gt=0,
         description="How long slot creation may wait for open write transactions, a try.",
     )
+    credentials_grace_seconds: float = Field(
+        300.0,
+        ge=0,
+        description="How long credentials that worked before may be refused while a pipeline runs "
+        "before it ends: as long as a new password may take to arrive in its file.",
+    )
+    _login: Login = PrivateAttr(default_factory=lambda: Login("postgres"))
+
+    @property
+    def login(self) -> Login:
+        """Whether Postgres takes the credentials; one for all copies of these settings."""
+        return self._login
 
 
 class QdrantSettings(_Section):
@@ -131,6 +145,18 @@ class QdrantSettings(_Section):
         description="PEM file with the key of client_cert_file.",
         examples=["/etc/cdc-sync/qdrant-client.key"],
     )
+    credentials_grace_seconds: float = Field(
+        300.0,
+        ge=0,
+        description="How long an API key that worked before may be refused while a pipeline runs "
+        "before it ends: as long as a new key may take to arrive in its file.",
+    )
+    _login: Login = PrivateAttr(default_factory=lambda: Login("qdrant"))
+
+    @property
+    def login(self) -> Login:
+        """Whether Qdrant takes the API key; one for all copies of these settings."""
+        return self._login
 
 
 class TableSettings(_Section):

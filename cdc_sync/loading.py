@@ -5,7 +5,7 @@ Precedence, highest first:
 1. flags, ``--pg.url`` and so on (:data:`FLAGS`, :data:`TABLE_FLAGS`)
 2. environment ``CDC_SYNC_<SECTION>__<KEY>``; ``CDC_SYNC_TABLES`` holds all tables as a JSON array
 3. secret files: ``CDC_SYNC_<SECTION>__<KEY>_FILE`` names a file with the value (one trailing
-   newline is dropped)
+   newline is dropped); secrets from there are read again when a server refuses them
 4. the TOML file: ``--config`` or ``CDC_SYNC_CONFIG``
 5. defaults
 
@@ -29,11 +29,13 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cdc_sync.config import Settings, TableSettings
+from cdc_sync.credentials import SecretFile, SecretFileError, read_secret
 from cdc_sync.errors import ConfigError
 from cdc_sync.flag_values import table_flag_value
 from cdc_sync.settings_schema import (
     SECTIONS,
     expected_text,
+    is_secret,
     line_of,
     setting_location,
     suggest,
@@ -46,7 +48,6 @@ TABLES_VARIABLE: Final = "CDC_SYNC_TABLES"
 #: What the program was built from, said by its image; see :mod:`cdc_sync.ops.revision`.
 REVISION_VARIABLE: Final = "CDC_SYNC_REVISION"
 FILE_SUFFIX: Final = "_FILE"
-_SECRET_FILE_LIMIT_BYTES: Final = 64 * 1024
 
 #: Variables with the prefix that are no settings.
 OTHER_VARIABLES: Final = frozenset({CONFIG_VARIABLE, REVISION_VARIABLE})
@@ -366,31 +367,33 @@ def _secret_file_layer(environ: Mapping[str, str]) -> _Layer:
     for variable, named in sorted(environ.items()):
         key = _secret_key(variable)
         if key is not None and named:
-            value = _from_text(key, _read_secret(variable, Path(named)))
+            value = _of_file(key, _read_secret(variable, Path(named)), Path(named))
             layer.put(key, value, Origin("secret file", f"{named} ({variable})"))
     return layer
+
+
+def _of_file(key: str, text: str, path: Path) -> object:
+    section, name = key.split(".")
+    if is_secret(SECTIONS[section].model_fields[name]):
+        return SecretFile(text, key, path.absolute())
+    return _from_text(key, text)
 
 
 def _read_secret(variable: str, path: Path) -> str:
     # What is no absolute path may be the secret itself, put where the path belongs.
     named = f"the file {path} that {variable} names" if path.is_absolute() else variable
     try:
-        with path.open("rb") as file:
-            content = file.read(_SECRET_FILE_LIMIT_BYTES + 1)
-        text = content.decode("utf-8")
+        return read_secret(path)
     except UnicodeDecodeError:
         raise ConfigError(f"Cannot read {named}: it is not UTF-8 text.") from None
+    except SecretFileError as error:
+        raise ConfigError(f"Cannot use {named}: {error}.") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "this is no path"
         raise ConfigError(
             f"Cannot read {named}: {reason}.",
             "The variable holds the path of a file with the value, not the value itself.",
         ) from None
-    text = text.removesuffix("\n").removesuffix("\r")
-    if not text or len(content) > _SECRET_FILE_LIMIT_BYTES:
-        fault = "it is empty" if not text else f"it has more than {_SECRET_FILE_LIMIT_BYTES} bytes"
-        raise ConfigError(f"Cannot use {named}: {fault}.")
-    return text
 
 
 def _from_text(key: str, text: str) -> object:

@@ -28,7 +28,7 @@ Settings come from four places. Of a key that is set in several, the first in th
 
 Every key but those of `[[tables]]` has both variables; an empty one counts as not set. What is no
 setting (a mistyped key, another variable that begins with `CDC_SYNC_`) is an error. Settings are
-read when the program starts, and only then.
+read when the program starts, and only then, but secrets from files also when a server refuses them.
 
 ```bash
 cdc-sync config init                         # a TOML file to start from

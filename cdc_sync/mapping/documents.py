@@ -28,6 +28,9 @@ OBJECT_MESSAGES: Final = 3
 #: So many levels are not too many, whatever they are.
 _CERTAIN_LEVELS: Final = MAX_NESTED_MESSAGES // OBJECT_MESSAGES
 
+#: The first byte of jsonb in binary.
+JSONB_VERSION: Final = b"\x01"
+
 _INT32: Final = struct.Struct(">i")
 #: Numbers that may not fit int64 or a double, and escapes of lone surrogates: what the fast parser
 #: would bend or refuse.
@@ -97,10 +100,15 @@ def document(data: bytes) -> JsonValue:
     Integers beyond int64 and numbers beyond double become strings. Raises ValueError and
     RecursionError.
     """
-    # Every level needs two bytes.
-    if len(data) > 2 * _CERTAIN_LEVELS and data.count(b"[") + data.count(b"{") > _CERTAIN_LEVELS:
+    if may_nest_deep(data):
         return _large_document(data)
     return _parse(data)
+
+
+def may_nest_deep(data: bytes) -> bool:
+    """Tell whether a document may be nested too deep for Qdrant."""
+    # Every level needs two bytes.
+    return len(data) > 2 * _CERTAIN_LEVELS and data.count(b"[") + data.count(b"{") > _CERTAIN_LEVELS
 
 
 def _large_document(data: bytes) -> JsonValue:
@@ -124,12 +132,19 @@ def _parse(data: bytes) -> JsonValue:
             pass  # bytes that are not UTF-8, or nesting beyond the fast parser
         else:
             return value
+    return parse_with_care(data)
+
+
+def parse_with_care(data: bytes) -> JsonValue:
+    """Return a parsed JSON document, however deep, with integers and numbers that do not fit as
+    strings. Raises ValueError and RecursionError.
+    """
     careful: JsonValue = _CAREFUL.decode(text(data))
     return _valid_text(careful)
 
 
 def _jsonb_binary(data: bytes) -> JsonValue:
-    if data[:1] != b"\x01":
+    if data[:1] != JSONB_VERSION:
         raise malformed()
     return document(data[1:])
 

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from typing import Final, NamedTuple, TypeAlias, cast
 
 from cdc_sync.mapping.column_options import selects
-from cdc_sync.mapping.decoding import DecodeOptions, Decoder, NonFiniteCount
+from cdc_sync.mapping.decoding import DecodeOptions, Decoder, NonFiniteCount, malformed
+from cdc_sync.mapping.document_wire import encode_document
+from cdc_sync.mapping.documents import JSONB_VERSION
 from cdc_sync.mapping.plan import ColumnPlan, TablePlan
 from cdc_sync.mapping.protobuf import (
     DOUBLE,
@@ -178,8 +180,8 @@ def _fast_encoder(type_: PgType, key: bytes, options: DecodeOptions) -> Encoder 
     if base.name in ("timestamp", "timestamptz"):
         return _timestamp_encoder(key)
     if base.name in ("json", "jsonb"):
-        # Apart from the other types because documents are seldom equal, and long to compare.
-        return _generic_encoder(raw_binary_decoder(base, options), compile_frame(key))
+        # Entries are not kept: documents are seldom equal, and long to compare.
+        return _document_encoder(key, binary_jsonb=base.name == "jsonb")
     return None
 
 
@@ -255,6 +257,22 @@ def _timestamp_encoder(key: bytes) -> Encoder:
         return header(len(text)) + text
 
     return encode
+
+
+def _document_encoder(key: bytes, *, binary_jsonb: bool) -> Encoder:
+    header = _headers(key, b"", with_length=False)
+
+    def encode(data: bytes) -> bytes:
+        value = encode_document(data)
+        return header(len(value)) + value
+
+    def encode_jsonb(data: bytes) -> bytes:
+        if data[:1] != JSONB_VERSION:
+            raise malformed()
+        value = encode_document(data[1:])
+        return header(len(value)) + value
+
+    return encode_jsonb if binary_jsonb else encode
 
 
 def _text_array_encoder(key: bytes, generic: Encoder) -> Encoder:

@@ -34,7 +34,7 @@ STRUCT: Final = b"\x32"
 LIST: Final = b"\x3a"
 
 #: Varints of numbers that have at most 14 bits, and the same bits before others that follow.
-_VARINTS: Final = tuple(
+SMALL_VARINTS: Final = tuple(
     bytes((number,)) if number < 0x80 else bytes((number & 0x7F | 0x80, number >> 7))
     for number in range(_TABLE_SIZE)
 )
@@ -46,14 +46,14 @@ _LOW_VARINTS: Final = tuple(
 def varint(number: int) -> bytes:
     """Return a number from 0 to 2^64-1 as a varint."""
     if number < _TABLE_SIZE:
-        return _VARINTS[number]
+        return SMALL_VARINTS[number]
     return _LOW_VARINTS[number & _LOW_BITS] + varint(number >> 14)
 
 
 def signed_varint(number: int) -> bytes:
     """Return an int64 as a varint (negative ones as 2^64 less, in ten bytes)."""
     if 0 <= number < _TABLE_SIZE:
-        return _VARINTS[number]
+        return SMALL_VARINTS[number]
     return varint(number & 0xFFFF_FFFF_FFFF_FFFF)
 
 
@@ -77,7 +77,7 @@ def encode_value(value: JsonValue) -> bytes:
 def _string(value: str) -> bytes:
     content = value.encode("utf-8")
     length = len(content)
-    return STRING + (_VARINTS[length] if length < _TABLE_SIZE else varint(length)) + content
+    return STRING + (SMALL_VARINTS[length] if length < _TABLE_SIZE else varint(length)) + content
 
 
 def _bool(value: bool) -> bytes:
@@ -114,17 +114,18 @@ class _Heads(dict[str, bytes]):
         return head
 
 
-_head: Final = _Heads().__getitem__
+#: From a key to what comes before the length of its value in a map entry.
+entry_head: Final = _Heads().__getitem__
 
 
 def _struct(value: dict[str, JsonValue]) -> bytes:
     parts: list[bytes] = []
     for key, item in value.items():
         encoded = _ENCODERS[type(item)](item)
-        head, length = _head(key), len(encoded)
+        head, length = entry_head(key), len(encoded)
         whole = len(head) + 1 + length
         if length < 0x80 and whole < _TABLE_SIZE:
-            parts += (b"\x0a", _VARINTS[whole], head, _VARINTS[length], encoded)
+            parts += (b"\x0a", SMALL_VARINTS[whole], head, SMALL_VARINTS[length], encoded)
         else:
             size = varint(length)
             parts += (b"\x0a", varint(whole - 1 + len(size)), head, size, encoded)

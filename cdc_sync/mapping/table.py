@@ -6,6 +6,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+#: Characters of the digest of the columns, with which a definition begins.
+_DIGEST: Final = 32
 
 
 class TypeKind(enum.Enum):
@@ -161,40 +165,77 @@ class Table:
         return "" if self.partitioned or self.children else "ONLY "
 
 
-def stored_anew(before: str, after: str) -> bool:
-    """Whether the files that hold a table's rows are others in two definitions: VACUUM FULL,
-    TRUNCATE, and what rewrites rows."""
-    return before.split(".")[1:2] != after.split(".")[1:2]
+def may_lack_rows(before: str, after: str) -> bool:
+    """Whether rows of a partitioned table may be gone without a message between two definitions
+    (R34): the files that hold them are others (TRUNCATE, but VACUUM FULL too, and what rewrites
+    rows), or its leaf partitions are."""
+    was, now = _parts(before), _parts(after)
+    named = was.leaves is not None and now.leaves is not None
+    return was.storage != now.storage or (named and was.leaves != now.leaves)
+
+
+def attached_leaves(before: str, after: str) -> frozenset[int]:
+    """OIDs of the leaf partitions of which rows may have come without a message between two
+    definitions (R34): they were attached, or detached and attached again. Empty where a definition
+    does not name them; :func:`redefined` is then true of such a change."""
+    was, now = _parts(before).leaves, _parts(after).leaves
+    if was is None or now is None:
+        return frozenset()
+    return frozenset(int(oid) for oid, attached in now.items() if was.get(oid) != attached)
 
 
 def redefined(before: str, after: str) -> bool:
     """Whether a table's columns changed between two definitions, or ALTER TABLE computed its rows
     anew.
 
-    A definition is ``columns.storage.versions.labels``: the columns and partitions, the files that
-    hold the rows, the transactions that last touched the columns' catalog entries, and digests of
-    the labels of enums and of the attributes of composites, by their OIDs. What rewrites rows and
+    A definition is ``columns.storage.versions.labels.leaves``: the columns and partitions, the
+    files that hold the rows, the transactions that last touched the columns' catalog entries,
+    digests of the labels of enums and of the attributes of composites, by their OIDs, and of a
+    partitioned table its leaves, each with what says when it was attached. What rewrites rows and
     keeps the columns (``ALTER COLUMN n TYPE int USING n * 2``) changes storage and versions at
     once; VACUUM FULL and TRUNCATE change only the files, SET DEFAULT and GRANT only the versions. A
     label that is added is in no row yet; one that is renamed is in rows that were written before.
+    Partitions that come and go change the storage, not the columns; but where one definition does
+    not name them, that of an older version of ours, they count.
     """
-    columns, storage, versions, labels = _parts(before)
-    columns_now, storage_now, versions_now, labels_now = _parts(after)
+    was, now = _parts(before), _parts(after)
     return (
-        columns != columns_now
-        or (storage != storage_now and versions != versions_now)
-        or _relabelled(labels, labels_now)
+        was.columns != now.columns
+        or (was.storage != now.storage and was.versions != now.versions)
+        or _relabelled(was.labels, now.labels)
+        or ((was.leaves is None or now.leaves is None) and was.partitions != now.partitions)
     )
 
 
-def _parts(definition: str) -> list[str]:
-    parts = definition.split(".")
-    return [*parts, *[""] * (4 - len(parts))]
+class _Parts(NamedTuple):
+    columns: str
+    partitions: str
+    storage: str
+    versions: str
+    labels: str
+    leaves: dict[str, str] | None
+
+
+def _parts(definition: str) -> _Parts:
+    columns, *others = definition.split(".")
+    storage, versions, labels, *leaves = [*others, *[""] * (3 - len(others))]
+    return _Parts(
+        columns[:_DIGEST],
+        columns[_DIGEST:],
+        storage,
+        versions,
+        labels,
+        _assigned(leaves[0]) if leaves else None,
+    )
+
+
+def _assigned(text: str) -> dict[str, str]:
+    """``name=value``, separated by commas."""
+    return dict(one.split("=") for one in text.split(",") if one)
 
 
 def _relabelled(before: str, after: str) -> bool:
     """Whether a label that was there is another now, or a composite that was there has other
     attributes: ``oid=digest``, separated by commas."""
-    now = dict(label.split("=") for label in after.split(",") if label)
-    known = dict(label.split("=") for label in before.split(",") if label)
+    now, known = _assigned(after), _assigned(before)
     return any(now.get(oid, digest) != digest for oid, digest in known.items())

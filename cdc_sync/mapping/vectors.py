@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
@@ -67,6 +67,9 @@ class SparseValue:
 #: All arrays are little endian float32. None: an empty array of vectors, which is no vector.
 VectorData: TypeAlias = Floats | SparseArrays | None
 VectorReader: TypeAlias = Callable[[bytes], VectorData]
+#: From values of a dense vector column to the components of each (little endian float32); None if
+#: one of them is not as it should be, or may not be.
+BlockReader: TypeAlias = Callable[[Sequence[bytes]], "list[memoryview] | None"]
 
 #: Qdrant takes multivectors of fewer components than this in all (lib/common validation).
 MAX_MULTIVECTOR_COMPONENTS: Final = 1_048_576
@@ -302,6 +305,39 @@ def _quick_dense(component: str, size: int, careful: VectorReader) -> VectorRead
             if isfinite(product(components, components)):
                 return components
         return careful(data)
+
+    return reader
+
+
+def compile_block(column: ColumnPlan) -> BlockReader | None:
+    """Compile the reader of many values of a column at once; None for columns that have none.
+
+    It takes a quarter of the time that reading them one by one does; that says what is wrong.
+    """
+    plan = column.vector
+    base = vector_base(column.type)
+    if plan is None or plan.kind is not VectorKind.DENSE or base.name not in _COMPONENTS:
+        return None
+    size = plan.size or 0
+    if not 0 < size <= _MOST_DIMENSIONS:
+        return None
+    layout = np.dtype([("header", ">u4"), ("components", _COMPONENTS[base.name], (size,))])
+    (header,) = _INT32.unpack(_DENSE_HEADER.pack(size, 0))
+    header, length, width = header & 0xFFFFFFFF, layout.itemsize, 4 * size
+
+    def reader(values: Sequence[bytes]) -> list[memoryview] | None:
+        if set(map(len, values)) != {length}:
+            return None
+        block = np.frombuffer(b"".join(values), layout)
+        if (block["header"] != header).any():
+            return None
+        components = block["components"].astype("<f4").reshape(-1)
+        # Where one is not finite, or too long, the sum shows it; where all together are too long,
+        # they are read one by one.
+        if not math.isfinite(_squared_length(components)):
+            return None
+        data = components.data.cast("B")
+        return [data[start : start + width] for start in range(0, len(data), width)]
 
     return reader
 

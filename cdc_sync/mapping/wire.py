@@ -9,7 +9,8 @@ are the same from Qdrant 1.14 on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
 from operator import itemgetter
 from typing import Final, NamedTuple, NoReturn, TypeAlias, cast
 
@@ -21,12 +22,15 @@ from cdc_sync.mapping.decoding import MALFORMED, NonFiniteCount, describe
 from cdc_sync.mapping.entries import Encoder, compile_field, compile_frame, make_entry
 from cdc_sync.mapping.plan import ColumnPlan, TablePlan, VectorKind
 from cdc_sync.mapping.protobuf import STRUCT, delimited, encode_value, map_entry, tag, varint
+from cdc_sync.mapping.unrolled import RowEncoder, compile_row
 from cdc_sync.mapping.vectors import (
+    BlockReader,
     Floats,
     Indices,
     SparseArrays,
     VectorData,
     VectorReader,
+    compile_block,
     compile_vector,
     is_empty_array,
 )
@@ -38,6 +42,12 @@ _Field: TypeAlias = tuple[int, Encoder, Encoder, "bytes | None", ColumnPlan]
 
 #: Reads the components of a dense vector from its binary format.
 DenseReader: TypeAlias = Callable[[bytes], Floats]
+#: Bytes of vectors that are read together, about: with what becomes of them they stay in the
+#: caches.
+_BLOCK_BYTES: Final = 1 << 18
+#: What comes before a point id that is a number, by the length of the varint.
+_NUMBER_HEADS: Final = tuple(b"\x0a" + varint(size + 1) + b"\x08" for size in range(11))
+_UUID_HEAD: Final = b"\x0a\x26\x12\x24"
 
 _POINT_PAYLOAD: Final = tag(3)
 _POINT_VECTORS: Final = tag(4)
@@ -89,6 +99,7 @@ class WireCodec:
             if column.vector is not None
         )
         self._single = self._compile_single()
+        self._block = self._compile_block()
         # Columns that are only part of the key, or hidden.
         used = {position for position, *_ in self._fields}
         used.update(field.position for field in self._vectors)
@@ -99,6 +110,13 @@ class WireCodec:
         self._nest = (
             None if plan.payload_key is None else compile_frame(plan.payload_key.encode("utf-8"))
         )
+        self._quick = self._compile_quick()
+
+    def _compile_quick(self) -> RowEncoder | None:
+        if self._composed is not None or self._nest is not None:
+            return None
+        fields = [(position, binary, null) for position, binary, _, null, _ in self._fields]
+        return compile_row(self._width, fields, [*self._constants, *self._marks])
 
     def _compile_single(self) -> tuple[int, DenseReader, bytes] | None:
         """Where a point has one vector, and that is dense: its position, its reader, and all that
@@ -115,6 +133,18 @@ class WireCodec:
         message = self._vectors_message(field.encode(zeros))
         point = _POINT_VECTORS + varint(len(message)) + message
         return field.position, cast("DenseReader", field.binary), point[: -zeros.nbytes or None]
+
+    def _compile_block(self) -> tuple[int, int, BlockReader] | None:
+        """Where a point has one vector, and that can be read with those of other rows: its
+        position, how many together, and their reader.
+        """
+        if self._single is None:
+            return None
+        column = self._vectors[0].column
+        assert column.vector is not None
+        read = compile_block(column)
+        rows = max(1, _BLOCK_BYTES // (4 * (column.vector.size or 1)))
+        return None if read is None else (self._vectors[0].position, rows, read)
 
     @property
     def plan(self) -> TablePlan:
@@ -133,20 +163,54 @@ class WireCodec:
         content = point_id.encode("ascii")
         return b"\x12" + varint(len(content)) + content
 
+    def points(self, rows: Sequence[tuple[PointId, Row]]) -> list[bytes | MappingError]:
+        """Return what :meth:`point` does for each row, or the error that it raises."""
+        found: list[bytes | MappingError] = []
+        for (id_, row), components in zip(rows, self._read_blocks(rows), strict=True):
+            try:
+                found.append(self._point(id_, row, components))
+            except MappingError as error:
+                found.append(error)
+        return found
+
+    def _read_blocks(self, rows: Sequence[tuple[PointId, Row]]) -> Iterator[memoryview | None]:
+        """The components of each row's only vector; None where they are to be read alone."""
+        if self._block is None:
+            yield from repeat(None, len(rows))
+            return
+        position, together, read = self._block
+        for start in range(0, len(rows), together):
+            some = rows[start : start + together]
+            values = [row[position] if len(row) > position else None for _, row in some]
+            known = [value for value in values if type(value) is bytes]
+            block = read(known) if len(known) > 1 else None
+            vectors: Iterator[memoryview | None] = repeat(None) if block is None else iter(block)
+            for value in values:
+                yield next(vectors) if type(value) is bytes else None
+
     def point(self, point_id: PointId, row: Row) -> bytes:
         """Return a serialized ``PointStruct`` of a row that is known in full."""
+        return self._point(point_id, row, None)
+
+    def _point(self, point_id: PointId, row: Row, components: memoryview | None) -> bytes:
         for position in self._neither:
             if row[position] is UNCHANGED:
                 self._refuse_unchanged(row)
-        identity = self.point_id(point_id)
-        head = b"\x0a" + varint(len(identity)) + identity
+        if isinstance(point_id, int):
+            number = varint(point_id)
+            head = _NUMBER_HEADS[len(number)] + number
+        else:
+            head = _UUID_HEAD + point_id.encode("ascii")
         payload = self._payload(row, _POINT_PAYLOAD, head=head, whole=True)
         if self._single is not None:
             position, read, before = self._single
-            value = row[position]
-            if type(value) is bytes:
+            if components is None:
+                value = row[position]
+                if type(value) is bytes:
+                    components = read(value).data
+            if components is not None:
                 # One copy of the components, from the array to where they stay.
-                return b"".join((payload, before, read(value).data))
+                return b"".join((payload, before, components))
         vectors = self._whole_vectors(row) or _NO_VECTORS
         return b"".join((payload, _POINT_VECTORS, varint(len(vectors)), vectors))
 
@@ -235,6 +299,12 @@ class WireCodec:
         head: bytes = b"",
         whole: bool = False,
     ) -> bytes:
+        if self._quick is not None and not kept:
+            counted = self._non_finite.value
+            quick = self._quick(row, head)
+            if quick is not None:
+                return outer.join(quick)
+            self._non_finite.value = counted  # the loop counts them again
         entries = self._entries(row, whole)
         if kept:
             entries += [make_entry(name, value) for name, value in kept.items()]

@@ -280,7 +280,8 @@ SELECT c.oid, n.nspname, c.relname, pg_relation_filenode(c.oid),
        c.relkind::text, c.relpersistence::text
   FROM (WITH RECURSIVE tree (oid) AS (
           SELECT %(table)s::oid UNION
-          SELECT i.inhrelid FROM pg_inherits i JOIN tree ON i.inhparent = tree.oid)
+          SELECT i.inhrelid FROM pg_inherits i JOIN tree
+              ON i.inhparent = tree.oid AND NOT i.inhdetachpending)
         SELECT oid FROM tree) tree
   JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relkind <> 'p'

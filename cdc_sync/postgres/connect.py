@@ -13,15 +13,18 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias
 
 import psycopg
 from psycopg import conninfo, pq
 from psycopg.rows import TupleRow
+from pydantic import SecretStr
 
 from cdc_sync.config import SourceSettings
-from cdc_sync.errors import ConfigError, ErrorKind, SourceError
+from cdc_sync.credentials import SecretFile
+from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SourceError, policy
 from cdc_sync.postgres.sslmode import refused_tls, secure, unverified
 
 PgConnection: TypeAlias = psycopg.Connection[TupleRow]
@@ -105,6 +108,27 @@ _HOST_NAMES: Final = re.compile(r'(server at|host name|host address) "[^"]*"')
 #: How long a question may take that the server answers at once.
 PATIENCE_SECONDS: Final = 60.0
 
+#: How long a server is not asked again that has refused the same credentials: many count failed
+#: logins, and some lock the role.
+_REFUSED_SECONDS: Final = 10.0
+#: What the server has said itself, in whatever language, stands behind its severity and two spaces.
+_SPOKEN: Final = re.compile(r" failed: [^\s:]+:  ")
+
+
+#: What may differ in a connection string that is read again.
+_ROLE: Final = frozenset({"user", "password"})
+
+
+class LoginRefusedError(SourceError):
+    """Postgres refuses credentials that it took before: it is tried again until the new ones are in
+    their file, or the time for that is over. Its kind is SOURCE_UNAVAILABLE."""
+
+    def __init__(self, message: str, remedy: str | None = None) -> None:
+        super().__init__(ErrorKind.SOURCE_UNAVAILABLE, message, remedy)
+
+    def __reduce__(self) -> tuple[type[CdcSyncError], tuple[str, str]]:  # type: ignore[override]
+        return (type(self), (self.message, self.remedy))
+
 
 def connect(
     source: SourceSettings,
@@ -120,21 +144,108 @@ def connect(
     thing only; :func:`cdc_sync.postgres.catalog.find_table` looks names up in the role's own path.
     A replication connection speaks the simple query protocol only (no parameters). A standby is
     refused, as a server that is not there yet, unless the URL asks for one, or ``standby`` takes
-    one where the URL names a single server. Raises :class:`ConfigError` for a malformed URL and
+    one where the URL names a single server. A password from a file is read again when the server
+    refuses it. Raises :class:`ConfigError` for a malformed URL, :class:`LoginRefusedError`, and
     :class:`SourceError` for everything else.
     """
-    parameters = _parameters(source, application_name, standby=standby, replication=replication)
-    if replication:
-        parameters["replication"] = "database"
-    try:
-        connection = psycopg.connect(autocommit=autocommit, **parameters)
-    except psycopg.Error as exc:
-        raise _refused(exc, parameters) from None
+
+    def parameters_of(wanted: SourceSettings) -> dict[str, Any]:
+        return _parameters(wanted, application_name, standby=standby, replication=replication)
+
+    connection = _log_in(source, parameters_of, autocommit=autocommit)
     with closed_on_error(connection), answering(connection, source.connect_timeout_seconds):
         _pin_session(connection)
     # Statements prepared behind our back would outlive DDL and fail after it.
     connection.prepare_threshold = None
     return connection
+
+
+def _log_in(
+    source: SourceSettings,
+    parameters_of: Callable[[SourceSettings], dict[str, Any]],
+    *,
+    autocommit: bool,
+) -> PgConnection:
+    """Connect with the credentials in force, or else with what their files hold now, which is then
+    in force: where a file is replaced before the server is changed, the old ones go on."""
+    parameters = parameters_of(source)
+    newer, state = _newer(source, parameters, parameters_of)
+    ways = [parameters] if newer is None else [parameters, newer.parameters]
+    tried = tuple(f"{way.get('user')} {way.get('password')}" for way in ways)
+    login = source.login
+    if (lately := login.refused_lately(tried, _REFUSED_SECONDS)) is not None:
+        raise LoginRefusedError(*lately)
+    failed: list[SourceError] = []
+    for way in ways:
+        try:
+            connection = psycopg.connect(autocommit=autocommit, **way)
+        except psycopg.Error as exc:
+            error = _refused(exc, way)
+            failed.append(error)
+            if error.kind is not ErrorKind.SOURCE_AUTH and not _SPOKEN.search(str(exc)):
+                break
+            continue
+        if newer is not None and way is newer.parameters:
+            newer.take()
+        login.accept()
+        return connection
+    for error in failed:
+        if error.kind is not ErrorKind.SOURCE_AUTH:
+            raise error
+    [error, *_] = failed
+    # A certificate, or an address that pg_hba.conf does not name, is not the password's fault.
+    by_itself = error.remedy != policy(error.kind).advice or "pg_hba.conf" in error.message
+    secret = None if by_itself else _used(source, parameters)
+    refusal = login.refuse(error.message, source.credentials_grace_seconds, secret, tried, state)
+    if refusal.waits:
+        raise LoginRefusedError(error.message + refusal.about, refusal.remedy or error.remedy)
+    remedy = refusal.remedy or error.remedy
+    raise SourceError(error.kind, error.message + refusal.about, remedy)
+
+
+@dataclass(frozen=True, slots=True)
+class _Newer:
+    """What the files of credentials hold that differs from those in force."""
+
+    secrets: tuple[tuple[SecretFile, str], ...]
+    parameters: dict[str, Any]
+
+    def take(self) -> None:
+        for secret, value in self.secrets:
+            secret.take(value)
+
+
+def _newer(
+    source: SourceSettings,
+    parameters: Mapping[str, Any],
+    parameters_of: Callable[[SourceSettings], dict[str, Any]],
+) -> tuple[_Newer | None, str | None]:
+    """What the files hold; and why that is of no use, where it is not."""
+    found = {}
+    for name, secret in (("url", source.url), ("password", source.password)):
+        value = secret.look() if isinstance(secret, SecretFile) else None
+        if isinstance(secret, SecretFile) and value not in (None, secret.get_secret_value()):
+            found[name] = (secret, str(value))
+    if not found:
+        return None, None
+    changed = {name: SecretStr(value) for name, (_, value) in found.items()}
+    try:
+        wanted = parameters_of(source.model_copy(update=changed))
+    except ConfigError:
+        return None, "what its file holds now is no connection string"
+    if any(parameters.get(name) != wanted.get(name) for name in {*parameters, *wanted} - _ROLE):
+        # Connections that are open would be to another server than those that are opened.
+        return None, "what its file holds now leads elsewhere, which takes a new start"
+    return _Newer(tuple(found.values()), wanted), None
+
+
+def _used(source: SourceSettings, parameters: Mapping[str, Any]) -> SecretStr | None:
+    """The secret that was used; None: what libpq reads with every connection."""
+    if source.password is not None:
+        return source.password
+    if isinstance(source.url, SecretFile) or parameters.get("password"):
+        return source.url
+    return SecretStr("") if os.environ.get("PGPASSWORD") else None
 
 
 def unchecked_text(connection: PgConnection, *, local: bool = False) -> str:
@@ -195,6 +306,8 @@ def _parameters(
         )
     _set_password(source, parameters)
     secure(source, parameters)
+    if replication:
+        parameters["replication"] = "database"
     options = [str(parameters.get("options") or os.environ.get("PGOPTIONS", ""))]
     options += [f"-c {name}={value}" for name, value in _PINNED.items()]
     parameters.update(

@@ -36,9 +36,23 @@ _TRAILER_BYTES: Final = 2
 _POLL_MILLISECONDS: Final = 1000
 #: Bytes a batch of rows, about: the last row of a batch may go beyond it.
 BATCH_BYTES: Final = 4 << 20
+#: Messages and bytes that are put together to be cut into rows: few, so that they are in the caches
+#: still.
+_TOGETHER: Final = 32
+_TOGETHER_BYTES: Final = 1 << 17
 
 _count_at = cast("Callable[[bytes, int], tuple[int]]", struct.Struct(">h").unpack_from)
 _size_at = cast("Callable[[bytes, int], tuple[int]]", struct.Struct(">i").unpack_from)
+
+
+class RowBatch(list[Row]):
+    """Rows, and how many bytes their values have."""
+
+    __slots__ = ("value_bytes",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value_bytes = 0
 
 
 class CopyParser:
@@ -58,6 +72,8 @@ class CopyParser:
         self._started = False
         self._shapes = ObservedReader()
         self.finished = False
+        #: Bytes of the values of all rows so far.
+        self.value_bytes = 0
 
     def feed(self, data: bytes) -> list[Row]:
         """Return the rows that are complete. Raises :class:`ProtocolError` for malformed data."""
@@ -124,20 +140,22 @@ class CopyParser:
     def _rows(self, buffer: bytes, position: int) -> tuple[list[Row], int]:
         rows: list[Row] = []
         append, read = rows.append, self._shapes.read
-        misses = 0
+        start, misses, trailer = position, 0, 0
         while not self.finished:
             found = read(buffer, position)
             if found is None:
                 found = self._row(buffer, position)
                 if found is None:
                     if self.finished:
-                        position += _TRAILER_BYTES
+                        trailer = _TRAILER_BYTES
                     break
                 misses += 1
             row, position = found
             append(row)
         self._shapes.learn(rows, misses)
-        return rows, position
+        # Every row has its number of fields, and every field its size.
+        self.value_bytes += position - start - len(rows) * (2 + 4 * self._columns)
+        return rows, position + trailer
 
     # Int16 number of fields (-1: the end), then for each Int32 size (-1: NULL) and that many bytes
     def _row(self, buffer: bytes, start: int) -> tuple[Row, int] | None:
@@ -206,7 +224,7 @@ def copy_rows(
     *,
     batch_rows: int = 1024,
     batch_bytes: int = BATCH_BYTES,
-) -> Iterator[list[Row]]:
+) -> Iterator[RowBatch]:
     """Run ``COPY (query) TO STDOUT`` and return its rows in batches of about that size, none empty.
 
     The iterator waits without holding the GIL; it is for one thread at a time. Given up before its
@@ -226,9 +244,17 @@ def copy_rows(
         raise translate(result_error(conn, result), "copying rows")
     done = False
     try:
+        gather = _gatherer(pgconn)
         while not done:
-            chunks, done = _gather(pgconn, batch_rows, batch_bytes)
-            rows = parser.feed(b"".join(chunks))
+            rows, before = RowBatch(), parser.value_bytes
+            messages, left = batch_rows, batch_bytes
+            while messages > 0 and left > 0 and not done:
+                chunks, done = gather(min(messages, _TOGETHER), min(left, _TOGETHER_BYTES))
+                data = b"".join(chunks)
+                messages -= len(chunks)
+                left -= len(data)
+                rows += parser.feed(data)
+            rows.value_bytes = parser.value_bytes - before
             if done:
                 _finish(conn, parser)
                 if unchecked:
@@ -248,32 +274,35 @@ def _set(conn: PgConnection, command: str) -> None:
         raise result_error(conn, result)
 
 
-def _gather(
-    pgconn: pq.abc.PGconn, max_chunks: int, max_bytes: int
-) -> tuple[list[memoryview], bool]:
-    """Collect CopyData until it is enough or the copy ends (True)."""
-    chunks: list[memoryview] = []
-    append, get_copy_data = chunks.append, pgconn.get_copy_data
+def _gatherer(pgconn: pq.abc.PGconn) -> Callable[[int, int], tuple[list[memoryview], bool]]:
+    """Return what collects so many messages of CopyData and bytes, or until the copy ends
+    (True)."""
+    get_copy_data, consume_input = pgconn.get_copy_data, pgconn.consume_input
     poller = select.poll()
     poller.register(pgconn.socket, select.POLLIN)
-    fresh = False
-    while max_chunks > 0 and max_bytes > 0:
-        size, data = get_copy_data(1)
-        if size > 0:
-            append(data)
-            max_chunks -= 1
-            max_bytes -= size
-            fresh = False
-        elif size == 0:
-            # Most of the time there is more on the socket: to wait for it would be a system call
-            # more, and a turn for another thread each time.
-            if fresh:
-                poller.poll(_POLL_MILLISECONDS)
-            pgconn.consume_input()
-            fresh = True
-        else:
-            return chunks, True
-    return chunks, False
+
+    def gather(max_chunks: int, max_bytes: int) -> tuple[list[memoryview], bool]:
+        chunks: list[memoryview] = []
+        fresh = False
+        while max_chunks > 0 and max_bytes > 0:
+            size, data = get_copy_data(1)
+            if size > 0:
+                chunks.append(data)
+                max_chunks -= 1
+                max_bytes -= size
+                fresh = False
+            elif size == 0:
+                # Most of the time there is more on the socket: to wait for it would be a system
+                # call more, and a turn for another thread each time.
+                if fresh:
+                    poller.poll(_POLL_MILLISECONDS)
+                consume_input()
+                fresh = True
+            else:
+                return chunks, True
+        return chunks, False
+
+    return gather
 
 
 def _finish(conn: PgConnection, parser: CopyParser) -> None:

@@ -98,7 +98,7 @@ def read_publication(conn: PgConnection, name: str) -> Publication | None:
 
 
 # Rows of the catalog that say what a publication does with a table: the publication itself, the
-# table's own entry, those of partitions and ancestors, and of its schema. xmin changes with every
+# table's own entry, those of partitions that have one, and of its schema. xmin changes with every
 # ALTER, also one that is undone.
 _IDENTITIES: Final = """
 WITH RECURSIVE tree (root, oid) AS (
@@ -107,7 +107,8 @@ WITH RECURSIVE tree (root, oid) AS (
     SELECT tree.root, i.inhrelid FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid)
 SELECT tree.root,
        concat_ws(',', min(concat_ws('/', p.oid, p.xmin)),
-                 string_agg(concat_ws('/', r.oid, r.xmin), ';' ORDER BY r.oid){schemas})
+                 string_agg(nullif(concat_ws('/', r.oid, r.xmin), ''), ';'
+                            ORDER BY r.oid){schemas})
   FROM pg_publication p CROSS JOIN tree
   LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = tree.oid
  WHERE p.pubname = %(name)s

@@ -225,7 +225,8 @@ _NOW: Final = """
 SELECT to_regclass(%s)::oid::int8,
        ARRAY(WITH RECURSIVE tree (oid) AS (
                SELECT %s::oid UNION
-               SELECT i.inhrelid FROM pg_inherits i JOIN tree ON i.inhparent = tree.oid)
+               SELECT i.inhrelid FROM pg_inherits i JOIN tree
+                   ON i.inhparent = tree.oid AND NOT i.inhdetachpending)
              SELECT c.oid::int8 FROM tree JOIN pg_class c USING (oid) WHERE c.relkind <> 'p')
 """
 

@@ -12,7 +12,9 @@ from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.postgres.connect import PgConnection, translate
 
 # DDL writes no message into the stream until the next change of the table (R30). One statement, so
-# that what changes together is seen together; no function that waits for a lock.
+# that what changes together is seen together; no function that waits for a lock. A partition that
+# DETACH CONCURRENTLY is about to take away does not count: its changes are not sent any more. A row
+# of pg_inherits is written anew whenever a partition is attached.
 _DEFINITIONS = """
     SELECT c.oid::int8,
            concat(
@@ -21,13 +23,16 @@ _DEFINITIONS = """
                 FROM pg_catalog.pg_attribute a
                WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
              (WITH RECURSIVE part (oid) AS (
-                SELECT i.inhrelid FROM pg_catalog.pg_inherits i WHERE i.inhparent = c.oid
+                SELECT i.inhrelid FROM pg_catalog.pg_inherits i
+                 WHERE i.inhparent = c.oid AND NOT i.inhdetachpending
                 UNION
-                SELECT i.inhrelid FROM pg_catalog.pg_inherits i JOIN part ON i.inhparent = part.oid)
+                SELECT i.inhrelid FROM pg_catalog.pg_inherits i JOIN part
+                    ON i.inhparent = part.oid AND NOT i.inhdetachpending)
               SELECT md5(string_agg(part.oid::text, ',' ORDER BY part.oid)) FROM part), '.',
              (WITH RECURSIVE tree (oid) AS (
                 SELECT c.oid UNION
-                SELECT i.inhrelid FROM pg_catalog.pg_inherits i JOIN tree ON i.inhparent = tree.oid)
+                SELECT i.inhrelid FROM pg_catalog.pg_inherits i JOIN tree
+                    ON i.inhparent = tree.oid AND NOT i.inhdetachpending)
               SELECT md5(string_agg(s.relfilenode::text, ',' ORDER BY s.oid))
                 FROM tree JOIN pg_catalog.pg_class s ON s.oid = tree.oid), '.',
              (SELECT md5(string_agg(concat_ws('|', a.attnum, a.xmin), ',' ORDER BY a.attnum))
@@ -59,7 +64,19 @@ _DEFINITIONS = """
                            FROM types JOIN pg_catalog.pg_type t ON t.oid = types.oid
                            JOIN pg_catalog.pg_attribute a ON a.attrelid = t.typrelid
                           WHERE a.attnum > 0 AND NOT a.attisdropped
-                          GROUP BY t.oid) record))))
+                          GROUP BY t.oid) record))),
+             CASE c.relkind WHEN 'p' THEN concat('.',
+               (WITH RECURSIVE part (oid, ways) AS (
+                  SELECT i.inhrelid, i.xmin::text FROM pg_catalog.pg_inherits i
+                   WHERE i.inhparent = c.oid AND NOT i.inhdetachpending
+                  UNION ALL
+                  SELECT i.inhrelid, concat(part.ways, ' ', i.xmin)
+                    FROM pg_catalog.pg_inherits i JOIN part
+                      ON i.inhparent = part.oid AND NOT i.inhdetachpending)
+                SELECT string_agg(concat(part.oid, '=', left(md5(part.ways), 8)), ','
+                                  ORDER BY part.oid)
+                  FROM part JOIN pg_catalog.pg_class leaf ON leaf.oid = part.oid
+                 WHERE leaf.relkind <> 'p')) END)
       FROM pg_catalog.pg_class c
      WHERE c.oid = ANY(%s::oid[])
 """

@@ -27,25 +27,9 @@ from cdc_sync.tls import (
     system_authorities,
 )
 
-_PRINTABLE: Final = re.compile(r"[\x20-\x7e]*")
 # As in "SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED:
 # certificate has expired: OK".
 _SSL_ERROR: Final = re.compile(r"SSL_ERROR_SSL: error:[^:]*:[^:]*:[^:]*:([A-Z0-9_]+)(?:: ([^:]*))?")
-
-
-def metadata(settings: QdrantSettings) -> tuple[tuple[str, str], ...]:
-    """Return what every request carries: the API key. Raises :class:`ConfigError` for one that no
-    header can hold."""
-    if settings.api_key is None:
-        return ()
-    key = settings.api_key.get_secret_value()
-    if not _PRINTABLE.fullmatch(key) or key != key.strip():
-        raise ConfigError(
-            "qdrant.api_key holds characters that a header cannot carry: control characters, what"
-            " is not ASCII, or spaces around it.",
-            "Give the key alone, without line breaks; a key file may end with one.",
-        )
-    return (("api-key", key),)
 
 
 def credentials(settings: QdrantSettings, *, secure: bool) -> grpc.ChannelCredentials | None:

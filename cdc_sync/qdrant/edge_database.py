@@ -36,12 +36,13 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Final, ParamSpec, TypeVar
+from typing import IO, TYPE_CHECKING, Final, ParamSpec, TypeVar
 from urllib.parse import quote
 
-import qdrant_edge as edge
-
 from cdc_sync.errors import ConfigError, ErrorKind, SinkError, StateError
+
+if TYPE_CHECKING:
+    import qdrant_edge as edge
 
 #: Points an update, at most.
 STEP_POINTS: Final = 256
@@ -155,6 +156,9 @@ class EdgeDatabase:
                 f"Collection {collection} does not exist in {self.path}.",
             )
         self.config(collection)
+        # Here and in create() only: records alone need no engine, which takes 4 to 13 MB.
+        import qdrant_edge as edge
+
         try:
             shard = edge.EdgeShard.load(str(directory))
         except Exception as exc:  # the engine raises nothing more precise
@@ -192,6 +196,8 @@ class EdgeDatabase:
         make_directory(self._collections)
         if prepared.exists():
             shutil.rmtree(prepared)
+        import qdrant_edge as edge
+
         try:
             shard = edge.EdgeShard.create(str(prepared), config)
             for operation in operations:

@@ -19,9 +19,11 @@ import grpc
 from qdrant_client import grpc as q
 
 from cdc_sync.config import QdrantSettings
+from cdc_sync.credentials import Refusal
 from cdc_sync.errors import ConfigError, ErrorKind, SinkError, policy
 from cdc_sync.qdrant import answers
-from cdc_sync.qdrant.channel import credentials, files_seen, handshake_failure, metadata
+from cdc_sync.qdrant.api_keys import ApiKeys, metadata
+from cdc_sync.qdrant.channel import credentials, files_seen, handshake_failure
 from cdc_sync.qdrant.pace import Pace
 from cdc_sync.qdrant.sink import RequestObserver
 
@@ -113,6 +115,8 @@ class RpcError(Exception):
         self.code = code
         self.details = details
         self.retry_after = retry_after
+        #: What becomes of the API key, where that is what was refused.
+        self.refusal: Refusal | None = None
 
     @property
     def point_missing(self) -> bool:
@@ -166,6 +170,12 @@ class RpcError(Exception):
     def oversized(self) -> bool:
         """Request or answer have too many bytes for somebody on the way."""
         return self.code in _OVERSIZED_CODES and answers.is_oversized(self.details)
+
+    @property
+    def key_refused(self) -> bool:
+        """The API key, or token, is not one that the server knows. (One that may not do what was
+        asked for is PERMISSION_DENIED.)"""
+        return self.code is _C.UNAUTHENTICATED
 
     @property
     def timed_out(self) -> bool:
@@ -233,10 +243,15 @@ def sink_error(failure: RpcError, target: str) -> SinkError:
         return SinkError(kind, broken.message, broken.remedy)
     if kind is ErrorKind.COLLECTION_MISSING:
         remedy = policy(kind).advice
+    about = ""
+    if (refusal := failure.refusal) is not None:
+        about, remedy = refusal.about, refusal.remedy
+        if refusal.waits:
+            kind = ErrorKind.SINK_UNAVAILABLE
     return SinkError(
         kind,
         f"{failure.method.name} on {target} failed with {failure.code.name}: "
-        f"{reason(failure.details).rstrip('.')}.",
+        f"{reason(failure.details).rstrip('.')}{about}.",
         remedy,
         failure.retry_after,
     )
@@ -271,7 +286,7 @@ class Rpc:
         self._observer = observer
         self._timeout = settings.timeout_seconds
         self._deadline_bytes = max(settings.request_bytes, _DEADLINE_BYTES)
-        self._metadata = metadata(settings)
+        self._keys = ApiKeys(settings)
         self._target = target
         self._settings = settings
         self._files = files_seen(settings)
@@ -302,20 +317,43 @@ class Rpc:
         """Send a serialized request and return the response, which may have
         :data:`MAX_ANSWER_BYTES` unless ``unlimited``.
 
+        An API key from a file is read again when the server refuses it, and the request, which was
+        not carried out, is sent again.
+
         Raises :class:`RpcError`. When cancelled, a read is abandoned, but a write is awaited to
         its end (at most the deadline) before CancelledError goes on: nothing may be in flight any
         more for whoever comes next. A write is not begun if :attr:`guard` raises something.
         """
-        if method.writes and self.guard is not None:
-            self.guard()
         if unlimited:
             lane = self._unlimited_lane()
+        tried: list[str | None] = []
+        while True:
+            key = self._keys.next(tried)
+            if method.writes and self.guard is not None:
+                self.guard()
+            try:
+                response = await self._observed(method, request, lane, key)
+            except RpcError as failure:
+                if not failure.key_refused:
+                    raise
+                tried.append(key)
+                if self._keys.next(tried) in tried:
+                    failure.refusal = self._keys.refused(reason(failure.details))
+                    raise
+            else:
+                if method is not HEALTH_CHECK:  # It needs no key.
+                    self._keys.accepted(key)
+                return response
+
+    async def _observed(
+        self, method: Method[Response], request: bytes, lane: int, key: str | None
+    ) -> Response:
         if self._observer is None:
-            return await self._call(method, request, lane)
+            return await self._call(method, request, lane, key)
         self._observer.started()
         started, code = time.perf_counter(), _C.OK.name
         try:
-            return await self._call(method, request, lane)
+            return await self._call(method, request, lane, key)
         except RpcError as failure:
             code = failure.code.name
             raise
@@ -325,7 +363,9 @@ class Rpc:
         finally:
             self._observer.ended(method.name, code, time.perf_counter() - started)
 
-    async def _call(self, method: Method[Response], request: bytes, lane: int) -> Response:
+    async def _call(
+        self, method: Method[Response], request: bytes, lane: int, key: str | None
+    ) -> Response:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
 
@@ -339,7 +379,7 @@ class Rpc:
                 loop.call_soon_threadsafe(finish)
 
         rpc = self._stub(method, lane).future(
-            request, timeout=self._deadline(request), metadata=self._metadata
+            request, timeout=self._deadline(request), metadata=metadata(key)
         )
         rpc.add_done_callback(finished)
         cancelled: asyncio.CancelledError | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -60,7 +61,8 @@ from cdc_sync.rows import PointId, Row
 _DELETE_IDS: Final = 4096
 #: Below this many points a request is not cut smaller to occupy another lane.
 _MIN_POINTS: Final = 64
-#: After so many rows whoever reads from Postgres gets a turn, so that it need not wait for us.
+#: Rows that are encoded together. After them whoever reads from Postgres gets a turn, so that it
+#: need not wait for us.
 _SLICE: Final = 64
 
 Item = TypeVar("Item")
@@ -77,10 +79,10 @@ class _Outcome:
 
 @dataclass(slots=True)
 class _Left:
-    """Rows that are not encoded yet, and the point that did not fit into the last request."""
+    """Rows that are not encoded yet, and the points that did not go into the last request."""
 
     rows: Iterator[tuple[PointId, Row]]
-    encoded: tuple[PointId, bytes] | None = None
+    encoded: deque[tuple[PointId, bytes]] = field(default_factory=deque)
 
 
 #: Sends one part of a batch on a lane.
@@ -217,28 +219,38 @@ class ServerWriter:
         request: list[tuple[PointId, bytes]] = []
         # Large rows are encoded in a thread, and for them the others need not wait.
         async with contextlib.nullcontext() if large else self._lanes.encoding:
-            if left.encoded is not None:
-                request.append(left.encoded)
-                size = len(left.encoded[1])
-                left.encoded = None
-            for id_, row in left.rows:
-                try:
-                    if large and is_large(row):
-                        point = await self._large.encode(row, partial(_point, id_, row))
-                    else:
-                        point = self._codec.point(id_, row)
-                except MappingError as exc:
-                    outcome.refused.append((id_, exc.message))
-                    outcome.unmappable.add(id_)
-                    continue
-                if request and size + len(point) > most:
-                    left.encoded = id_, point
-                    break
-                request.append((id_, point))
-                size += len(point)
-                if not len(request) % _SLICE:
-                    await asyncio.sleep(0)
+            while left.encoded or await self._encode_next(left, large, outcome):
+                encoded = left.encoded
+                while encoded:
+                    size += len(encoded[0][1])
+                    if request and size > most:
+                        return request
+                    request.append(encoded.popleft())
         return request
+
+    async def _encode_next(self, left: _Left, large: bool, outcome: _Outcome) -> bool:
+        """Encode the next rows, one where it may be large; False if there are no more."""
+        some = list(itertools.islice(left.rows, 1 if large else _SLICE))
+        if large and some and is_large(some[0][1]):
+            points = [await self._large_point(*some[0])]
+        else:
+            points = self._codec.points(some)
+        for (id_, _), point in zip(some, points, strict=True):
+            if isinstance(point, MappingError):
+                outcome.refused.append((id_, point.message))
+                outcome.unmappable.add(id_)
+            else:
+                left.encoded.append((id_, point))
+        # Whoever reads from Postgres gets a turn.
+        if large or len(some) == _SLICE:
+            await asyncio.sleep(0)
+        return bool(some)
+
+    async def _large_point(self, id_: PointId, row: Row) -> bytes | MappingError:
+        try:
+            return await self._large.encode(row, partial(_point, id_, row))
+        except MappingError as error:
+            return error
 
     async def _partial(
         self, large: bool, rows: Sequence[tuple[PointId, Row]], lane: int, outcome: _Outcome

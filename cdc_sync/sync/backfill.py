@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from cdc_sync.config import Settings
@@ -110,27 +110,36 @@ class Backfill:
         *,
         sweep: bool,
         repair: bool = False,
-        sweep_only: bool = False,
     ) -> None:
-        """Begin a copy of the table from nothing, or only a sweep. On record when this returns."""
+        """Begin a copy of the table from nothing. On record when this returns."""
         # Points of rows that were refused are older than the stream, and no letter says so any
         # more once it is released.
         sweep = sweep or self._dead_letters.has_letters(planned.name)
-        ledger = Ledger.new(
+        ledger = self._open(planned, sweep=sweep, repair=repair)
+        # Every row is read again: those that still cannot be written are parked again.
+        await self._retry(lambda: self._dead_letters.release_table(planned.name))
+        await self._save([ledger])
+
+    async def sweep(self, planned: PlannedTable, unread: Collection[int] = ()) -> None:
+        """Have points without a row looked for: after the copy under way; else at once, or once the
+        leaves of the OIDs ``unread`` have been copied. On record when this returns."""
+        ledger = self._ledgers.get(planned.name)
+        if ledger is not None:
+            ledger.want_sweep()
+        else:
+            ledger = self._open(planned, sweep=True, repair=False)
+            ledger.take_as_copied(unread)
+        await self._save([ledger])
+
+    def _open(self, planned: PlannedTable, *, sweep: bool, repair: bool) -> Ledger:
+        ledger = self._ledgers[planned.name] = Ledger.new(
             self._settings.pipeline.name,
             planned,
             self._settings.migration.chunk_rows,
             sweep=sweep,
             repair=repair,
         )
-        self._ledgers[planned.name] = ledger
-        if sweep_only:
-            ledger.take_as_copied()
-            await self._save([ledger])
-            return
-        # Every row is read again: those that still cannot be written are parked again.
-        await self._retry(lambda: self._dead_letters.release_table(planned.name))
-        await self._save([ledger])
+        return ledger
 
     async def restart(self, planned: PlannedTable) -> None:
         """Take nothing of the table as done any more, if a copy is under way. On record when this

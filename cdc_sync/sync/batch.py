@@ -41,11 +41,11 @@ class Batch:
     ``truncates``: OIDs of tables to clear; such a batch holds nothing else. ``rereads``: rows to
     read again, ``resync_tables``: tables to read again as a whole; neither does such a batch hold
     anything else. ``unusable``: what was dropped of tables that cannot be followed, by name.
-    ``commit_times``: Unix
-    seconds, one a transaction completed in it. ``oldest_commit``: Unix seconds of the first
-    transaction that has changes in it. ``xids``: transactions with changes in it. ``large``: one of
-    the changes is. ``last_lsn`` and ``last_commit`` describe the last transaction seen, for dead
-    letters.
+    ``leaves``: by table, OIDs of the partitions of which rows may follow from here on.
+    ``commit_times``: Unix seconds, one a transaction completed in it. ``oldest_commit``: Unix
+    seconds of the first transaction that has changes in it. ``xids``: transactions with changes in
+    it. ``large``: one of the changes is. ``last_lsn`` and ``last_commit`` describe the last
+    transaction seen, for dead letters.
     """
 
     tables: dict[int, TableBatch] = field(default_factory=dict)
@@ -67,6 +67,7 @@ class Batch:
     deletes: defaultdict[int, int] = field(default_factory=_counts)
     unmappable: list[Unmappable] = field(default_factory=list)
     unusable: dict[str, Dropped] = field(default_factory=dict)
+    leaves: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     @property
     def empty(self) -> bool:
@@ -78,4 +79,5 @@ class Batch:
             or self.rereads
             or self.resync_tables
             or self.unusable
+            or self.leaves
         )

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import Final
 
 from cdc_sync.config import QdrantSettings, SourceSettings
 from cdc_sync.errors import CdcSyncError, ErrorKind, MappingError
@@ -21,6 +20,7 @@ from cdc_sync.mapping.ids import compile_point_id
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.mapping.table import Leaf
 from cdc_sync.postgres.connect import PgConnection, closed_on_error, connect, set_lock_timeout
+from cdc_sync.postgres.copy_binary import RowBatch
 from cdc_sync.postgres.snapshot import BATCH_BYTES, copy_query, copy_rows, import_snapshot
 from cdc_sync.qdrant.open import open_sink
 from cdc_sync.qdrant.sink import Applied, Changes, Sink, TableWriter
@@ -136,7 +136,7 @@ async def copy_chunk(
     )
 
 
-def _batches(connection: PgConnection, task: CopyTask) -> Iterator[list[Row]]:
+def _batches(connection: PgConnection, task: CopyTask) -> Iterator[RowBatch]:
     chunk = task.chunk
     query, text_columns = copy_query(
         task.plan, chunk.leaf, chunk.start_block, chunk.end_block, task.row_filter
@@ -155,7 +155,7 @@ class _Prepared:
 
 
 async def _read_behind(
-    batches: Iterator[list[Row]], point_id: Callable[[Row], PointId]
+    batches: Iterator[RowBatch], point_id: Callable[[Row], PointId]
 ) -> _Prepared | None:
     """Read once the first requests have been sent: while they are encoded Qdrant has nothing to do,
     and a thread that reads meanwhile would make that take longer."""
@@ -164,14 +164,12 @@ async def _read_behind(
     return await asyncio.to_thread(_next_rows, batches, point_id)
 
 
-def _next_rows(
-    batches: Iterator[list[Row]], point_id: Callable[[Row], PointId]
-) -> _Prepared | None:
-    rows = next(batches, [])
-    if not rows:
+def _next_rows(batches: Iterator[RowBatch], point_id: Callable[[Row], PointId]) -> _Prepared | None:
+    rows = next(batches, None)
+    if rows is None:
         return None
     changes, unmappable = _upserts(rows, point_id)
-    size = _size(rows)
+    size = rows.value_bytes
     # What is beyond a batch's measure belongs to one row.
     changes.large = size > BATCH_BYTES + LARGE_ROW_BYTES
     return _Prepared(changes, unmappable, len(rows), size)
@@ -232,12 +230,6 @@ class _Batch:
     def _count(self, error: CdcSyncError, seconds: float) -> None:
         self.retries[error.kind] += 1
         self._on_retry(error, seconds)
-
-
-def _size(rows: list[Row]) -> int:
-    """Bytes of the values: in a COPY they are bytes or None."""
-    values = itertools.chain.from_iterable(rows)
-    return sum(map(len, cast("Iterator[bytes]", filter(None, values))))
 
 
 def _upserts(rows: list[Row], point_id: Callable[[Row], PointId]) -> tuple[Changes, list[Refusal]]:

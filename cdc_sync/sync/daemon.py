@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 
+from cdc_sync import credentials
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError, ConfigError, ExitCode
 from cdc_sync.ops.http import HttpServer, start_http_server
@@ -21,6 +22,7 @@ from cdc_sync.ops.recent_events import RecentEvents
 from cdc_sync.ops.revision import revision
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.sync.copy_report import CopyReporter
+from cdc_sync.sync.credential_log import CredentialLog
 from cdc_sync.sync.pipeline import Pipeline
 from cdc_sync.sync.progress import ProgressScreen, ProgressWatch, on_terminal
 from cdc_sync.sync.supervision import supervised
@@ -64,6 +66,7 @@ def run_pipeline(
     recent = RecentEvents()
     stream = None if screen is None else screen.log_stream
     configure_logging(settings.log, stream, recent=recent)
+    credentials.listen(CredentialLog(settings))
     metrics = Metrics(revision())
     board = StatusBoard(
         settings.pipeline.name,
@@ -84,6 +87,7 @@ def run_pipeline(
         gc.freeze()
         code = asyncio.run(_Life(pipeline, restart, once, after, beside, screen).run())
     finally:
+        credentials.listen(None)
         if server is not None:
             server.stop()
     log.info("stopped")

@@ -93,9 +93,14 @@ class FirstCopy:
         self._adopting = settings.migration.adopt
 
     async def decide(
-        self, plan: PipelinePlan, state: PipelineState | None, restart: bool
+        self,
+        plan: PipelinePlan,
+        state: PipelineState | None,
+        restart: bool,
+        met: SourceError | None = None,
     ) -> Beginning:
-        """Decide how to begin. Raises what keeps the two stores from being joined."""
+        """Decide how to begin. ``met``: what the slot was lost by in this life. Raises what keeps
+        the two stores from being joined."""
         source = self.settings.source
         slot = await self._until(lambda: asyncio.to_thread(self._read_slot))
         if state is None:
@@ -123,7 +128,7 @@ class FirstCopy:
             return Beginning.COPY
         check_same_tables(plan, state, by_oid=lost is None)
         if lost is None:
-            lost = self._why_lost(slot, plan) or await self._why_rewound()
+            lost = self._why_lost(slot, plan) or met or await self._why_rewound()
         if lost is None:
             return Beginning.GO_ON
         if lost.kind is ErrorKind.SOURCE_CHANGED:

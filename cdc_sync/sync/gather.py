@@ -103,7 +103,7 @@ class Gatherer:
         batch_rows: int,
         batch_bytes: int,
         applied: int = 0,
-        on_type: Callable[[int], None] | None = None,
+        on_type: Callable[[int], None] = lambda oid: None,
         on_message: Callable[[m.LogicalMessage], Accepted | None] | None = None,
         generation: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -120,6 +120,8 @@ class Gatherer:
         self._relations: dict[int, tuple[m.Relation | None, int]] = {}
         #: Relations that are not ours and whose messages are kept, the oldest first.
         self._ignored: dict[int, None] = {}
+        #: The partitioned table whose Relation message was the last message but for Type ones.
+        self._root: int | None = None
         self._transaction: _Transaction | None = None
         self._sealed: deque[Batch] = deque()
         self._batch = Batch()
@@ -216,6 +218,7 @@ class Gatherer:
             self.received = lsn
         size = len(frame)
         self._batch.bytes += size
+        root, self._root = self._root, None
         match message:
             case m.Insert() | m.Update() | m.Delete():
                 self._change(message, frame)
@@ -225,9 +228,10 @@ class Gatherer:
                 self._commit(message)
             case m.Relation():
                 self._bind(message)
+                self._note_leaf(message.oid, root)
             case m.Type():
-                if self._on_type is not None:
-                    self._on_type(message.oid)
+                self._root = root
+                self._on_type(message.oid)
             case m.Truncate():
                 self._truncate(message)
             case m.LogicalMessage():
@@ -416,6 +420,15 @@ class Gatherer:
         for start in (b"I%bN" % oid, b"U%bN" % oid):
             self._followed.pop(start, None)
             self._readers.pop(start, None)
+
+    def _note_leaf(self, oid: int, root: int | None) -> None:
+        """``root``: the table whose Relation message came right before. That of a partition follows
+        on its root's (pgoutput.c, maybe_send_schema), though its changes come under the root."""
+        binding = self._bindings[oid]
+        if binding is None and root is not None:
+            self._batch.leaves[root].add(oid)
+        elif isinstance(binding, Binding) and binding.planned.table.partitioned:
+            self._root = oid
 
     def _binding(self, oid: int) -> Binding | Unusable | None:
         """What the relation of a change is bound to; its message comes once, so it may have to be

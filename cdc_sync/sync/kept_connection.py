@@ -24,6 +24,11 @@ class KeptConnection:
         self._connection: PgConnection | None = None
         self._ended = False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it was opened, and did not fail since."""
+        return self._connection is not None
+
     def run(self, work: Callable[[PgConnection], T]) -> T:
         """Do something with the connection, one thread at a time. Raises :class:`SourceError`."""
         try:

@@ -10,19 +10,23 @@ read again by its key when its change comes (R69).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from cdc_sync.mapping.table import Leaf
 from cdc_sync.qdrant.sink import BlockRange, LeafLedger, TableLedger
 from cdc_sync.sync.copying import Chunk
-from cdc_sync.sync.fingerprints import fingerprint
+from cdc_sync.sync.fingerprints import (
+    fingerprint,
+    is_stale,
+    leaves_since,
+    same_configuration,
+)
 from cdc_sync.sync.orphans import buckets_for
 from cdc_sync.sync.routing import PlannedTable
 
 _MIN_CHUNK_PAGES = 16
 _MAX_CHUNK_PAGES = 4_096
 _DEFAULT_CHUNK_PAGES = 128
-_DIGEST = 32
 
 
 class Ledger:
@@ -50,23 +54,28 @@ class Ledger:
     def meet(self, planned: PlannedTable) -> None:
         """Compare with the table as it is now.
 
-        A plan or columns other than before start from nothing, and so does a leaf with other
-        storage (rewritten or truncated: its blocks hold other rows). A leaf that is gone leaves
-        points behind, and so does one that was truncated, of which the stream says nothing (R34);
-        so they are swept. A leaf that is new is to be copied.
+        A plan or a table other than before starts from nothing, and so does a leaf with other
+        storage (rewritten or truncated: its blocks hold other rows), and one that was attached
+        since. A leaf that is gone leaves points behind, and so does one that was truncated, of
+        which the stream says nothing (R34); so they are swept.
         """
-        now = fingerprint(planned)
-        if _columns(now) != _columns(self.record.fingerprint):
+        now, before_now = fingerprint(planned), self.record.fingerprint
+        attached = leaves_since(before_now, planned)
+        if not same_configuration(now, before_now) or is_stale(before_now, planned):
             # Points of an older plan may be there.
             self._change(leaves=(), sweep=True, buckets=0, swept=0, rows=0, bytes=0)
-        if now != self.record.fingerprint:
+        if now != before_now:
             self._change(fingerprint=now)
         known = {leaf.oid: leaf for leaf in self.record.leaves}
         leaves = []
         for leaf in planned.table.leaves:
             before = known.pop(leaf.oid, None)
-            if before is None or before.relfilenode != leaf.relfilenode:
-                if before is not None:
+            if (
+                before is None
+                or before.relfilenode != leaf.relfilenode
+                or (leaf.oid in attached and before.done)
+            ):
+                if before is not None or leaf.oid in attached:
                     # Its points may be of rows that are gone, or were computed anew.
                     self._change(sweep=True)
                 before = self._cut(leaf)
@@ -77,10 +86,17 @@ class Ledger:
             # What was swept may have been of rows that are gone now.
             self._change(leaves=tuple(leaves), buckets=0, swept=0)
 
-    def take_as_copied(self) -> None:
-        """Only sweep."""
-        leaves = tuple(dataclasses.replace(leaf, done=((0, None),)) for leaf in self.record.leaves)
+    def take_as_copied(self, unread: Collection[int] = ()) -> None:
+        """Only sweep, but for the leaves of these OIDs, which are to be read."""
+        leaves = tuple(
+            leaf if leaf.oid in unread else dataclasses.replace(leaf, done=((0, None),))
+            for leaf in self.record.leaves
+        )
         self._change(leaves=leaves, sweep=True)
+
+    def want_sweep(self) -> None:
+        """Points without a row may be there, in what was swept too."""
+        self._change(sweep=True, buckets=0, swept=0)
 
     def want_again(self) -> None:
         """Another copy is to follow."""
@@ -163,13 +179,6 @@ class Ledger:
     def _change(self, **changes: object) -> None:
         self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
         self.dirty = True
-
-
-def _columns(fingerprint_: str) -> tuple[str, str, str]:
-    """What of a fingerprint is not about partitions and storage, which the leaves say better. A
-    definition begins with a digest of the columns."""
-    configuration, plan, definition = fingerprint_.split(":", 2)
-    return configuration, plan, definition.partition(".")[0][:_DIGEST]
 
 
 def _left(leaf: LeafLedger) -> Iterator[BlockRange]:

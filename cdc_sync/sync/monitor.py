@@ -17,7 +17,12 @@ from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.postgres.catalog import ServerInfo
-from cdc_sync.postgres.connect import PgConnection, connect, set_lock_timeout
+from cdc_sync.postgres.connect import (
+    LoginRefusedError,
+    PgConnection,
+    connect,
+    set_lock_timeout,
+)
 from cdc_sync.postgres.publication import Publication, check_publication, read_publication
 from cdc_sync.postgres.watch import SourcePosition, definitions, source_position, table_signs
 from cdc_sync.sync.kept_connection import KeptConnection
@@ -214,6 +219,8 @@ class SourceMonitor:
         """Whether the server takes connections. One that only answers late does."""
         try:
             connect(self._settings.source, application_name="cdc_sync watch").close()
+        except LoginRefusedError:
+            return True
         except SourceError:
             return False
         return True

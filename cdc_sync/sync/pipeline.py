@@ -125,6 +125,10 @@ class Pipeline:
         self._relations: Relations | None = None
         self._resync: Resync | None = None
         self._streaming: Streaming | None = None
+        #: Position of the slot that is streamed from, as on record, and what the stream from it
+        #: has met that looking at the source does not show.
+        self._slot_lsn = 0
+        self._lost: SourceError | None = None
 
     @property
     def sink(self) -> Sink:
@@ -206,6 +210,7 @@ class Pipeline:
             if self._parts is not None:
                 self._parts.watching.cancel()
                 await asyncio.gather(self._parts.watching, return_exceptions=True)
+                self._parts.history.close()
 
     async def _prepare(self, restart: bool) -> None:
         """All that comes before the stream: connections, the plan, and the first copy if there must
@@ -273,6 +278,9 @@ class Pipeline:
             if not self._begins_anew(error.kind):
                 raise
             log.warning("stream_lost", kind=error.kind.value, reason=error.message)
+            if error.kind is ErrorKind.PUBLICATION_UNUSABLE:
+                # It may be there again by now, and is none where the slot stands for all that.
+                self._lost = error
             self._trials.stalled(error, _LOST_SECONDS)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOST_SECONDS):
@@ -324,18 +332,23 @@ class Pipeline:
         """Begin as the two stores are found; returns False if they must be looked at again."""
         state = await self._trials.until(lambda: self.sink.state.load(self.settings.pipeline.name))
         copy = self._assemble(plan)
-        beginning = await copy.decide(plan, state, restart)
+        # Another process may have made a new slot meanwhile.
+        same = state is not None and state.slot_lsn == self._slot_lsn
+        beginning = await copy.decide(plan, state, restart, self._lost if same else None)
+        self._lost = self._lost if beginning is Beginning.ANEW else None
         if beginning is Beginning.COPY:
             for stopped in plan.stopped:
                 raise stopped.error
             self._trials.state("snapshotting")
-            self.positions.begin(await copy.run(plan, state, restart=restart))
+            self._slot_lsn = await copy.run(plan, state, restart=restart)
+            self.positions.begin(self._slot_lsn)
             return True
         assert state is not None
         if beginning is Beginning.ANEW:
             self.positions.begin(await copy.begin_anew(plan, state))
             # What is on record of the tables has changed, and the publication may be a new one.
             return False
+        self._slot_lsn = state.slot_lsn
         added = added_tables(plan, state)
         if added:
             await copy.add(added, plan)

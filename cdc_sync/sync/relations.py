@@ -4,7 +4,8 @@ DDL says nothing in the stream by itself (R30), and rows that exist get no messa
 added with a default or dropped. So a table's points can be of older columns than the table. Each
 table has a *synced* column list: that of its first copy, or of its last resync. Whatever is written
 by other columns, or found in the catalog with other columns, makes the table stale; a stale table
-is read again as a whole by :mod:`cdc_sync.sync.resync`.
+is read again as a whole by :mod:`cdc_sync.sync.resync`. A partition that was attached is read by
+itself, and points are looked through for those whose partition is gone (R34).
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from collections.abc import Iterable, Sequence
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError
 from cdc_sync.mapping.plan import TablePlan
-from cdc_sync.mapping.table import PgType, redefined, stored_anew
+from cdc_sync.mapping.table import PgType, attached_leaves, may_lack_rows, redefined
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.pgoutput.messages import Relation
 from cdc_sync.postgres.catalog import TypeResolver
 from cdc_sync.postgres.connect import connect
 from cdc_sync.qdrant.sink import PipelineState
-from cdc_sync.sync.fingerprints import is_stale, is_stored_anew
+from cdc_sync.sync.fingerprints import has_lost_rows, is_stale, leaves_since
 from cdc_sync.sync.gather import Batch
 from cdc_sync.sync.routing import Binding, PlannedTable, Unusable, bind
 from cdc_sync.sync.stopped_tables import concerns_one_table
@@ -54,6 +55,8 @@ class Relations:
         self.unsent: set[int] = set()
         #: Tables of which rows may be gone without a message.
         self.unswept: set[int] = set()
+        #: Of these, leaf partitions of which rows may have come without one.
+        self.unread: dict[int, set[int]] = {}
         for planned in tables:
             for column in planned.table.columns:
                 self._types[column.type.oid, column.type.typmod] = column.type
@@ -72,8 +75,8 @@ class Relations:
                     continue
                 if is_stale(known.plan_fingerprint, planned):
                     self.mark(planned, "changed while the pipeline was down")
-                elif planned.table.partitioned and is_stored_anew(known.plan_fingerprint, planned):
-                    self.mark_unswept(planned)
+                elif planned.table.partitioned and has_lost_rows(known.plan_fingerprint, planned):
+                    self._mark_partitions(planned, leaves_since(known.plan_fingerprint, planned))
 
     def mark_replayed(self, state: PipelineState, begins: int) -> list[tuple[PlannedTable, bool]]:
         """Mark the tables of which a stream that begins there brings changes again that others have
@@ -114,9 +117,9 @@ class Relations:
         if self.is_redefined(oid, definition):
             self.mark(planned, "changed in the catalog")
         else:
-            if planned.table.partitioned and stored_anew(self._definitions[oid], definition):
-                # TRUNCATE of a partition is not sent under the root's name (R34).
-                self.mark_unswept(planned)
+            before = self._definitions[oid]
+            if planned.table.partitioned and may_lack_rows(before, definition):
+                self._mark_partitions(planned, attached_leaves(before, definition))
             self._definitions[oid] = definition
 
     @property
@@ -179,6 +182,17 @@ class Relations:
                 found.append(planned)
         return found
 
+    def note_leaves(self, batch: Batch) -> list[PlannedTable]:
+        """Mark tables of which the batch may hold rows of a partition that is not known: it may be
+        gone before anybody has seen it (R34). Returns them, marked before or not."""
+        found = []
+        for oid, leaves in batch.leaves.items():
+            planned = self._planned.get(oid)
+            if planned is not None and not leaves <= {leaf.oid for leaf in planned.table.leaves}:
+                self.mark_unswept(planned, "rows came of a partition that is not known")
+                found.append(planned)
+        return found
+
     def reading(self, planned: PlannedTable) -> None:
         """The table is being read as a whole, by this plan."""
         before = self._planned.get(planned.plan.oid)
@@ -234,12 +248,14 @@ class Relations:
             del self._roots[leaf]
         for marked in (self.stale, self.unswept, self.unsent):
             marked.discard(oid)
+        self.unread.pop(oid, None)
 
     def synced(self, planned: PlannedTable) -> None:
         """The table was read as a whole, by this plan."""
         self.reading(planned)
         self.stale.discard(planned.plan.oid)
         self.unswept.discard(planned.plan.oid)
+        self.unread.pop(planned.plan.oid, None)
 
     def mark(self, planned: PlannedTable, reason: str, *, unsent: bool = False) -> None:
         """Mark a table stale. ``unsent``: changes made until now may not be sent, whenever they are
@@ -250,9 +266,16 @@ class Relations:
             self.stale.add(planned.plan.oid)
             log.info("resync_wanted", table=planned.name, reason=reason)
 
-    def mark_unswept(
-        self, planned: PlannedTable, reason: str = "a partition has other storage"
-    ) -> None:
+    def _mark_partitions(self, planned: PlannedTable, attached: frozenset[int]) -> None:
+        """TRUNCATE of a partition is not sent under the root's name, nor are rows that come or go
+        with one (R34)."""
+        unread = self.unread.setdefault(planned.plan.oid, set())
+        if attached - unread:
+            unread |= attached
+            log.info("partitions_attached", table=planned.name, partitions=len(attached))
+        self.mark_unswept(planned, "partitions have changed")
+
+    def mark_unswept(self, planned: PlannedTable, reason: str) -> None:
         """Have the table's points looked through for those without a row."""
         if planned.plan.oid not in self.unswept:
             self.unswept.add(planned.plan.oid)

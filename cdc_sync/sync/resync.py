@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import (
@@ -37,14 +36,10 @@ from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
 from cdc_sync.postgres.connect import answering, connect
 from cdc_sync.postgres.snapshot import SnapshotHolder, TableRewrittenError
-from cdc_sync.postgres.watch import (
-    SourcePosition,
-    definitions,
-    source_position,
-    transaction_horizon,
-)
+from cdc_sync.postgres.watch import SourcePosition, transaction_horizon
 from cdc_sync.qdrant.sink import NEVER, CollectionState, Sink, TableState
 from cdc_sync.sync.backfill import Backfill, Retry
+from cdc_sync.sync.barriers import Barriers
 from cdc_sync.sync.copying import LOCK_SECONDS
 from cdc_sync.sync.fingerprints import is_recorded_stale
 from cdc_sync.sync.gather import Batch
@@ -67,14 +62,6 @@ log = get_logger(__name__)
 
 #: How long the stream goes on before a snapshot is taken again.
 _RETRY_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Barrier:
-    """Where the stream has to be before a table is read, and the table's definition before that."""
-
-    lsn: int
-    definition: str
 
 
 class Resync:
@@ -105,7 +92,7 @@ class Resync:
         self._touched: set[str] = set()
         #: Tables that are to be read again since the stream brings old changes once more.
         self._replayed: set[str] = set()
-        self._barriers: dict[int, _Barrier] = {}
+        self._barriers = Barriers(settings, relations, self.applied_lately)
         self._next_try = 0.0
         self._replanner = Replanner(settings)
         self.stopped = StoppedTables(metrics, board)
@@ -202,15 +189,28 @@ class Resync:
 
     async def note(self, batch: Batch) -> None:
         """Mark tables which the batch is going to write by other columns than they were copied by,
-        also on record. Errors as of the state store."""
+        or of which it may write rows that nobody sees go; also on record. Errors as of the state
+        store."""
         for planned in self._relations.note(batch):
             if self.stopped.holds(planned.name):
                 continue
             # A copy under way has written rows by columns that are not the table's any more.
             if self._backfill.has_begun(planned.name):
                 await self._backfill.restart(planned)
-                self._barriers.pop(planned.plan.oid, None)
+                self._barriers.forget(planned.plan.oid)
             await self._record_stale(planned)
+        for planned in self._relations.note_leaves(batch):
+            if not self.stopped.holds(planned.name):
+                await self._want_sweep(planned)
+
+    async def _want_sweep(self, planned: PlannedTable) -> None:
+        """Points of the table without a row may be there from here on."""
+        if planned.plan.oid in self._relations.stale and not self._backfill.has_begun(planned.name):
+            # It is swept once it has been read.
+            self._touched.add(planned.name)
+            await self._record_stale(planned)
+        else:
+            await self._sweep(planned)
 
     async def outdated(self, planned: PlannedTable) -> None:
         """Mark a table whose rows could not be read by key, since its columns have changed. Errors
@@ -220,7 +220,7 @@ class Resync:
         self._relations.mark(planned, "columns changed before rows were read again")
         await self._backfill.restart(planned)
         await self._record_stale(planned)
-        self._barriers.pop(planned.plan.oid, None)
+        self._barriers.forget(planned.plan.oid)
 
     async def request(self, planned: PlannedTable, reason: str) -> None:
         """Have the whole table read again, after the copy that may be under way: anybody may ask,
@@ -234,7 +234,7 @@ class Resync:
             return
         self._relations.mark(planned, reason)
         await self._record_stale(planned)
-        self._barriers.pop(planned.plan.oid, None)
+        self._barriers.forget(planned.plan.oid)
 
     def is_stopped(self, table: str) -> bool:
         """Whether the table's changes are dropped."""
@@ -256,7 +256,7 @@ class Resync:
             await self._records.stopped(table)
             self._touched.add(table)
         if planned is not None:
-            self._barriers.pop(planned.plan.oid, None)
+            self._barriers.forget(planned.plan.oid)
         self.stopped.stop(table, error)
 
     async def start_stopped(self, table: Unplanned) -> None:
@@ -292,12 +292,7 @@ class Resync:
 
     async def run(self, applied: int) -> None:
         """Open a window if there is something to copy and it is time. The applier must be at rest
-        until this returns; ``applied`` is where it stands.
-
-        While the stream is behind, rows of the old columns are still to come and would make the
-        table stale again, so first it has to come to where the server was when this was seen, or
-        when the last window ended.
-        """
+        until this returns; ``applied`` is where it stands."""
         if time.monotonic() < self._next_try:
             return
         await self._look_at_stopped()
@@ -305,9 +300,7 @@ class Resync:
         for oid in sorted(self._relations.stale | self._relations.unswept):
             if self.stopped.waits(self._relations.name(oid)):
                 continue
-            if oid not in self._barriers:
-                self._barriers[oid] = await asyncio.to_thread(self._barrier, oid)
-            if applied >= self._barriers[oid].lsn:
+            if await self._barriers.reached(oid, applied):
                 ready.append(oid)
         if not ready:
             return
@@ -337,7 +330,7 @@ class Resync:
             for name in names:
                 self._board.table(name).update(waiting=waits)
         for oid in ready:
-            self._barriers.pop(oid, None)
+            self._barriers.forget(oid)
 
     async def _blame(self, oids: Sequence[int], error: CdcSyncError) -> None:
         """A window failed because of one of its tables; if there were several, that will be the one
@@ -351,7 +344,7 @@ class Resync:
     async def _look_at_stopped(self) -> None:
         """Stop what was found unusable, and plan again what may start again."""
         for oid in list(self._relations.unsent):
-            self._barriers.pop(oid, None)
+            self._barriers.forget(oid)
             name = self._relations.name(oid)
             planned = self._relations.find(name)
             # What is under way may have missed changes.
@@ -397,22 +390,8 @@ class Resync:
             await self.on_taken()
         # What was not bound, or not published, was not noted as applied either.
         self._relations.unsent.add(planned.plan.oid)
-        self._barriers.pop(planned.plan.oid, None)
+        self._barriers.forget(planned.plan.oid)
         self.stopped.planned(planned.name)
-
-    def _barrier(self, oid: int) -> _Barrier:
-        """Where the stream has to be before the table is read. The definition first: what it was
-        changed by before is then below the position."""
-        with (
-            connect(self._settings.source, application_name="cdc_sync watch") as connection,
-            answering(connection),
-        ):
-            definition = definitions(connection, [oid]).get(oid, "")
-            position = source_position(connection, self._settings.source.slot)
-            if oid in self._relations.unsent:
-                self.applied_lately().raise_horizon(transaction_horizon(connection))
-                self._relations.unsent.discard(oid)
-        return _Barrier(int(position.current), definition)
 
     async def _window(self, oids: Sequence[int]) -> None:
         tables = await self._ready(oids)
@@ -474,10 +453,9 @@ class Resync:
 
     async def _make_ready(self, planned: PlannedTable) -> None:
         oid = planned.plan.oid
-        if planned.table.definition != self._barriers[oid].definition:
-            # Rows of before may still be to come, and a truncated partition's would stay.
-            del self._barriers[oid]
-            raise WindowPostponedError(f"{planned.name} was altered meanwhile")
+        position = self._barriers.position(planned)
+        # It may have changed since the last look, whatever it is wanted for.
+        self._relations.observe(oid, planned.table.definition)
         found = await self._inspect(planned)
         await self._sink.ensure_collection(
             planned.plan, create=self._settings.migration.create_collection
@@ -489,8 +467,8 @@ class Resync:
         if outdated or (fresh and self._backfill.may_be_older(planned.name)):
             # A first copy meets what the stream does not bring only once the table has changed.
             first = planned.name in self._uncopied and not outdated
-            rows = oid in self._relations.stale and not first
-            await self._records.reading(planned, self._barriers[oid].lsn, rows=rows)
+            reads = oid in self._relations.stale or bool(self._relations.unread.get(oid))
+            await self._records.reading(planned, position, rows=reads and not first)
             self._replayed.discard(planned.name)
         if not found.exists:
             # Whatever was copied is gone with it.
@@ -524,7 +502,7 @@ class Resync:
     async def _begin(self, planned: PlannedTable) -> None:
         first = planned.name in self._uncopied
         if not first and planned.plan.oid not in self._relations.stale:
-            await self._backfill.begin(planned, sweep=True, sweep_only=True)
+            await self._sweep(planned)
             return
         if not first:
             log.info("resync_started", table=planned.name)
@@ -539,10 +517,14 @@ class Resync:
             repair=first and self._settings.migration.adopt,
         )
 
+    async def _sweep(self, planned: PlannedTable) -> None:
+        await self._backfill.sweep(planned, self._relations.unread.get(planned.plan.oid, ()))
+
     async def complete(self, planned: PlannedTable) -> None:
         """Every chunk of the table is copied: put that on record."""
         first = planned.name in self._uncopied
         swept = not first and planned.plan.oid not in self._relations.stale
+        read = bool(self._relations.unread.get(planned.plan.oid))
         await self._sink.make_durable()
         # Where it was deferred for the load; before the record, after which nobody would do it.
         await self._sink.build_index(planned.plan)
@@ -555,7 +537,13 @@ class Resync:
         if not first and not swept:
             self._metrics.add_table(planned.name).schema_changes["resynced"].inc()
         log.info(
-            "table_copied" if first else "sweep_completed" if swept else "resync_completed",
+            "table_copied"
+            if first
+            else "resync_completed"
+            if not swept
+            else "partitions_copied"
+            if read
+            else "sweep_completed",
             table=planned.name,
             rows=ledger.rows,
             bytes=ledger.bytes,

@@ -11,6 +11,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_nev
 from tenacity.wait import wait_base, wait_random_exponential
 
 from cdc_sync.errors import CdcSyncError, ErrorKind, Retry, SinkError, SourceError
+from cdc_sync.postgres.connect import LoginRefusedError
 
 T = TypeVar("T")
 
@@ -49,8 +50,11 @@ def is_sink_trouble(error: BaseException) -> bool:
     """Whether to try again while the slot's connection is held.
 
     What fails on the side of Postgres is not: in a fast shutdown it refuses every other connection
-    and waits until the walsender's consumer has got everything, or gone.
+    and waits until the walsender's consumer has got everything, or gone. That it refuses a password
+    which was changed is: connections that are open go on, and so does the stream.
     """
+    if isinstance(error, LoginRefusedError):
+        return True
     return is_transient(error) and not isinstance(error, SourceError)
 
 

@@ -19,12 +19,13 @@ from cdc_sync.config import Settings
 from cdc_sync.errors import ErrorKind, SinkError, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.pgoutput.lsn import Lsn
-from cdc_sync.postgres.connect import answering, connect
+from cdc_sync.postgres.connect import LoginRefusedError, PgConnection, answering, connect
 from cdc_sync.postgres.publication import publication_identities
 from cdc_sync.postgres.refetch import widen_xid
 from cdc_sync.postgres.replication import ReplicationConnection
 from cdc_sync.postgres.watch import SourcePosition
 from cdc_sync.qdrant.sink import SourceMark, StateStore
+from cdc_sync.sync.kept_connection import KeptConnection
 from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.retry import is_transient
 from cdc_sync.sync.routing import PlannedTable
@@ -53,15 +54,22 @@ class SourceHistory:
         self._settled_xid: int | None = None
         #: How the publication was last seen, by table.
         self._seen: dict[str, str] = {}
+        self._connection = KeptConnection(settings.source, "cdc_sync watch")
 
     async def load(self) -> SourceMark | None:
-        """Read the mark on record."""
+        """Read the mark on record, before the slot is taken."""
+        # What is open may lead to the server of the last session, which lives on by itself.
+        await asyncio.to_thread(self._connection.rest)
         saved = await self._store.mark(self._settings.pipeline.name)
         if saved != self._saved:
             # Of another process, which may have begun anew: what was applied here does not count.
             self._forget_transactions()
         self._saved = saved
         return saved
+
+    def close(self) -> None:
+        """Close the connection, or have it closed by who uses it; does not wait."""
+        self._connection.end()
 
     def taken(self, timeline: int) -> None:
         """The slot was taken, in this timeline of the server."""
@@ -115,7 +123,12 @@ class SourceHistory:
     async def keep(self, relations: Relations, received: int) -> None:
         """Put on record how far the source is. ``received``: the stream came so far."""
         assert self._position is not None
-        await self.compare(relations)
+        try:
+            await self.compare(relations)
+        except LoginRefusedError as error:
+            # How it was stays on record, so the next look, be it that of another process, sees what
+            # has changed since: the table is read again then. The stream need not wait for that.
+            log.debug("publication_not_seen", kind=error.kind.value, error=error.message)
         mark = SourceMark(
             pipeline=self._settings.pipeline.name,
             lsn=received,
@@ -168,13 +181,29 @@ class SourceHistory:
         kept = {}
         for planned in relations.tables:
             stale = planned.plan.oid in relations.stale
-            known = before.get(planned.name) if stale else self._seen[planned.name]
+            known = before.get(planned.name) if stale else self._seen.get(planned.name)
             if known is not None:
                 kept[planned.name] = known
         return tuple(sorted(kept.items()))
 
     async def _identities(self, tables: Sequence[PlannedTable]) -> dict[int, str]:
-        return await read_identities(self._settings, [planned.plan.oid for planned in tables])
+        publication = self._settings.source.publication
+        oids = [planned.plan.oid for planned in tables]
+
+        def read(connection: PgConnection) -> dict[int, str]:
+            return publication_identities(connection, publication, oids)
+
+        def ask() -> dict[int, str]:
+            kept = self._connection.is_open
+            try:
+                return self._connection.run(read)
+            except SourceError as error:
+                if not kept or not is_transient(error):
+                    raise
+                # It may have been cut since it was used last; that is no reason to end a session.
+                return self._connection.run(read)
+
+        return await asyncio.to_thread(ask)
 
 
 async def read_identities(settings: Settings, oids: Sequence[int]) -> dict[int, str]:

@@ -23,7 +23,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.ops.logging import get_logger
@@ -39,6 +39,10 @@ log = get_logger(__name__)
 #: Least time between two confirmations: each is a message, and for an embedded database a flush to
 #: disk.
 CONFIRM_SECONDS = 0.25
+#: Where making durable takes long, so many times as long pass before the next confirmation, but not
+#: more than so many seconds: an embedded database stands still meanwhile, and all else with it.
+_DURABLE_PAUSES: Final = 50
+_MOST_CONFIRM_SECONDS: Final = 1.0
 #: Least time between two answers to keepalives that ask for one (a server that is answered at once
 #: may ask at once).
 _REPLY_SECONDS = 0.1
@@ -177,6 +181,7 @@ class StreamSession:
     _troubled: bool = False
     _last_status: float = 0.0
     _last_durable: float = 0.0
+    _durable_seconds: float = 0.0
     _last_heard: float = field(default_factory=time.monotonic)
     _asked: float = 0.0
     _carried: float | None = None
@@ -399,7 +404,7 @@ class StreamSession:
             self.positions.applied = max(self.positions.applied, batch.end_lsn)
             self._carried = None
         self._observe(batch)
-        if time.monotonic() - self._last_durable >= CONFIRM_SECONDS:
+        if self._confirm_due:
             await self._confirm()
 
     def _observe(self, batch: Batch) -> None:
@@ -422,7 +427,8 @@ class StreamSession:
             self.metrics.event_loop_delay_seconds.observe(
                 max(0.0, time.monotonic() - before - CONFIRM_SECONDS)
             )
-            await self._confirm()
+            if self._confirm_due:
+                await self._confirm()
             if time.monotonic() - self._last_status >= self.status_seconds:
                 self._send_status("timer")
             self._publish()
@@ -470,6 +476,12 @@ class StreamSession:
         self._in_flight_since = time.monotonic()
         self._failing = False
 
+    @property
+    def _confirm_due(self) -> bool:
+        pause = min(_DURABLE_PAUSES * self._durable_seconds, _MOST_CONFIRM_SECONDS)
+        # The clock, which comes by at about CONFIRM_SECONDS, must not miss it by a hair.
+        return time.monotonic() - self._last_durable >= max(CONFIRM_SECONDS * 0.9, pause)
+
     async def _confirm(self, force: bool = False) -> None:
         """Tell Postgres how far it may forget, once that is safe from a power loss too."""
         applied = self.positions.applied
@@ -482,7 +494,9 @@ class StreamSession:
         except Exception:
             self.metrics.checkpoint_writes["error"].inc()
             raise
-        self.metrics.stage_seconds["checkpoint"].inc(time.perf_counter() - started)
+        self._durable_seconds = time.perf_counter() - started
+        self._last_durable = time.monotonic()
+        self.metrics.stage_seconds["checkpoint"].inc(self._durable_seconds)
         self.positions.confirmed = max(self.positions.confirmed, applied)
         self._send_status("progress")
         self.metrics.checkpoint_writes["ok"].inc()

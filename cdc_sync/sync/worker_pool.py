@@ -17,6 +17,7 @@ from typing import Final, Protocol, TypeAlias
 
 from cdc_sync.errors import ErrorKind, SourceError
 from cdc_sync.ops.logging import get_logger
+from cdc_sync.postgres.connect import LoginRefusedError
 from cdc_sync.postgres.snapshot import SnapshotGoneError
 from cdc_sync.sync.copy_process import WorkerLostError
 from cdc_sync.sync.copying import Chunk, ChunkResult, CopyTask
@@ -29,6 +30,8 @@ Done: TypeAlias = Callable[[ChunkResult], Awaitable[None]]
 #: that kills its worker would do so for ever.
 MAX_LOSSES: Final = 5
 _FIRST_PAUSE_SECONDS: Final = 0.1
+#: The longest pause of a worker that Postgres does not let in.
+_REFUSED_PAUSE_SECONDS: Final = 10.0
 
 
 class ChunkSource(Protocol):
@@ -144,6 +147,7 @@ class WorkerPool:
     async def _place(
         self, place: int, chunks: _Chunks, results: asyncio.Queue[ChunkResult | None]
     ) -> None:
+        refused = 0
         while (task := await chunks.take()) is not None:
             try:
                 worker = self._workers[place]
@@ -154,6 +158,11 @@ class WorkerPool:
                 chunks.put_back(task)
                 self._without_room(place, error)
                 return
+            except LoginRefusedError as error:
+                refused += 1
+                await _await_password(task, error, refused)
+                chunks.put_back(task)
+                continue
             except (WorkerLostError, SourceError) as error:
                 if isinstance(error, SourceError) and not _is_cut_connection(error):
                     raise
@@ -161,6 +170,9 @@ class WorkerPool:
                 chunks.put_back(task)
                 continue
             chunks.finish()
+            if refused:
+                refused = 0
+                task.source.login.accept()
             self._losses.pop(task.chunk, None)
             self._losses_in_a_row = 0
             await results.put(result)
@@ -245,6 +257,20 @@ class _Chunks:
 async def _report(results: asyncio.Queue[ChunkResult | None], done: Done) -> None:
     while (result := await results.get()) is not None:
         await done(result)
+
+
+async def _await_password(task: CopyTask, error: LoginRefusedError, times: int) -> None:
+    """Pass the time before a worker tries again that Postgres did not let in; the snapshot is kept
+    meanwhile. How long that may go on is known here: workers are given their settings anew with
+    each chunk. Raises :class:`SourceError` when it is over."""
+    grace = task.source.credentials_grace_seconds
+    refusal = task.source.login.refuse(error.message, grace, None)
+    if not refusal.waits:
+        message = error.message + refusal.about
+        raise SourceError(ErrorKind.SOURCE_AUTH, message, error.remedy) from error
+    seconds = min(_FIRST_PAUSE_SECONDS * 2.0 ** (times - 1), _REFUSED_PAUSE_SECONDS)
+    log.warning("retrying", kind=error.kind.value, error=error.message, seconds=round(seconds, 2))
+    await asyncio.sleep(seconds)
 
 
 def _is_cut_connection(error: SourceError) -> bool:

@@ -6,19 +6,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
-import qdrant_edge as edge
 from qdrant_client import grpc as q
 
 from cdc_sync.config import QdrantSettings
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.qdrant.edge_database import EdgeDatabase
-from cdc_sync.qdrant.edge_writer import EdgeWriter
 from cdc_sync.qdrant.file_state import FileStateStore
 from cdc_sync.qdrant.rpc import Method, Rpc
 from cdc_sync.qdrant.server import ServerSink
 from cdc_sync.qdrant.sink import CollectionState, CollectionVectors, TableWriter
+
+if TYPE_CHECKING:
+    import qdrant_edge as edge
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -106,7 +107,13 @@ class NullSink(ServerSink):
         pass
 
     def writer(self, plan: TablePlan) -> TableWriter:  # type: ignore[override]
-        return EdgeWriter(self._database, plan) if self._embedded else super().writer(plan)
+        if not self._embedded:
+            return super().writer(plan)
+        # Here and not above: it brings the embedded engine along, which has no part in the memory
+        # of a pipeline with a server.
+        from cdc_sync.qdrant.edge_writer import EdgeWriter
+
+        return EdgeWriter(self._database, plan)
 
     async def close(self) -> None:
         await self._database.close()

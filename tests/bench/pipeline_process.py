@@ -26,6 +26,7 @@ from cdc_sync.ops.metrics import Metrics
 from cdc_sync.postgres.replication import ReplicationConnection
 from cdc_sync.qdrant.sink import RequestObserver, Sink
 from cdc_sync.sync import copying, pipeline
+from tests.bench.nulls import NullSink
 from tests.bench.usage import Cost, Meter, Reading, Report, memory_mb
 
 _PATIENCE_SECONDS: Final = 900.0
@@ -132,10 +133,6 @@ class _Watched:
 
 
 def _opener(path: Path) -> Callable[[QdrantSettings, RequestObserver | None], object]:
-    # Here and not above: it brings the embedded engine along, which has no part in the memory of a
-    # pipeline with a server.
-    from tests.bench.nulls import NullSink
-
     async def open_sink(settings: QdrantSettings, observer: RequestObserver | None = None) -> Sink:
         return NullSink(path)
 

@@ -55,7 +55,7 @@ async def test_partition_attached(database18: Database, qdrant: QdrantTarget) ->
                 *AFTER,
                 "UPDATE docs SET note = 'moved' WHERE id = 10001",
             )
-            await play.wait_copied(1)
+            await play.wait_swept()
         await play.assert_settled()
 
 
@@ -74,7 +74,7 @@ async def test_partition_detached(database18: Database, qdrant: QdrantTarget) ->
                 "ALTER TABLE docs DETACH PARTITION docs_more",
                 *AFTER,
             )
-            await play.wait_copied(1)
+            await play.wait_swept()
         await play.assert_settled()
         assert play.life.metric("orphans_total", table="public.docs") >= 39
 

@@ -101,6 +101,28 @@ async def test_a_truncated_partition(
     await again(life_before, database18, qdrant)
 
 
+@pytest.mark.requirement("R34")
+async def test_a_partition_that_was_swapped(
+    life_before: Settings, database18: Database, qdrant: QdrantTarget
+) -> None:
+    """Its rows were read; the stream brings again what was done to others with their keys."""
+    async with running(life_before, database18, qdrant) as life:
+        await change(life)
+        database18.execute(
+            "BEGIN; CREATE TABLE other (LIKE docs INCLUDING ALL);"
+            "INSERT INTO other SELECT id, 'swapped', emb FROM docs_0;"
+            "ALTER TABLE docs DETACH PARTITION docs_0; ALTER TABLE docs ATTACH PARTITION other"
+            " FOR VALUES WITH (MODULUS 2, REMAINDER 0); COMMIT"
+        )
+        relations = life.pipeline._relations
+        assert relations is not None
+        await life.wait(lambda: bool(relations.unread), "the look")
+        await life.wait(lambda: not relations.unswept, "the end of the copy")
+        await life.assert_equal()
+        await life.stop()
+    await again(life_before, database18, qdrant)
+
+
 @pytest.mark.requirement("R39")
 async def test_changes_that_were_not_published(
     life_before: Settings, database18: Database, qdrant: QdrantTarget

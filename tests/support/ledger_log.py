@@ -17,7 +17,14 @@ Event = Mapping[str, object]
 _Range = tuple[int, int | None]
 
 #: Events after which a table may be copied from its beginning.
-_BEGINNINGS = ("copy_restarted", "resync_started", "table_copied", "resync_completed")
+_BEGINNINGS = (
+    "copy_restarted",
+    "resync_started",
+    "table_copied",
+    "resync_completed",
+    "partitions_copied",
+    "sweep_completed",
+)
 
 
 def events_in(log: str) -> list[dict[str, Any]]:

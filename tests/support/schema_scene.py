@@ -158,6 +158,14 @@ class Scene:
             raise AssertionError(f"{error}: {self.table(table)}") from error
         await self.wait_streaming(table)
 
+    async def wait_swept(self) -> None:
+        """Until points of ``docs`` were looked through, and it is followed."""
+        life = self.life
+        await life.wait(
+            lambda: life.metric("sweep_parts_total", table="public.docs") > 0, "a sweep"
+        )
+        await self.wait_streaming()
+
     async def wait_streaming(self, table: str = "docs") -> None:
         """Until the table is followed, and nothing is left to copy."""
         relations = self.life.pipeline._relations

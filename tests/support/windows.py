@@ -134,6 +134,10 @@ class Windows:
 
         return looked
 
+    def look_away(self, position: SourcePosition, found: dict[int, str]) -> None:
+        """A look that sees nothing."""
+        self._looks += 1
+
     async def open(self, life: Running, windows: int) -> None:
         """Let so many more be opened, and wait until they are closed, or nothing is left."""
         self.limit = self.closed + windows

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 
 def run(code: str) -> str:
     """What a fresh interpreter prints."""
@@ -15,11 +17,21 @@ def run(code: str) -> str:
     return done.stdout
 
 
-def test_our_modules_run_neither_clients_nor_engine() -> None:
+@pytest.mark.parametrize(
+    "module",
+    [
+        "cdc_sync.sync.daemon",
+        "cdc_sync.sync.copy_process",
+        "cdc_sync.qdrant.file_state",
+        "tests.bench.pipeline_process",
+    ],
+)
+def test_our_modules_run_neither_clients_nor_engine(module: str) -> None:
+    """Nor does the bench, whose figures of memory would be too large."""
     loaded = run(
-        "import sys, cdc_sync.sync.daemon\n"
-        "print([m for m in ('httpx', 'qdrant_client.qdrant_client', 'qdrant_client.local')"
-        " if m in sys.modules])"
+        f"import sys, {module}\n"
+        "print([m for m in ('httpx', 'qdrant_client.qdrant_client', 'qdrant_client.local',"
+        " 'qdrant_edge') if m in sys.modules])"
     )
     assert loaded == "[]\n"
 

@@ -10,7 +10,7 @@ from cdc_sync.errors import MappingError
 from cdc_sync.mapping.options import PlanOptions
 from cdc_sync.mapping.plan import IdScheme, PayloadIndexType
 from cdc_sync.mapping.planner import DimensionChangedError, build_plan, replan
-from cdc_sync.mapping.table import PgType, redefined
+from cdc_sync.mapping.table import PgType, attached_leaves, may_lack_rows, redefined
 from tests.support.mapping_types import array, core, pgvector
 from tests.unit.test_planner import COLUMNS, column_of, index, table, vector_of
 
@@ -115,6 +115,42 @@ def test_what_redefines_a_table(after: str, changed: bool) -> None:
     if not changed:
         # What was recorded before labels were.
         assert not redefined("c.s.v", after)
+
+
+DIGEST, PARTITIONS = "c" * 32, "p" * 32
+PARTITIONED = f"{DIGEST}{PARTITIONS}.s.v.1=a.11=x,12=y"
+
+
+@pytest.mark.requirement("R34")
+@pytest.mark.parametrize(
+    ("after", "attached"),
+    [
+        (PARTITIONED, set()),
+        (f"{DIGEST}q.t.v.1=a.11=x,12=y,13=z", {13}),
+        (f"{DIGEST}q.t.v.1=a.11=x", set()),  # detached
+        (f"{DIGEST}{PARTITIONS}.s.v.1=a.11=x,12=z", {12}),  # detached and attached again
+        (f"{DIGEST}q.t.v.1=a.12=y,13=z", {13}),  # swapped
+        (f"{DIGEST}.t.v.1=a.", set()),  # none is left
+    ],
+)
+def test_partitions_that_come_and_go_do_not_redefine_a_table(
+    after: str, attached: set[int]
+) -> None:
+    assert not redefined(PARTITIONED, after)
+    assert attached_leaves(PARTITIONED, after) == attached
+    assert may_lack_rows(PARTITIONED, after) is (after != PARTITIONED)
+    assert redefined(PARTITIONED, after.replace("v.1=a", "v.1=b"))
+    assert redefined(PARTITIONED, after.replace("c", "d"))
+
+
+@pytest.mark.requirement("R34")
+def test_where_leaves_are_not_named_other_partitions_redefine_a_table() -> None:
+    older = PARTITIONED.rpartition(".")[0]
+    assert not redefined(older, PARTITIONED)
+    assert redefined(older, f"{DIGEST}q.t.v.1=a.11=x")
+    assert not attached_leaves(older, PARTITIONED)
+    # Tables that inherit are not leaves.
+    assert redefined(older, f"{DIGEST}q.t.v.1=a")
 
 
 def test_a_dimension_that_changed_can_be_told_from_other_changes() -> None:

@@ -163,6 +163,16 @@ def test_a_copy_is_read_the_same_in_whatever_pieces(
         found += parser.feed(data[start : start + size])
     parser.end()
     assert found == given_rows
+    assert parser.value_bytes == sum(len(value or b"") for row in given_rows for value in row)
+
+
+@pytest.mark.parametrize("behind", [b"\xff", b"\xff\xff", b"\x00\x03more"])
+def test_nothing_comes_after_the_trailer(behind: bytes) -> None:
+    parser = CopyParser([False])
+    parser.feed(HEADER + b"\xff\xff")
+    parser.feed(b"")
+    with pytest.raises(ProtocolError, match=f"{len(behind)} bytes after the trailer"):
+        parser.feed(behind)
 
 
 def test_rows_after_many_of_one_shape_may_have_another() -> None:

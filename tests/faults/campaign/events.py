@@ -36,30 +36,44 @@ HALF_OPEN_SECONDS: Final = 15.0
 
 @dataclass(frozen=True)
 class Event:
-    """``times``: how often it comes, compared with others; ``optional``: only when asked for."""
+    """``times``: how often it comes, compared with others; ``optional``: only when asked for, by
+    its kind or by the name of its ``group``."""
 
     kind: str
     strike: Strike
     sinks: tuple[SinkName, ...]
     times: int
     optional: bool
+    group: str = ""
 
 
 EVENTS: Final[dict[str, Event]] = {}
 
 
 def event(
-    *, times: int = 1, sink: SinkName | None = None, optional: bool = False
+    *, times: int = 1, sink: SinkName | None = None, optional: bool = False, group: str = ""
 ) -> Callable[[Strike], Strike]:
     """Register a function as the event of its name."""
 
     def register(strike: Strike) -> Strike:
-        kind = strike.__name__
-        sinks = get_args(SinkName) if sink is None else (sink,)
-        EVENTS[kind] = Event(kind, strike, sinks, times, optional)
+        add_event(strike.__name__, strike, times, sink, optional=optional, group=group)
         return strike
 
     return register
+
+
+def add_event(
+    kind: str,
+    strike: Strike,
+    times: int,
+    sink: SinkName | None = None,
+    *,
+    optional: bool,
+    group: str,
+) -> None:
+    """Register an event."""
+    sinks = get_args(SinkName) if sink is None else (sink,)
+    EVENTS[kind] = Event(kind, strike, sinks, times, optional, group)
 
 
 # -- the daemon

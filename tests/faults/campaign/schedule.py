@@ -14,6 +14,8 @@ from tests.faults.campaign.site import SinkName
 #: Rounds with one site.
 _ROUNDS_A_SITE: Final = (2, 3, 4)
 _EVENTS: Final = (5, 12)
+#: What administrators do is soon done, and is worth more where other things are not over yet.
+_EVENTS_OF_GROUPS: Final = (9, 20)
 _EDGE_PART: Final = 0.25
 
 
@@ -51,6 +53,7 @@ def schedule(
         if (one.kind in only if only else not one.optional or one.kind in optional)
     ]
     deck = _Deck(choose, wanted)
+    count = _EVENTS_OF_GROUPS if any(one.group for one in wanted) else _EVENTS
     both: tuple[SinkName, ...] = ("server", "edge")
     known = [sink for sink in both if any(sink in one.sinks for one in wanted)]
     number = 0
@@ -61,7 +64,7 @@ def schedule(
         for turn in range(2 if site < 2 else choose.choice(_ROUNDS_A_SITE)):
             events = tuple(
                 Planned(_gap(choose), deck.draw(sink), choose.randrange(1 << 32))
-                for _ in range(choose.randint(*_EVENTS))
+                for _ in range(choose.randint(*count))
             )
             calm = turn > 0 or choose.random() < 0.5
             yield Round(number, sink, turn == 0, calm, choose.randrange(1 << 32), events)
