@@ -188,9 +188,9 @@ def _state_of(secret: SecretFile) -> str:
 _BY_FILE: Final = "Put what the server takes into {path}: it is read again by itself."
 _BY_VALUE: Final = {
     "postgres": (
-        "Correct user and password, and pg_hba.conf on the server, then start again. A password is renewed without that if it "
-        "comes from a file: CDC_SYNC_SOURCE__PASSWORD_FILE, CDC_SYNC_SOURCE__URL_FILE, or "
-        "?passfile=… in source.url."
+        "Correct user and password, and pg_hba.conf on the server, then start again. A password is "
+        "renewed without that if it comes from a file: CDC_SYNC_SOURCE__PASSWORD_FILE, "
+        "CDC_SYNC_SOURCE__URL_FILE, or ?passfile=… in source.url."
     ),
     "qdrant": (
         "Correct the API key, then start again. A key is renewed without that if it comes from a "

@@ -167,11 +167,12 @@ class Table:
 
 def may_lack_rows(before: str, after: str) -> bool:
     """Whether rows of a partitioned table may be gone without a message between two definitions
-    (R34): the files that hold them are others (TRUNCATE, but VACUUM FULL too, and what rewrites
-    rows), or its leaf partitions are."""
+    (R34): a leaf partition is, or was attached again, or other files hold its rows (TRUNCATE, but
+    VACUUM FULL too, and what rewrites rows)."""
     was, now = _parts(before), _parts(after)
-    named = was.leaves is not None and now.leaves is not None
-    return was.storage != now.storage or (named and was.leaves != now.leaves)
+    if was.leaves is None or now.leaves is None:
+        return was.storage != now.storage
+    return any(now.leaves.get(oid) != leaf for oid, leaf in was.leaves.items())
 
 
 def attached_leaves(before: str, after: str) -> frozenset[int]:
@@ -181,7 +182,11 @@ def attached_leaves(before: str, after: str) -> frozenset[int]:
     was, now = _parts(before).leaves, _parts(after).leaves
     if was is None or now is None:
         return frozenset()
-    return frozenset(int(oid) for oid, attached in now.items() if was.get(oid) != attached)
+    return frozenset(
+        int(oid)
+        for oid, leaf in now.items()
+        if oid not in was or was[oid].partition("-")[0] != leaf.partition("-")[0]
+    )
 
 
 def redefined(before: str, after: str) -> bool:
@@ -191,17 +196,17 @@ def redefined(before: str, after: str) -> bool:
     A definition is ``columns.storage.versions.labels.leaves``: the columns and partitions, the
     files that hold the rows, the transactions that last touched the columns' catalog entries,
     digests of the labels of enums and of the attributes of composites, by their OIDs, and of a
-    partitioned table its leaves, each with what says when it was attached. What rewrites rows and
-    keeps the columns (``ALTER COLUMN n TYPE int USING n * 2``) changes storage and versions at
-    once; VACUUM FULL and TRUNCATE change only the files, SET DEFAULT and GRANT only the versions. A
-    label that is added is in no row yet; one that is renamed is in rows that were written before.
-    Partitions that come and go change the storage, not the columns; but where one definition does
-    not name them, that of an older version of ours, they count.
+    partitioned table its leaves, each with what says when it was attached, and its file. What
+    rewrites rows and keeps the columns (``ALTER COLUMN n TYPE int USING n * 2``) changes storage
+    and versions at once; VACUUM FULL and TRUNCATE change only the files, SET DEFAULT and GRANT only
+    the versions. A label that is added is in no row yet; one that is renamed is in rows that were
+    written before. Partitions that come and go leave the columns, and the files of others, as they
+    are; but where one definition does not name them, that of an older version of ours, they count.
     """
     was, now = _parts(before), _parts(after)
     return (
         was.columns != now.columns
-        or (was.storage != now.storage and was.versions != now.versions)
+        or (was.versions != now.versions and _is_stored_anew(was, now))
         or _relabelled(was.labels, now.labels)
         or ((was.leaves is None or now.leaves is None) and was.partitions != now.partitions)
     )
@@ -232,6 +237,16 @@ def _parts(definition: str) -> _Parts:
 def _assigned(text: str) -> dict[str, str]:
     """``name=value``, separated by commas."""
     return dict(one.split("=") for one in text.split(",") if one)
+
+
+def _is_stored_anew(was: _Parts, now: _Parts) -> bool:
+    """Whether rows that were there are in other files now."""
+    if was.leaves is None or now.leaves is None:
+        return was.storage != now.storage
+    return any(
+        oid in now.leaves and now.leaves[oid].partition("-")[2] != leaf.partition("-")[2]
+        for oid, leaf in was.leaves.items()
+    )
 
 
 def _relabelled(before: str, after: str) -> bool:

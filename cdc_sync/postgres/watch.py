@@ -73,8 +73,8 @@ _DEFINITIONS = """
                   SELECT i.inhrelid, concat(part.ways, ' ', i.xmin)
                     FROM pg_catalog.pg_inherits i JOIN part
                       ON i.inhparent = part.oid AND NOT i.inhdetachpending)
-                SELECT string_agg(concat(part.oid, '=', left(md5(part.ways), 8)), ','
-                                  ORDER BY part.oid)
+                SELECT string_agg(concat(part.oid, '=', left(md5(part.ways), 8), '-',
+                                         leaf.relfilenode), ',' ORDER BY part.oid)
                   FROM part JOIN pg_catalog.pg_class leaf ON leaf.oid = part.oid
                  WHERE leaf.relkind <> 'p')) END)
       FROM pg_catalog.pg_class c

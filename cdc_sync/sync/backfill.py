@@ -120,15 +120,19 @@ class Backfill:
         await self._retry(lambda: self._dead_letters.release_table(planned.name))
         await self._save([ledger])
 
-    async def sweep(self, planned: PlannedTable, unread: Collection[int] = ()) -> None:
-        """Have points without a row looked for: after the copy under way; else at once, or once the
-        leaves of the OIDs ``unread`` have been copied. On record when this returns."""
+    async def look_through(
+        self, planned: PlannedTable, unread: Collection[int], *, sweep: bool
+    ) -> None:
+        """Have the leaves of the OIDs ``unread`` copied, and then points without a row looked for
+        if ``sweep``; with a copy under way only the latter, after it, since the ledger meets what
+        has changed. On record when this returns."""
         ledger = self._ledgers.get(planned.name)
-        if ledger is not None:
-            ledger.want_sweep()
-        else:
-            ledger = self._open(planned, sweep=True, repair=False)
+        if ledger is None:
+            sweep = sweep or self._dead_letters.has_letters(planned.name)
+            ledger = self._open(planned, sweep=sweep, repair=False)
             ledger.take_as_copied(unread)
+        elif sweep:
+            ledger.want_sweep()
         await self._save([ledger])
 
     def _open(self, planned: PlannedTable, *, sweep: bool, repair: bool) -> Ledger:

@@ -8,7 +8,7 @@ from typing import Final
 from cdc_sync.mapping.column_options import present_options
 from cdc_sync.mapping.ids import plan_fingerprint
 from cdc_sync.mapping.planner import key_family
-from cdc_sync.mapping.table import attached_leaves, may_lack_rows, redefined
+from cdc_sync.mapping.table import redefined
 from cdc_sync.sync.routing import PlannedTable
 
 _OPTIONS_DIGITS: Final = 16
@@ -41,16 +41,10 @@ def is_stale(recorded: str, planned: PlannedTable) -> bool:
     return plan != plan_fingerprint(planned.plan) or redefined(definition, planned.table.definition)
 
 
-def has_lost_rows(recorded: str, planned: PlannedTable) -> bool:
-    """Whether rows of the table may be gone without a message since the fingerprint was made: they
-    are in other files, or in other partitions."""
-    definition = _definition(recorded)
-    return bool(definition) and may_lack_rows(definition, planned.table.definition)
-
-
-def leaves_since(recorded: str, planned: PlannedTable) -> frozenset[int]:
-    """OIDs of the leaf partitions attached since the fingerprint was made."""
-    return attached_leaves(_definition(recorded), planned.table.definition)
+def recorded_definition(recorded: str) -> str:
+    """The table's definition when the fingerprint was made; empty where it says that all must be
+    filled again."""
+    return recorded.partition(":")[2].partition(":")[2]
 
 
 def same_configuration(one: str, other: str) -> bool:
@@ -61,10 +55,6 @@ def same_configuration(one: str, other: str) -> bool:
 def same_options(one: str, other: str) -> bool:
     """Whether two fingerprints were made by the same settings, be the keys the same or not."""
     return one[:_OPTIONS_DIGITS] == other[:_OPTIONS_DIGITS]
-
-
-def _definition(recorded: str) -> str:
-    return recorded.partition(":")[2].partition(":")[2]
 
 
 def _configuration(planned: PlannedTable) -> str:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from cdc_sync.mapping.table import Leaf
+from cdc_sync.mapping.table import Leaf, attached_leaves
 from cdc_sync.qdrant.sink import BlockRange, LeafLedger, TableLedger
 from cdc_sync.sync.copying import Chunk
 from cdc_sync.sync.fingerprints import (
     fingerprint,
     is_stale,
-    leaves_since,
+    recorded_definition,
     same_configuration,
 )
 from cdc_sync.sync.orphans import buckets_for
@@ -60,7 +60,8 @@ class Ledger:
         which the stream says nothing (R34); so they are swept.
         """
         now, before_now = fingerprint(planned), self.record.fingerprint
-        attached = leaves_since(before_now, planned)
+        definition = planned.table.definition
+        attached = attached_leaves(recorded_definition(before_now), definition)
         if not same_configuration(now, before_now) or is_stale(before_now, planned):
             # Points of an older plan may be there.
             self._change(leaves=(), sweep=True, buckets=0, swept=0, rows=0, bytes=0)
@@ -87,12 +88,12 @@ class Ledger:
             self._change(leaves=tuple(leaves), buckets=0, swept=0)
 
     def take_as_copied(self, unread: Collection[int] = ()) -> None:
-        """Only sweep, but for the leaves of these OIDs, which are to be read."""
+        """Read nothing but the leaves of these OIDs."""
         leaves = tuple(
             leaf if leaf.oid in unread else dataclasses.replace(leaf, done=((0, None),))
             for leaf in self.record.leaves
         )
-        self._change(leaves=leaves, sweep=True)
+        self._change(leaves=leaves)
 
     def want_sweep(self) -> None:
         """Points without a row may be there, in what was swept too."""

@@ -22,7 +22,7 @@ from cdc_sync.pgoutput.messages import Relation
 from cdc_sync.postgres.catalog import TypeResolver
 from cdc_sync.postgres.connect import connect
 from cdc_sync.qdrant.sink import PipelineState
-from cdc_sync.sync.fingerprints import has_lost_rows, is_stale, leaves_since
+from cdc_sync.sync.fingerprints import is_stale, recorded_definition
 from cdc_sync.sync.gather import Batch
 from cdc_sync.sync.routing import Binding, PlannedTable, Unusable, bind
 from cdc_sync.sync.stopped_tables import concerns_one_table
@@ -55,11 +55,16 @@ class Relations:
         self.unsent: set[int] = set()
         #: Tables of which rows may be gone without a message.
         self.unswept: set[int] = set()
-        #: Of these, leaf partitions of which rows may have come without one.
+        #: Leaf partitions of which rows may have come without one.
         self.unread: dict[int, set[int]] = {}
         for planned in tables:
             for column in planned.table.columns:
                 self._types[column.type.oid, column.type.typmod] = column.type
+
+    @property
+    def wanted(self) -> set[int]:
+        """OIDs of the tables of which something must be read again, or looked through."""
+        return self.stale | self.unswept | self.unread.keys()
 
     @property
     def tables(self) -> tuple[PlannedTable, ...]:
@@ -75,8 +80,9 @@ class Relations:
                     continue
                 if is_stale(known.plan_fingerprint, planned):
                     self.mark(planned, "changed while the pipeline was down")
-                elif planned.table.partitioned and has_lost_rows(known.plan_fingerprint, planned):
-                    self._mark_partitions(planned, leaves_since(known.plan_fingerprint, planned))
+                else:
+                    before = recorded_definition(known.plan_fingerprint)
+                    self._compare_partitions(planned, before, planned.table.definition)
 
     def mark_replayed(self, state: PipelineState, begins: int) -> list[tuple[PlannedTable, bool]]:
         """Mark the tables of which a stream that begins there brings changes again that others have
@@ -117,9 +123,7 @@ class Relations:
         if self.is_redefined(oid, definition):
             self.mark(planned, "changed in the catalog")
         else:
-            before = self._definitions[oid]
-            if planned.table.partitioned and may_lack_rows(before, definition):
-                self._mark_partitions(planned, attached_leaves(before, definition))
+            self._compare_partitions(planned, self._definitions[oid], definition)
             self._definitions[oid] = definition
 
     @property
@@ -266,14 +270,17 @@ class Relations:
             self.stale.add(planned.plan.oid)
             log.info("resync_wanted", table=planned.name, reason=reason)
 
-    def _mark_partitions(self, planned: PlannedTable, attached: frozenset[int]) -> None:
-        """TRUNCATE of a partition is not sent under the root's name, nor are rows that come or go
-        with one (R34)."""
-        unread = self.unread.setdefault(planned.plan.oid, set())
-        if attached - unread:
-            unread |= attached
+    def _compare_partitions(self, planned: PlannedTable, before: str, now: str) -> None:
+        """Mark a table whose rows may have come or gone with partitions: of that the stream says
+        nothing, nor of TRUNCATE of one (R34)."""
+        if not planned.table.partitioned or not before:
+            return
+        attached = attached_leaves(before, now)
+        if attached - self.unread.get(planned.plan.oid, set()):
+            self.unread.setdefault(planned.plan.oid, set()).update(attached)
             log.info("partitions_attached", table=planned.name, partitions=len(attached))
-        self.mark_unswept(planned, "partitions have changed")
+        if may_lack_rows(before, now):
+            self.mark_unswept(planned, "partitions have changed")
 
     def mark_unswept(self, planned: PlannedTable, reason: str) -> None:
         """Have the table's points looked through for those without a row."""

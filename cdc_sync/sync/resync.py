@@ -176,7 +176,7 @@ class Resync:
         ledgers = await self._sink.state.ledgers(self._settings.pipeline.name)
         chunk_rows = self._settings.migration.chunk_rows
         self._relations.mark_begun(t.table for t in ledgers if not Ledger(t, chunk_rows).complete)
-        wanted = self._relations.stale | self._relations.unswept
+        wanted = self._relations.wanted
         names = {p.name for p in self._relations.tables if p.plan.oid in wanted}
         for ledger in ledgers:
             if ledger.table not in names:
@@ -210,7 +210,7 @@ class Resync:
             self._touched.add(planned.name)
             await self._record_stale(planned)
         else:
-            await self._sweep(planned)
+            await self._look_through(planned, sweep=True)
 
     async def outdated(self, planned: PlannedTable) -> None:
         """Mark a table whose rows could not be read by key, since its columns have changed. Errors
@@ -281,8 +281,7 @@ class Resync:
     @property
     def wanted(self) -> bool:
         """Whether there is something to do with the applier at rest."""
-        tables = self._relations.stale or self._relations.unswept
-        return bool(tables or self._found or self.stopped)
+        return bool(self._relations.wanted or self._found or self.stopped)
 
     def may_be_older(self, planned: PlannedTable) -> bool:
         """Whether points of the table may be older than the stream. A row of a block that is left
@@ -297,7 +296,7 @@ class Resync:
             return
         await self._look_at_stopped()
         ready = []
-        for oid in sorted(self._relations.stale | self._relations.unswept):
+        for oid in sorted(self._relations.wanted):
             if self.stopped.waits(self._relations.name(oid)):
                 continue
             if await self._barriers.reached(oid, applied):
@@ -430,7 +429,7 @@ class Resync:
     async def _ready(self, oids: Sequence[int]) -> list[PlannedTable]:
         """Plan the tables and make their collections ready; those that cannot be stop."""
         # A window that is tried again may have completed some.
-        left = (self._relations.stale | self._relations.unswept).intersection(oids)
+        left = self._relations.wanted.intersection(oids)
         wanted = [
             p
             for p in self._relations.tables
@@ -467,7 +466,7 @@ class Resync:
         if outdated or (fresh and self._backfill.may_be_older(planned.name)):
             # A first copy meets what the stream does not bring only once the table has changed.
             first = planned.name in self._uncopied and not outdated
-            reads = oid in self._relations.stale or bool(self._relations.unread.get(oid))
+            reads = oid in self._relations.stale or oid in self._relations.unread
             await self._records.reading(planned, position, rows=reads and not first)
             self._replayed.discard(planned.name)
         if not found.exists:
@@ -502,7 +501,7 @@ class Resync:
     async def _begin(self, planned: PlannedTable) -> None:
         first = planned.name in self._uncopied
         if not first and planned.plan.oid not in self._relations.stale:
-            await self._sweep(planned)
+            await self._look_through(planned, sweep=planned.plan.oid in self._relations.unswept)
             return
         if not first:
             log.info("resync_started", table=planned.name)
@@ -517,14 +516,15 @@ class Resync:
             repair=first and self._settings.migration.adopt,
         )
 
-    async def _sweep(self, planned: PlannedTable) -> None:
-        await self._backfill.sweep(planned, self._relations.unread.get(planned.plan.oid, ()))
+    async def _look_through(self, planned: PlannedTable, *, sweep: bool) -> None:
+        unread = self._relations.unread.get(planned.plan.oid, ())
+        await self._backfill.look_through(planned, unread, sweep=sweep)
 
     async def complete(self, planned: PlannedTable) -> None:
         """Every chunk of the table is copied: put that on record."""
         first = planned.name in self._uncopied
         swept = not first and planned.plan.oid not in self._relations.stale
-        read = bool(self._relations.unread.get(planned.plan.oid))
+        read = planned.plan.oid in self._relations.unread
         await self._sink.make_durable()
         # Where it was deferred for the load; before the record, after which nobody would do it.
         await self._sink.build_index(planned.plan)

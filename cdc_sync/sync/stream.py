@@ -6,8 +6,8 @@ Three loops share the connection on one event loop:
   invariant 6);
 - the writer takes what is there as soon as the sink is idle (natural batching), applies it, and
   moves the position;
-- the clock confirms the position when it has moved, at most every :data:`CONFIRM_SECONDS`, and in
-  any case often enough for
+- the clock confirms the position when it has moved, at most every :data:`CONFIRM_SECONDS` (more
+  seldom where making it durable takes long), and speaks in any case often enough for
   ``wal_sender_timeout``, also while the reader pauses (R1, R2).
 
 On any end the requests in flight are awaited before the session ends: the next session sends the

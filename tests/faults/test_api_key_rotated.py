@@ -25,7 +25,7 @@ from tests.support.fix_postgres import Database
 from tests.support.oracle import assert_equal
 from tests.support.pipeline_task import Running, pipeline_settings, running
 from tests.support.qdrant_control import QdrantProcess
-from tests.support.rotation import Heard, Password, listening
+from tests.support.rotation import Heard, Password, listening, says_nothing
 from tests.support.sink_rows import items_plan
 
 
@@ -79,15 +79,6 @@ def settings(database18: Database, key: Key) -> Settings:
     return key.settings(pipeline_settings(database18, key.server, "docs"))
 
 
-def says_nothing(key: Key, caplog: pytest.LogCaptureFixture, *others: object) -> None:
-    text = "\n".join(
-        [f"{r.getMessage()} {getattr(r, 'event_fields', '')}" for r in caplog.records]
-        + [str(other) for other in others]
-    )
-    for used in key.used:
-        assert used not in text
-
-
 async def refused(life: Running, heard: Heard) -> None:
     """Change something, and wait until that is refused."""
     change(life.database)
@@ -123,7 +114,7 @@ async def test_the_server_first(
             key.path.write_text(new + "\n")
             await life.assert_equal()
             assert heard.read == ["qdrant.api_key"]
-            says_nothing(key, caplog, heard.refusals, life.pipeline.board.snapshot())
+            says_nothing(key.used, caplog, heard.refusals, life.pipeline.board.snapshot())
     side, reason, _ = heard.refusals[0]
     assert side == "qdrant"
     assert str(key.path) in reason
@@ -169,7 +160,7 @@ async def test_it_ends_when_the_time_is_over(
     assert f"{key.path} holds no other" in error.message
     assert ("tried again for 1 s" in error.message) == bool(grace)
     assert str(key.path) in error.remedy
-    says_nothing(key, caplog, error, error.remedy)
+    says_nothing(key.used, caplog, error, error.remedy)
 
 
 async def test_a_wrong_one_at_the_start_ends_at_once(

@@ -96,6 +96,6 @@ async def settled(life: Running) -> None:
 
     def at_rest() -> bool:
         now = life.pipeline._relations
-        return now is not None and not now.stale and not now.unswept
+        return now is not None and not now.wanted
 
     await life.wait(at_rest, "the end of the copies")

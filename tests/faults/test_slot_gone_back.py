@@ -78,7 +78,7 @@ async def truncate_partition(life: Running) -> None:
     await life.wait(lambda: life.metric("orphans_total", table="public.docs") > 0, "a sweep")
     relations = life.pipeline._relations
     assert relations is not None
-    await life.wait(lambda: not relations.unswept, "the end of the sweep")
+    await life.wait(lambda: not relations.wanted, "the end of the sweep")
     await settled(life)
 
 
@@ -117,7 +117,7 @@ async def test_a_partition_that_was_swapped(
         relations = life.pipeline._relations
         assert relations is not None
         await life.wait(lambda: bool(relations.unread), "the look")
-        await life.wait(lambda: not relations.unswept, "the end of the copy")
+        await life.wait(lambda: not relations.wanted, "the end of the copy")
         await life.assert_equal()
         await life.stop()
     await again(life_before, database18, qdrant)

@@ -81,7 +81,7 @@ async def settled(life: Running) -> None:
 
     def at_rest() -> bool:
         now = life.pipeline._relations
-        return life.state == "streaming" and now is not None and not now.stale | now.unswept
+        return life.state == "streaming" and now is not None and not now.wanted
 
     await life.wait(at_rest, "the end of the copies")
 

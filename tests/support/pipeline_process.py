@@ -272,7 +272,7 @@ def _status(pipeline: Pipeline, looks: int) -> PipelineStatus:
         state=str(pipeline.board.snapshot()["state"]),
         applied=pipeline.positions.applied,
         confirmed=pipeline.positions.confirmed,
-        stale=frozenset() if relations is None else frozenset(relations.stale | relations.unswept),
+        stale=frozenset() if relations is None else frozenset(relations.wanted),
         looks=looks,
         schema_changes=changes,
         stopped=_stopped(pipeline),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from psycopg import conninfo, sql
 from pydantic import SecretStr
 
@@ -106,3 +107,15 @@ class Password:
         )
         assert pid is None or isinstance(pid, int)
         return pid
+
+
+def says_nothing(
+    secrets_used: Sequence[str], caplog: pytest.LogCaptureFixture, *others: object
+) -> None:
+    """Neither the log nor anything else that is given shows one of them."""
+    text = "\n".join(
+        [f"{r.getMessage()} {getattr(r, 'event_fields', '')}" for r in caplog.records]
+        + [str(other) for other in others]
+    )
+    for secret in secrets_used:
+        assert secret not in text

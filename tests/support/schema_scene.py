@@ -173,7 +173,7 @@ class Scene:
 
         def done() -> bool:
             oid = relations.oids.get(f"public.{table}")
-            marked = oid in relations.stale | relations.unswept
+            marked = oid in relations.wanted
             return self.table(table)["state"] == "streaming" and not marked
 
         await self.life.wait(done, f"{table} in step")

@@ -176,7 +176,7 @@ class Windows:
 
         def settled() -> bool:
             nonlocal since
-            if life.state != "streaming" or relations.stale or relations.unswept:
+            if life.state != "streaming" or relations.wanted:
                 since = None
             elif since is None:
                 since = self._looks

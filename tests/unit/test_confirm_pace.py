@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import cast
 
 import pytest
@@ -61,17 +62,17 @@ async def test_a_slow_disk_is_given_a_rest(clock: Clock, seconds: float, pause: 
     async def between(_: object) -> None:
         raise AssertionError("nothing is written")
 
-    positions = Positions()
+    positions, metrics = Positions(), Metrics()
     session = StreamSession(
         connection=cast("ReplicationConnection", told),
         gatherer=cast("Gatherer", None),
         applier=cast("Applier", None),
         positions=positions,
-        metrics=Metrics(),
+        metrics=metrics,
         make_durable=make_durable,
-        stop=stream.asyncio.Event(),
+        stop=asyncio.Event(),
         status_seconds=10.0,
-        board=StatusBoard(),
+        board=StatusBoard("test", slot="s", publication="p", metrics=metrics),
         between=between,
         let_go_seconds=60.0,
         silence_seconds=60.0,

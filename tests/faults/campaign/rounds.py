@@ -34,6 +34,8 @@ _TICK_SECONDS: Final = 0.03
 #: For everything to quiet down. The longest that anything may wait by itself is a half-open
 #: connection to Qdrant, noticed by gRPC's keepalive after 50 s.
 _QUIET_SECONDS: Final = 150.0
+#: With administrators most tables are read again, some of them after one another.
+_QUIET_SECONDS_LONG: Final = 240.0
 _SIGN_SECONDS: Final = 0.3
 #: The daemon looks at the catalog every five seconds.
 _LOOK_SECONDS: Final = 6.0
@@ -179,7 +181,8 @@ class Runner:
     def _quiet(self, site: Site) -> None:
         """Wait until everything that was committed is confirmed, and every table that has to be
         read again has been."""
-        deadline = time.monotonic() + _QUIET_SECONDS
+        seconds = _QUIET_SECONDS if site.estate is None else _QUIET_SECONDS_LONG
+        deadline = time.monotonic() + seconds
         with site.database.connect() as connection:
             alive = _SignsOfLife(connection)
             reached = _caught_up(connection, site.pipeline)
@@ -219,7 +222,7 @@ class Runner:
             site.tick()
             if time.monotonic() > deadline:
                 raise CampaignError(
-                    f"{what} did not come within {_QUIET_SECONDS:g} s after the faults;"
+                    f"{what} did not come in time after the faults;"
                     f" wanted: {site.reader.wanted}\n{site.daemon.log()[-6000:]}"
                 )
             time.sleep(_TICK_SECONDS)

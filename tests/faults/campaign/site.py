@@ -41,15 +41,16 @@ STATE_EXIT: Final = 65
 #: What it may end with while somebody keeps it from following its tables: it says what is wrong.
 _ADVICE_EXITS: Final = frozenset({65, 69, 75, 77, 78})
 #: Until a daemon has seen that what was wrong is put back.
-_ADVICE_SECONDS: Final = 40.0
+_ADVICE_SECONDS: Final = 60.0
 _BUGS: Final = (b"Report this with the trace", b"never retrieved", b"Fatal Python error")
 _WANTED: Final = ("resync_wanted", "sweep_wanted")
-_COMPLETED: Final = ("resync_completed", "sweep_completed", "table_copied")
+_COMPLETED: Final = ("resync_completed", "sweep_completed", "partitions_copied", "table_copied")
 #: Between these, the tables that a new slot makes it read again are not known yet.
 _NEW_SLOT: Final = "a new slot"
 _MARKS: Final = (
     b"_wanted",
     b"_completed",
+    b"partitions_copied",
     b"table_copied",
     b"stream_begins_anew",
     b"streaming_started",
@@ -513,7 +514,9 @@ class Site:
         if self.estate is None:
             return
         for table in self.daemon.status()["tables"]:
-            self.estate.collections[str(table["name"]).partition(".")[2]] = str(table["collection"])
+            if table["collection"] is not None:
+                name = str(table["name"]).partition(".")[2]
+                self.estate.collections[name] = str(table["collection"])
         for keeper in (self.keeper, self.other):
             if keeper is not None:
                 self._write_config(keeper.daemon.config, self.tables)
