@@ -11,6 +11,7 @@ itself, and points are looked through for those whose partition is gone (R34).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from cdc_sync.config import Settings
 from cdc_sync.errors import CdcSyncError
@@ -28,6 +29,9 @@ from cdc_sync.sync.routing import Binding, PlannedTable, Unusable, bind
 from cdc_sync.sync.stopped_tables import concerns_one_table
 
 log = get_logger(__name__)
+
+#: Tables that are not ours which are remembered, so that each is spoken of once.
+_MAX_IGNORED: Final = 5_000
 
 
 class Relations:
@@ -148,9 +152,7 @@ class Relations:
         if planned is None:
             if relation.oid in self._unplanned:
                 return self._unplanned[relation.oid]
-            if relation.oid not in self._ignored:
-                self._ignored.add(relation.oid)
-                log.info("relation_ignored", table=f"{relation.namespace}.{relation.name}")
+            self._ignore(relation)
             return None
         known = self._bindings.get(relation.oid)
         if known is not None and known.relation == relation:
@@ -168,6 +170,18 @@ class Relations:
             self._metrics.add_table(planned.name).schema_changes["applied"].inc()
             log.info("columns_changed", table=planned.name, columns=len(relation.columns))
         return binding
+
+    def _ignore(self, relation: Relation) -> None:
+        """Say once that a table is not ours; partitions of ours have their own messages, too."""
+        if relation.oid in self._ignored:
+            return
+        if len(self._ignored) >= _MAX_IGNORED:
+            # Where all tables are published, temporary ones come and go without end.
+            self._ignored.clear()
+        self._ignored.add(relation.oid)
+        leaves = (leaf.oid for p in self._planned.values() for leaf in p.table.leaves)
+        if relation.oid not in leaves:
+            log.info("relation_ignored", table=f"{relation.namespace}.{relation.name}")
 
     def forget_type(self, oid: int) -> None:
         """A Type message came: what is known of that OID may be out of date (R13)."""

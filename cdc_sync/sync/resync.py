@@ -391,6 +391,7 @@ class Resync:
         self._relations.unsent.add(planned.plan.oid)
         self._barriers.forget(planned.plan.oid)
         self.stopped.planned(planned.name)
+        self._board.table(planned.name).update(collection=planned.plan.collection)
 
     async def _window(self, oids: Sequence[int]) -> None:
         tables = await self._ready(oids)

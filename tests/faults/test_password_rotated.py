@@ -30,7 +30,7 @@ from tests.support.chunk_source import (
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import Running, pipeline_settings, running
 from tests.support.proxy import ProxyTo
-from tests.support.qdrant_control import QdrantProcess, QdrantTarget
+from tests.support.qdrant_control import QdrantTarget
 from tests.support.rotation import Heard, Password, listening, says_nothing
 
 
@@ -356,28 +356,24 @@ async def test_workers_of_a_copy_do_not_wait_for_ever(
 
 
 async def test_a_first_copy_goes_on_when_it_has_arrived(
-    database18: Database, qdrant_private: QdrantProcess, password: Password
+    database18: Database,
+    qdrant: QdrantTarget,
+    password: Password,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Changed in the middle of a window: its workers go on, and the next one waits."""
+    caplog.set_level("DEBUG")
     add_pages(database18)
-    given = pipeline_settings(
-        database18,
-        qdrant_private,
-        "docs",
-        migration={"num_workers": 2, "window_seconds": 0.2, "chunk_rows": 100},
-    )
-    settings = password.settings(given)
-    qdrant_private.script.hold("Upsert", times=2)
+    slow = {"num_workers": 2, "window_seconds": 0.2, "chunk_rows": 100, "batch_delay": 200}
+    settings = password.settings(pipeline_settings(database18, qdrant, "docs", migration=slow))
     with listening() as heard:
-        async with running(settings, database18, qdrant_private, wait=False) as life:
-            await life.wait(lambda: qdrant_private.script.held() == 2, "the copy")
+        async with running(settings, database18, qdrant, wait=False) as life:
+            await life.wait(lambda: "chunk_copied" in caplog.messages, "the first chunk")
             new = password.new()
             password.change_on_server(new)
             change(database18)
-            # The window's time is over when this one is answered.
-            await asyncio.sleep(0.5)
-            qdrant_private.script.release()
             await life.wait(lambda: bool(heard.refusals), "a refusal")
+            assert "table_copied" not in caplog.messages
             password.path.write_text(new)
             await life.wait_streaming()
             await life.assert_equal()

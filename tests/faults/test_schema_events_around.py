@@ -372,6 +372,7 @@ async def test_key_changed_while_the_pipeline_is_down(
         database18.execute("ALTER TABLE docs ALTER COLUMN id TYPE bigint USING id::bigint")
         await play.wait_copied(1)
         await play.assert_settled()
+        assert play.table()["collection"] == settings.tables[0].collection
 
 
 async def test_a_migration_ends_with_the_error(database18: Database, qdrant: QdrantTarget) -> None:

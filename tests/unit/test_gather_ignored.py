@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 
 import pytest
 
 from cdc_sync.errors import ErrorKind, SourceError
+from cdc_sync.ops.metrics import Metrics
 from cdc_sync.pgoutput import messages as m
-from cdc_sync.sync import gather
+from cdc_sync.sync import gather, relations
 from cdc_sync.sync.gather import Gatherer
+from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.routing import Binding
 from tests.support import frames
 from tests.unit.test_gather import OID, RELATION, pending, row
 from tests.unit.test_gather import route as bound
+from tests.unit.test_source_history import SETTINGS
 
 COLUMNS = (m.RelationColumn("id", 20, -1, True), m.RelationColumn("a", 25, -1, False))
 OTHERS = 100_000
@@ -93,3 +97,49 @@ def test_one_that_is_sent_again_and_again_is_kept(scene: Scene) -> None:
         scene.send(again, m.Relation(oid, "public", "once", "d", COLUMNS))
     assert scene.gatherer._relations[OTHERS - 1][0] == again
     assert len(scene.gatherer._ignored) == 10
+
+
+@pytest.mark.requirement("R34")
+@pytest.mark.parametrize(
+    ("between", "noted"),
+    [
+        ((), True),
+        ((m.Type(9, "public", "mood"),), True),
+        ((m.Truncate(False, False, (OID,)),), False),
+        ((m.Insert(OID, row(1)),), False),
+    ],
+)
+def test_partitions_of_ours_are_told_from_other_tables(
+    between: tuple[m.Message, ...], noted: bool
+) -> None:
+    """Their Relation message comes right after that of their root, which is bound again meanwhile
+    without one of its own."""
+
+    def route(relation: m.Relation) -> Binding | None:
+        if relation.oid != OID:
+            return None
+        binding = bound(relation)
+        assert isinstance(binding, Binding)
+        planned = binding.planned
+        table = dataclasses.replace(planned.table, partitioned=True)
+        return dataclasses.replace(binding, planned=dataclasses.replace(planned, table=table))
+
+    scene = Scene()
+    scene.gatherer._route = route
+    leaf = m.Relation(OTHERS, "public", "leaf", "d", COLUMNS)
+    scene.send(RELATION, m.Insert(OID, row(1)))
+    scene.generation += 1
+    scene.send(m.Insert(OID, row(2)), m.Relation(OTHERS + 1, "public", "other", "d", COLUMNS))
+    scene.send(RELATION, *between, leaf)
+    leaves: set[int] = set()
+    while scene.gatherer.ready:
+        leaves |= scene.gatherer.take().leaves.get(OID, set())
+    assert leaves == ({OTHERS} if noted else set())
+
+
+def test_so_is_what_was_said_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relations, "_MAX_IGNORED", 10)
+    ours = Relations((), SETTINGS, Metrics())
+    for oid in range(OTHERS, OTHERS + 25):
+        assert ours.route(m.Relation(oid, "public", "once", "d", COLUMNS)) is None
+    assert len(ours._ignored) == 5
