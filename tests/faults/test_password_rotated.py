@@ -322,7 +322,8 @@ async def test_workers_of_a_copy_wait_for_it_and_take_it(
                 copying = asyncio.create_task(executor.copy(source, source.done))
                 try:
                     await wait_until(
-                        lambda: len(source.put_back_tasks) > 4 * MAX_LOSSES, "workers refused"
+                        lambda: copying.done() or len(source.put_back_tasks) > 4 * MAX_LOSSES,
+                        "workers refused",
                     )
                     assert not copying.done()
                     assert source.results == []

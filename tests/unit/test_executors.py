@@ -16,6 +16,7 @@ import pytest
 from cdc_sync.config import QdrantSettings, Settings, SourceSettings
 from cdc_sync.errors import ConfigError, ErrorKind, SinkError, SourceError
 from cdc_sync.mapping.table import Leaf
+from cdc_sync.postgres.connect import LoginRefusedError
 from cdc_sync.postgres.snapshot import SnapshotGoneError
 from cdc_sync.sync import executors, worker_pool
 from cdc_sync.sync.copy_process import WorkerLostError, pickled_error
@@ -207,6 +208,40 @@ async def test_a_cut_connection_is_tried_again_by_the_same_worker() -> None:
     await WorkerPool(1, crew.start).copy(source, source.done)
     assert source.copied == [0, 1]
     assert len(crew.workers) == 1
+
+
+async def test_a_password_that_is_refused_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the worker, which may be tried more often than one that is lost."""
+    monkeypatch.setattr(worker_pool, "_REFUSED_PAUSE_SECONDS", 0.0001)
+    refusals: list[Exception] = [LoginRefusedError("refused") for _ in range(30)]
+    crew, source = Crew(script({1: refusals})), chunks(4)
+    login = source.tasks[0].source.login
+    login.accept()
+    pool = WorkerPool(2, crew.start)
+    await pool.copy(source, source.done)
+    assert source.copied == list(range(4))
+    assert len(source.put_back_tasks) == 30
+    assert len(crew.workers) == 2
+    # What was refused then does not shorten the time of the next change.
+    assert login._refused is None
+    await pool.close()
+
+
+async def test_a_password_that_is_refused_for_too_long_ends_the_copy() -> None:
+    refusals: list[Exception] = [LoginRefusedError("refused", "put it there") for _ in range(30)]
+    crew, source = Crew(script({1: refusals})), chunks(4)
+    (source_settings,) = {id(task.source): task.source for task in source.tasks}.values()
+    tasks = [
+        replace(task, source=source_settings.model_copy(update={"credentials_grace_seconds": 0.0}))
+        for task in source.tasks
+    ]
+    source_settings.login.accept()
+    source = Chunks(deque(tasks))
+    with pytest.raises(SourceError) as caught:
+        await WorkerPool(2, crew.start).copy(source, source.done)
+    assert caught.value.kind is ErrorKind.SOURCE_AUTH
+    assert caught.value.remedy == "put it there"
+    crew.assert_all_stopped()
 
 
 async def test_a_chunk_that_kills_its_workers_ends_the_copy() -> None:

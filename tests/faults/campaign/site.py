@@ -45,7 +45,8 @@ _ADVICE_SECONDS: Final = 60.0
 _BUGS: Final = (b"Report this with the trace", b"never retrieved", b"Fatal Python error")
 _WANTED: Final = ("resync_wanted", "sweep_wanted")
 _COMPLETED: Final = ("resync_completed", "sweep_completed", "partitions_copied", "table_copied")
-#: Between these, the tables that a new slot makes it read again are not known yet.
+#: Until it streams, the tables that a new slot, or another collection of one, makes it read again
+#: are not known yet.
 _NEW_SLOT: Final = "a new slot"
 _MARKS: Final = (
     b"_wanted",
@@ -53,6 +54,7 @@ _MARKS: Final = (
     b"partitions_copied",
     b"table_copied",
     b"stream_begins_anew",
+    b"tables_planned_anew",
     b"streaming_started",
     b'"state"',
 )
@@ -184,6 +186,8 @@ class LogReader:
         name, table = event.get("event"), str(event.get("table"))
         if name == "state" and event.get("state") == "starting":
             self.wanted.clear()
+        elif name == "tables_planned_anew":
+            self.wanted = {_NEW_SLOT}
         elif name == "stream_begins_anew":
             self.wanted.add(_NEW_SLOT)
         elif name == "streaming_started":
