@@ -98,13 +98,16 @@ def read_publication(conn: PgConnection, name: str) -> Publication | None:
 
 
 # Rows of the catalog that say what a publication does with a table: the publication itself, the
-# table's own entry, those of partitions that have one, and of its schema. xmin changes with every
-# ALTER, also one that is undone.
+# table's own entry, those of tables that inherit from it, and of its schema. xmin changes with
+# every ALTER, also one that is undone. Entries of partitions mean nothing where the root is
+# published.
 _IDENTITIES: Final = """
 WITH RECURSIVE tree (root, oid) AS (
     SELECT wanted.oid, wanted.oid FROM unnest(%(oids)s::oid[]) AS wanted (oid)
     UNION
-    SELECT tree.root, i.inhrelid FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid)
+    SELECT tree.root, i.inhrelid
+      FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid
+      JOIN pg_class parent ON parent.oid = tree.oid AND parent.relkind <> 'p')
 SELECT tree.root,
        concat_ws(',', min(concat_ws('/', p.oid, p.xmin)),
                  string_agg(nullif(concat_ws('/', r.oid, r.xmin), ''), ';'
@@ -131,6 +134,13 @@ def publication_identities(conn: PgConnection, name: str, oids: Sequence[int]) -
     except psycopg.Error as exc:
         raise translate(exc, f"reading publication {name}") from exc
     return {int(oid): str(identity) for oid, identity in rows}
+
+
+def known_identity(recorded: str) -> str:
+    """An identity on record as :func:`publication_identities` gives it: to begin with whatever had
+    no entry left an empty one."""
+    parts = (";".join(filter(None, part.split(";"))) for part in recorded.split(","))
+    return ",".join(filter(None, parts))
 
 
 def create_publication_sql(

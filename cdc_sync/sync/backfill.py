@@ -128,7 +128,10 @@ class Backfill:
         has changed. On record when this returns."""
         ledger = self._ledgers.get(planned.name)
         if ledger is None:
-            sweep = sweep or self._dead_letters.has_letters(planned.name)
+            # Points of rows that were refused, and those without a row that are left as they are,
+            # may be older than rows that come now.
+            left = self._settings.migration.extra_points == "report"
+            sweep = sweep or left or self._dead_letters.has_letters(planned.name)
             ledger = self._open(planned, sweep=sweep, repair=False)
             ledger.take_as_copied(unread)
         elif sweep:
@@ -149,7 +152,7 @@ class Backfill:
         """Take nothing of the table as done any more, if a copy is under way. On record when this
         returns."""
         ledger = self._ledgers.get(planned.name)
-        if ledger is not None and ledger.record.leaves:
+        if ledger is not None and (ledger.record.leaves or ledger.complete):
             ledger.restart()
             await self._save([ledger])
             log.info("copy_restarted", table=planned.name)

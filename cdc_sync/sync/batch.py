@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from cdc_sync.sync.coalesce import TableBatch
@@ -68,6 +69,12 @@ class Batch:
     unmappable: list[Unmappable] = field(default_factory=list)
     unusable: dict[str, Dropped] = field(default_factory=dict)
     leaves: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+
+    def forget_leaves(self, relations: Collection[int]) -> None:
+        """These OIDs are of tables that are truncated together, so their messages came one after
+        the other as those of a table and its partition do."""
+        for leaves in self.leaves.values():
+            leaves.difference_update(relations)
 
     @property
     def empty(self) -> bool:

@@ -47,6 +47,15 @@ def recorded_definition(recorded: str) -> str:
     return recorded.partition(":")[2].partition(":")[2]
 
 
+def as_defined(recorded: str, definition: str) -> str:
+    """A fingerprint on record, as that of a table with another definition; one that says that all
+    must be filled again stays as it is."""
+    if is_recorded_stale(recorded):
+        return recorded
+    configuration, plan, _ = recorded.split(":", 2)
+    return f"{configuration}:{plan}:{definition}"
+
+
 def same_configuration(one: str, other: str) -> bool:
     """Whether two fingerprints differ at most in the table."""
     return one.partition(":")[0] == other.partition(":")[0]

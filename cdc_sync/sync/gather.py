@@ -41,7 +41,6 @@ _MAX_TRANSACTIONS = 4096
 #: ones of other programs come and go without end.
 _MAX_IGNORED = 5_000
 
-
 #: The kinds of messages as they are counted.
 MessageKind: TypeAlias = Literal[
     "begin", "commit", "insert", "update", "delete", "truncate", "relation", "type", "origin",
@@ -530,6 +529,7 @@ class Gatherer:
         transaction = self._current("Truncate")
         if transaction.skip:
             return
+        self._batch.forget_leaves(message.relations)
         bindings = [self._binding(oid) for oid in message.relations if oid in self._bindings]
         for unusable in bindings:
             if isinstance(unusable, Unusable):

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from cdc_sync.mapping.table import Leaf, attached_leaves
-from cdc_sync.qdrant.sink import BlockRange, LeafLedger, TableLedger
+from cdc_sync.qdrant.sink import BlockRange, LeafLedger, PipelineState, TableLedger
 from cdc_sync.sync.copying import Chunk
 from cdc_sync.sync.fingerprints import (
     fingerprint,
@@ -71,11 +71,7 @@ class Ledger:
         leaves = []
         for leaf in planned.table.leaves:
             before = known.pop(leaf.oid, None)
-            if (
-                before is None
-                or before.relfilenode != leaf.relfilenode
-                or (leaf.oid in attached and before.done)
-            ):
+            if before is None or before.relfilenode != leaf.relfilenode or leaf.oid in attached:
                 if before is not None or leaf.oid in attached:
                     # Its points may be of rows that are gone, or were computed anew.
                     self._change(sweep=True)
@@ -136,9 +132,7 @@ class Ledger:
     @property
     def copied(self) -> bool:
         """Whether every chunk is done."""
-        return bool(self.record.leaves) and all(
-            leaf.done == ((0, None),) for leaf in self.record.leaves
-        )
+        return all(leaf.done == ((0, None),) for leaf in self.record.leaves)
 
     @property
     def complete(self) -> bool:
@@ -180,6 +174,18 @@ class Ledger:
     def _change(self, **changes: object) -> None:
         self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
         self.dirty = True
+
+
+def unrecorded(ledgers: Iterable[TableLedger], state: PipelineState) -> list[str]:
+    """The tables of which a copy or a sweep was begun and is not on record as completed: something
+    is left to do, or its process ended right before that."""
+    known = {table.table: table.plan_fingerprint for table in state.tables}
+    return [
+        record.table
+        for record in ledgers
+        if not Ledger(record, _DEFAULT_CHUNK_PAGES).complete
+        or record.fingerprint != known.get(record.table)
+    ]
 
 
 def _left(leaf: LeafLedger) -> Iterator[BlockRange]:

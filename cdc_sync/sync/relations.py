@@ -71,6 +71,12 @@ class Relations:
         return self.stale | self.unswept | self.unread.keys()
 
     @property
+    def settled_definitions(self) -> dict[str, str]:
+        """How the tables are defined of which nothing is to be read, by name."""
+        wanted = self.wanted
+        return {p.name: self._definitions[o] for o, p in self._planned.items() if o not in wanted}
+
+    @property
     def tables(self) -> tuple[PlannedTable, ...]:
         """The tables with the plans in force."""
         return tuple(self._planned.values())
@@ -117,7 +123,10 @@ class Relations:
     def is_redefined(self, oid: int, definition: str) -> bool:
         """Whether a table is not defined any more as when it was read as a whole."""
         known = self._definitions.get(oid)
-        return known is not None and redefined(known, definition)
+        if known is None or known == definition:
+            # Comparing thousands of partitions takes a while.
+            return False
+        return redefined(known, definition)
 
     def observe(self, oid: int, definition: str) -> None:
         """Mark a table that was redefined since it was read as a whole."""
@@ -202,12 +211,17 @@ class Relations:
 
     def note_leaves(self, batch: Batch) -> list[PlannedTable]:
         """Mark tables of which the batch may hold rows of a partition that is not known: it may be
-        gone before anybody has seen it (R34). Returns them, marked before or not."""
+        gone before anybody has seen it (R34). Returns them, marked before or not, and those of
+        which it may hold rows of one that is to be read and is not on record."""
         found = []
         for oid, leaves in batch.leaves.items():
             planned = self._planned.get(oid)
-            if planned is not None and not leaves <= {leaf.oid for leaf in planned.table.leaves}:
+            if planned is None:
+                continue
+            known = {leaf.oid for leaf in planned.table.leaves}
+            if not leaves <= known:
                 self.mark_unswept(planned, "rows came of a partition that is not known")
+            if not leaves <= known - self.unread.get(oid, set()):
                 found.append(planned)
         return found
 
@@ -287,7 +301,7 @@ class Relations:
     def _compare_partitions(self, planned: PlannedTable, before: str, now: str) -> None:
         """Mark a table whose rows may have come or gone with partitions: of that the stream says
         nothing, nor of TRUNCATE of one (R34)."""
-        if not planned.table.partitioned or not before:
+        if not planned.table.partitioned or not before or before == now:
             return
         attached = attached_leaves(before, now)
         if attached - self.unread.get(planned.plan.oid, set()):

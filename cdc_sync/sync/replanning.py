@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from cdc_sync.config import Settings, TableSettings
-from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SourceError
+from cdc_sync.errors import CdcSyncError, ConfigError, ErrorKind, SinkError, SourceError
 from cdc_sync.mapping.planner import DimensionChangedError, replan
 from cdc_sync.mapping.table import Table
 from cdc_sync.ops.logging import get_logger
@@ -18,9 +18,14 @@ from cdc_sync.postgres.catalog import ServerInfo, find_table, read_table, server
 from cdc_sync.postgres.connect import PgConnection, connect, set_lock_timeout
 from cdc_sync.postgres.publication import Publication, add_to_publication, read_publication
 from cdc_sync.postgres.watch import table_signs
-from cdc_sync.qdrant.sink import TableState
+from cdc_sync.qdrant.sink import PipelineState, TableState
 from cdc_sync.sync.copying import LOCK_SECONDS
-from cdc_sync.sync.fingerprints import fingerprint, same_configuration
+from cdc_sync.sync.fingerprints import (
+    fingerprint,
+    is_recorded_stale,
+    is_stale,
+    same_configuration,
+)
 from cdc_sync.sync.planning import (
     as_recorded,
     check_followed,
@@ -49,6 +54,18 @@ def unless_locked() -> Iterator[None]:
         if error.kind is not ErrorKind.TABLE_LOCKED:
             raise
         raise WindowPostponedError("a table is locked") from error
+
+
+def check_unshared(planned: PlannedTable, error: CdcSyncError) -> None:
+    """Make sure that only this table has points in its collection, which ``error`` keeps from being
+    used. Raises COLLECTION_MISMATCH."""
+    if planned.plan.marks:
+        raise SinkError(
+            ErrorKind.COLLECTION_MISMATCH,
+            f"{error.message} It is not made anew, since others may have points in it too.",
+            f"Drop collection {planned.plan.collection} by hand, and let every pipeline that "
+            "writes to it copy its tables anew; or give the table a collection of its own.",
+        )
 
 
 class Replanner:
@@ -81,6 +98,28 @@ class Replanner:
                         raise
                     failed[before.name] = error
         return planned, failed
+
+    def as_recorded(
+        self, tables: Sequence[PlannedTable], state: PipelineState
+    ) -> list[PlannedTable]:
+        """Of the tables those that another process has read since they were planned here, as they
+        are now: a process that waits for the slot knows columns and partitions of long ago.
+
+        Those that stay locked are left out. Raises :class:`SourceError`.
+        """
+        known = {
+            t.table: t.plan_fingerprint
+            for t in state.tables
+            if t.copied and not is_recorded_stale(t.plan_fingerprint)
+        }
+        outdated = [p for p in tables if known.get(p.name, fingerprint(p)) != fingerprint(p)]
+        if not outdated:
+            return []
+        try:
+            found, _ = self.again(outdated)
+        except WindowPostponedError:
+            return []
+        return [planned for planned in found if not is_stale(known[planned.name], planned)]
 
     def sign(self, name: str, oid: int) -> str | None:
         """What tells whether something has changed about a table that has stopped; to be read

@@ -24,13 +24,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from cdc_sync.config import Settings
-from cdc_sync.errors import (
-    CdcSyncError,
-    ConfigError,
-    DimensionMismatchError,
-    ErrorKind,
-    SinkError,
-)
+from cdc_sync.errors import CdcSyncError, ConfigError, DimensionMismatchError, ErrorKind
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.ops.metrics import Metrics
 from cdc_sync.ops.status import StatusBoard
@@ -43,7 +37,7 @@ from cdc_sync.sync.barriers import Barriers
 from cdc_sync.sync.copying import LOCK_SECONDS
 from cdc_sync.sync.fingerprints import is_recorded_stale
 from cdc_sync.sync.gather import Batch
-from cdc_sync.sync.ledger import Ledger
+from cdc_sync.sync.ledger import unrecorded
 from cdc_sync.sync.opening import opening
 from cdc_sync.sync.planning import Unplanned
 from cdc_sync.sync.recent_transactions import RecentTransactions
@@ -51,6 +45,7 @@ from cdc_sync.sync.relations import Relations
 from cdc_sync.sync.replanning import (
     Replanner,
     WindowPostponedError,
+    check_unshared,
     unless_locked,
 )
 from cdc_sync.sync.retention import WAIT_SECONDS
@@ -87,10 +82,13 @@ class Resync:
         self._retry = retry
         self._records = records
         self._recorded: set[int] = set()
+        #: Definitions that were put on record since the tables were compared with it.
+        self._kept: dict[str, str] = {}
         self._uncopied: set[str] = set()
         #: Tables of which points may be there, be they copied or not.
         self._touched: set[str] = set()
-        #: Tables that are to be read again since the stream brings old changes once more.
+        #: Tables of which their next window puts on record where the stream stood: it brings old
+        #: changes once more, or has begun their ledger.
         self._replayed: set[str] = set()
         self._barriers = Barriers(settings, relations, self.applied_lately)
         self._next_try = 0.0
@@ -107,6 +105,8 @@ class Resync:
         #: Whether tables may stop; else the pipeline does.
         self.tolerant = True
         self.recent: RecentTransactions | None = None
+        #: Whether tables are compared with the record, so that what changes from then on shows.
+        self._follows = False
         #: Process of Postgres that streams to us, while one does.
         self.walsender: int | None = None
 
@@ -139,8 +139,16 @@ class Resync:
         """Mark tables that were redefined since they were read as a whole."""
         if self.recent is not None:
             self.recent.forget(position.xmin, position.xmax, position.running)
-        for oid, definition in definitions.items():
+        for oid, definition in definitions.items() if self._follows else ():
             self._relations.observe(oid, definition)
+
+    async def keep(self) -> None:
+        """Put on record how tables are defined by now of which nothing is to be read: the next life
+        is to find only what has changed since."""
+        now = self._relations.settled_definitions
+        if now != self._kept:
+            await self._records.defined(now)
+            self._kept = now
 
     async def compare(self, begins: int | None = None) -> None:
         """Mark tables that are not as the record says, or not copied yet; ``begins`` is where the
@@ -159,9 +167,13 @@ class Resync:
             )
         # Another process may have had the slot, and put other things on record.
         self._recorded.clear()
+        self._kept = {}
         self._barriers.clear()
         for name in self.stopped.names:
             await self._records.stopped(name)
+        followed = [p for p in self._relations.tables if not self.stopped.holds(p.name)]
+        for planned in await asyncio.to_thread(self._replanner.as_recorded, followed, state):
+            self._relations.reading(planned)
         self._relations.compare(state)
         self._uncopied = {table.table for table in state.tables if not table.copied}
         self._touched = {t.table for t in state.tables if is_recorded_stale(t.plan_fingerprint)}
@@ -174,8 +186,7 @@ class Resync:
         self._replayed = {planned.name for planned, _ in replayed}
         self._touched |= self._replayed
         ledgers = await self._sink.state.ledgers(self._settings.pipeline.name)
-        chunk_rows = self._settings.migration.chunk_rows
-        self._relations.mark_begun(t.table for t in ledgers if not Ledger(t, chunk_rows).complete)
+        self._relations.mark_begun(unrecorded(ledgers, state))
         wanted = self._relations.wanted
         names = {p.name for p in self._relations.tables if p.plan.oid in wanted}
         for ledger in ledgers:
@@ -186,6 +197,11 @@ class Resync:
         for planned in self._relations.tables:
             if self.stopped.holds(planned.name) or planned.name in self._replayed:
                 await self._backfill.restart(planned)
+        self._follows = begins is not None
+
+    def let_go(self) -> None:
+        """The slot is another's, or may be: what the catalog shows is its concern."""
+        self._follows = False
 
     async def note(self, batch: Batch) -> None:
         """Mark tables which the batch is going to write by other columns than they were copied by,
@@ -201,16 +217,19 @@ class Resync:
             await self._record_stale(planned)
         for planned in self._relations.note_leaves(batch):
             if not self.stopped.holds(planned.name):
-                await self._want_sweep(planned)
+                await self._note_leaves(planned)
 
-    async def _want_sweep(self, planned: PlannedTable) -> None:
-        """Points of the table without a row may be there from here on."""
-        if planned.plan.oid in self._relations.stale and not self._backfill.has_begun(planned.name):
+    async def _note_leaves(self, planned: PlannedTable) -> None:
+        """Points may be there from here on whose partition goes before the next look."""
+        sweep = planned.plan.oid in self._relations.unswept
+        begun = self._backfill.has_begun(planned.name)
+        if planned.plan.oid in self._relations.stale and not begun:
             # It is swept once it has been read.
             self._touched.add(planned.name)
             await self._record_stale(planned)
-        else:
-            await self._look_through(planned, sweep=True)
+        elif sweep or not begun:
+            self._replayed.add(planned.name)
+            await self._look_through(planned, sweep=sweep)
 
     async def outdated(self, planned: PlannedTable) -> None:
         """Mark a table whose rows could not be read by key, since its columns have changed. Errors
@@ -274,7 +293,7 @@ class Resync:
         whether something has changed about a table. ``began``: when the look did, on the monotonic
         clock; a table may have been mended and started since."""
         self.stopped.observe(signs)
-        for name, error in errors.items():
+        for name, error in errors.items() if self._follows else ():
             if not self.stopped.holds(name) and not self.stopped.has_started_since(name, began):
                 self._found[name] = error
 
@@ -460,15 +479,19 @@ class Resync:
         await self._sink.ensure_collection(
             planned.plan, create=self._settings.migration.create_collection
         )
+        attached = oid in self._relations.unread
+        reads = oid in self._relations.stale or attached
+        # A first copy meets what the stream does not bring only once the table has changed.
+        first = planned.name in self._uncopied and not attached
         fresh = not self._backfill.has_begun(planned.name)
+        if fresh and not first:
+            # Before the ledger, since whoever goes on with that does not come here again.
+            await self._records.reading(planned, position, rows=reads)
         if fresh:
             await self._begin(planned)
         outdated = self._backfill.is_outdated(planned) or planned.name in self._replayed
-        if outdated or (fresh and self._backfill.may_be_older(planned.name)):
-            # A first copy meets what the stream does not bring only once the table has changed.
-            first = planned.name in self._uncopied and not outdated
-            reads = oid in self._relations.stale or oid in self._relations.unread
-            await self._records.reading(planned, position, rows=reads and not first)
+        if outdated or (fresh and first and self._backfill.may_be_older(planned.name)):
+            await self._records.reading(planned, position, rows=reads and outdated)
             self._replayed.discard(planned.name)
         if not found.exists:
             # Whatever was copied is gone with it.
@@ -479,25 +502,12 @@ class Resync:
         try:
             return await self._sink.inspect(planned.plan)
         except DimensionMismatchError as error:
-            if not self._rebuilds(planned, error):
+            if not (self.stopped.holds(planned.name) and self._replanner.rebuilds(planned.name)):
                 raise
+            check_unshared(planned, error)
         log.warning("collection_dropped", table=planned.name, collection=planned.plan.collection)
         await self._sink.drop_collection(planned.plan)
         return CollectionState(exists=False)
-
-    def _rebuilds(self, planned: PlannedTable, error: CdcSyncError) -> bool:
-        """Whether the collection of a stopped table is to be made anew. Raises if it cannot be."""
-        if not self.stopped.holds(planned.name) or not self._replanner.rebuilds(planned.name):
-            return False
-        collection = planned.plan.collection
-        if planned.plan.marks:
-            raise SinkError(
-                ErrorKind.COLLECTION_MISMATCH,
-                f"{error.message} It is not made anew, since others may have points in it too.",
-                f"Drop collection {collection} by hand, and let every pipeline that writes to it "
-                "copy its tables anew; or give the table a collection of its own.",
-            )
-        return True
 
     async def _begin(self, planned: PlannedTable) -> None:
         first = planned.name in self._uncopied
@@ -510,10 +520,11 @@ class Resync:
             # that it was read by others.
             await self._record_stale(planned)
         # Rows deleted while their changes were not followed are found by the sweep; nothing was
-        # there before a first copy, unless the table has stopped before it.
+        # there before a first copy, unless the table has stopped, or lost a partition, before it.
+        older = planned.name in self._touched or planned.plan.oid in self._relations.unswept
         await self._backfill.begin(
             planned,
-            sweep=not first or self._settings.migration.adopt or planned.name in self._touched,
+            sweep=not first or self._settings.migration.adopt or older,
             repair=first and self._settings.migration.adopt,
         )
 

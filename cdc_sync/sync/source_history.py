@@ -20,7 +20,7 @@ from cdc_sync.errors import ErrorKind, SinkError, SourceError
 from cdc_sync.ops.logging import get_logger
 from cdc_sync.pgoutput.lsn import Lsn
 from cdc_sync.postgres.connect import LoginRefusedError, PgConnection, answering, connect
-from cdc_sync.postgres.publication import publication_identities
+from cdc_sync.postgres.publication import known_identity, publication_identities
 from cdc_sync.postgres.refetch import widen_xid
 from cdc_sync.postgres.replication import ReplicationConnection
 from cdc_sync.postgres.watch import SourcePosition
@@ -172,7 +172,8 @@ class SourceHistory:
 
     def _publications(self) -> dict[str, str]:
         """How the publication was for the tables, as far as that is on record."""
-        return dict(self._saved.publications) if self._saved is not None else {}
+        known = self._saved.publications if self._saved is not None else ()
+        return {table: known_identity(identity) for table, identity in known}
 
     def _settled(self, relations: Relations) -> tuple[tuple[str, str], ...]:
         """Of a table that is to be read again the old identity stays on record until it has been:

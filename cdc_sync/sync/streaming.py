@@ -241,6 +241,7 @@ class Streaming:
                 raise
             await asyncio.to_thread(connection.stop)
         finally:
+            self.resync.let_go()
             self._guard(None)
             connection.close()
 
@@ -310,6 +311,7 @@ class Streaming:
             keep = self.history.keep
             received = self.positions.received
             await self.trials.until_sink(lambda: keep(self.relations, received))
+            await self.trials.until_sink(self.resync.keep)
         reading = self.resync.wanted
         if reading:
             copying = self.resync.copying

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import TypeAlias
 
 from cdc_sync.config import SourceSettings
@@ -13,7 +13,7 @@ from cdc_sync.errors import StateError
 from cdc_sync.mapping.plan import TablePlan
 from cdc_sync.postgres.exclusive import lock_records
 from cdc_sync.qdrant.sink import PipelineState, StateStore, TableRebuild, TableState
-from cdc_sync.sync.fingerprints import as_stale, fingerprint, stale_fingerprint
+from cdc_sync.sync.fingerprints import as_defined, as_stale, fingerprint, stale_fingerprint
 from cdc_sync.sync.opening import opening
 from cdc_sync.sync.routing import PlannedTable
 
@@ -47,6 +47,19 @@ class TableRecords:
         """The table has been copied as a whole, by this plan; ``stale``: and must be once more."""
         text = stale_fingerprint(planned) if stale else fingerprint(planned)
         await self._change(planned, plan_fingerprint=text, copied=True)
+
+    async def defined(self, definitions: Mapping[str, str]) -> None:
+        """Tables, by name, are defined so by now, and nothing need be read for that."""
+        await self._update(
+            lambda tables: tuple(
+                dataclasses.replace(
+                    t, plan_fingerprint=as_defined(t.plan_fingerprint, definitions[t.table])
+                )
+                if t.copied and t.table in definitions
+                else t
+                for t in tables
+            )
+        )
 
     async def reading(self, planned: PlannedTable, lsn: int, *, rows: bool) -> None:
         """The table's points are going to be looked through, and its ``rows`` be read if so, with

@@ -55,8 +55,9 @@ def start_stream(
                 f"{plan.server.system_identifier} to {identity.system_identifier}",
             )
         timeline = check_history(connection, mark, applied)
-        # Of a table that could not be planned it is not known.
-        binary = not text and not plan.stopped and _can_be_binary(tables)
+        # Of a table that could not be planned it is not known; should one of its columns forbid it,
+        # the server says so, and the next session takes text.
+        binary = not text and _can_be_binary(tables)
         connection.start(source.slot, source.publication, options=StreamOptions(binary=binary))
     return TakenSlot(connection, timeline)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import cast
 
 import pytest
@@ -22,7 +23,9 @@ SETTINGS = Settings.model_validate(
         "tables": [{"name": "docs"}],
     }
 )
-EPOCH = 3 << 32
+#: Transaction ids until their numbers come round, and those before the ones here.
+EPOCHS = 1 << 32
+EPOCH = 3 * EPOCHS
 
 
 class Store:
@@ -117,3 +120,46 @@ async def test_what_was_applied_before_another_process_had_the_slot_does_not_cou
     await history.load()
     history.observe(seen(30, 30))
     assert await recorded(history, store) == EPOCH + 4
+
+
+# -- numbers that come round
+
+
+def look(xmax: int, *running: int) -> SourcePosition:
+    """A look at the source, of whatever epoch."""
+    return dataclasses.replace(seen(0, 0), xmin=xmax, xmax=xmax, running=frozenset(running))
+
+
+@pytest.mark.requirement("R75")
+@pytest.mark.parametrize("first", [1000, EPOCHS - 5, 3 * EPOCHS + 7])
+def test_a_transaction_stays_the_same_when_its_number_comes_round(
+    history: SourceHistory, first: int
+) -> None:
+    """A quiet table in a busy cluster: its last transaction is long ago."""
+    history.applied(first % EPOCHS)
+    # In steps, as it looks every few seconds.
+    for later in range(first + 10, first + 3 * EPOCHS, EPOCHS // 3):
+        history.observe(look(later))
+        assert history._visible_xid == first, later
+
+
+def test_a_number_is_that_of_the_present(history: SourceHistory) -> None:
+    history.applied(7)
+    history.observe(look(2 * EPOCHS + 100))
+    assert history._visible_xid == 2 * EPOCHS + 7
+    history.applied(9)
+    history.observe(look(2 * EPOCHS + 100))
+    assert history._visible_xid == 2 * EPOCHS + 9
+
+
+def test_one_that_is_not_over_is_looked_at_again(history: SourceHistory) -> None:
+    history.applied(50)
+    history.observe(look(100, 50))
+    assert history._visible_xid == 0
+    history.observe(look(100))
+    assert history._visible_xid == 50
+    history.applied(120)
+    history.observe(look(110))
+    assert history._visible_xid == 50
+    history.observe(look(130))
+    assert history._visible_xid == 120

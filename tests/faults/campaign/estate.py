@@ -223,6 +223,10 @@ class Estate:
     _options: str = "publish_via_partition_root = true"
     #: The tables that are configured.
     configured: list[str] = field(default_factory=lambda: list(OWN_TABLES))
+    #: Whether all of them have been copied; before that one that is made anew is refused.
+    copied: bool = False
+    #: Those of which rebuilds were begun in this round: they keep their vectors.
+    rebuilding: set[str] = field(default_factory=set)
     #: The collections of those that were rebuilt, by table.
     collections: dict[str, str] = field(default_factory=dict)
 
@@ -293,6 +297,19 @@ class Estate:
         return done
 
     # -- the publication
+
+    def alterable(self, table: str) -> list[str]:
+        """The columns that may be renamed or dropped. A collection that is made meanwhile has the
+        vectors of the moment, and would not fit the table once they are put back."""
+        vectors = ("emb", "hint") if table in self.rebuilding else ()
+        return [name for name in COLUMNS[table] if name not in vectors]
+
+    def begin_rebuild(self, table: str) -> bool:
+        """Have the table keep its vectors; returns whether it has them now."""
+        self.rebuilding.add(table)
+        with self.hand() as hand:
+            there = hand.columns(table)
+        return {*COLUMNS[table]} <= {*there} and not any(name.endswith(AWAY) for name in there)
 
     def note_publication(self) -> None:
         """Remember the publication, if it has all of the tables."""

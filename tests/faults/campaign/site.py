@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 import psutil
+import psycopg
 
 from cdc_sync.demo.embedded import PostgresServer
 from tests.faults.campaign.commands import Commands
@@ -262,6 +263,8 @@ class Site:
                 "shutdown_timeout_seconds": _DRAIN_SECONDS,
                 "startup_timeout_seconds": 300,
                 "status_interval_seconds": 1,
+                # What was refused while a table was altered is written before both are compared.
+                **({"dead_letter_retry_seconds": 10} if self.estate is not None else {}),
             },
             qdrant={"timeout_seconds": _DEADLINE_SECONDS},
             migration={
@@ -278,9 +281,13 @@ class Site:
         if self.estate is None or self._choose.random() < 0.5:
             return self.database.url_through(self.postgres_proxy)
         name = self.database.name
-        role = least_privileged(
-            self.database, self.tables, publication=name, pipeline={"name": name}
-        )
+        role = None
+        while role is None:
+            # Autovacuum may be at work in the tables.
+            with contextlib.suppress(psycopg.errors.DeadlockDetected):
+                role = least_privileged(
+                    self.database, self.tables, publication=name, pipeline={"name": name}
+                )
         self.estate.grant(role.name)
         return through(role, f"{self.postgres_proxy.host}:{self.postgres_proxy.port}")
 
@@ -489,6 +496,10 @@ class Site:
     def rebuild_arguments(self, table: str) -> tuple[str, ...]:
         """``cdc-sync rebuild`` of a table into a new collection."""
         assert self.commands is not None
+        assert self.estate is not None
+        self.postgres()
+        if not self.estate.begin_rebuild(table):
+            raise NotPossibleError("the table lacks columns at the moment")
         collection = f"{table}_v{next(self._numbers)}"
         tables = [
             {**one, "collection": collection} if one["name"] == table else one
@@ -507,6 +518,8 @@ class Site:
             self.command("rebuild", "--table", table, "--abort")
             self._tend_until(self.commands.over)
         self.commands.rebuilds.clear()
+        if self.estate is not None:
+            self.estate.rebuilding.clear()
 
     def _tend_until(self, over: Callable[[], bool]) -> None:
         while not over():
@@ -517,6 +530,7 @@ class Site:
         """A table that was rebuilt has another collection; so has the configuration then."""
         if self.estate is None:
             return
+        self.estate.copied = True
         for table in self.daemon.status()["tables"]:
             if table["collection"] is not None:
                 name = str(table["name"]).partition(".")[2]

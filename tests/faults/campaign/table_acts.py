@@ -47,7 +47,7 @@ def column_added(estate: Estate, hand: Hand, choose: random.Random) -> None:
 def column_dropped(estate: Estate, hand: Hand, choose: random.Random) -> None:
     """And perhaps added again by the same name."""
     table = choose.choice(OWN_TABLES)
-    name = choose.choice(list(COLUMNS[table]))
+    name = choose.choice(estate.alterable(table))
     parts = [
         lambda: hand.run(f"ALTER TABLE {table} DROP COLUMN {name}"),
         lambda: write(hand, choose, table),
@@ -65,7 +65,7 @@ def column_dropped(estate: Estate, hand: Hand, choose: random.Random) -> None:
 def column_renamed(estate: Estate, hand: Hand, choose: random.Random) -> None:
     """And perhaps back; others may be added by its name."""
     table = choose.choice(OWN_TABLES)
-    name = choose.choice(list(COLUMNS[table]))
+    name = choose.choice(estate.alterable(table))
     parts = [lambda: hand.run(f"ALTER TABLE {table} RENAME COLUMN {name} TO {name}{AWAY}")]
     after = choose.choice(("", "back", "another"))
     if after == "back":
@@ -204,6 +204,8 @@ def renamed_away(estate: Estate, hand: Hand, choose: random.Random) -> None:
 @act()
 def made_anew(estate: Estate, hand: Hand, choose: random.Random) -> None:
     """Dropped and created again, with other rows of the same keys."""
+    if not estate.copied:
+        raise NotPossibleError("the first copy is not over")
     estate.note_publication()
     table = choose.choice((PAPERS, SHOWN))
     parts = [lambda: hand.run(f"DROP TABLE {table}"), lambda: hand.run(create_table(table))]
