@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import pytest
 
 from cdc_sync.errors import CdcSyncError
+from cdc_sync.sync import source_history
 from cdc_sync.sync.resync import Resync
 from tests.support.fix_postgres import Database
 from tests.support.pipeline_task import Running, pipeline_settings, running
@@ -58,12 +60,23 @@ def together(log: Sequence[Mapping[str, Any]]) -> int:
     return max(itertools.accumulate(change for _, change in sorted(moments)))
 
 
+def updates_received(life: Running) -> float:
+    return life.metric("received_messages_total", kind="update")
+
+
 def update_all(database: Database, note: str) -> None:
     with database.connect() as connection, connection.transaction():
         for table in TABLES:
             connection.execute(f"UPDATE {table} SET note = %s".encode(), (note,))
 
 
+@pytest.fixture
+def no_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mark of the source is a write, too."""
+    monkeypatch.setattr(source_history, "_SAVE_SECONDS", math.inf)
+
+
+@pytest.mark.usefixtures("no_marks")
 async def test_as_many_tables_as_requests_may_go_together(
     database18: Database, qdrant: QdrantTarget, faults: Faults
 ) -> None:
@@ -74,9 +87,16 @@ async def test_as_many_tables_as_requests_may_go_together(
     )
     async with running(settings, database18, qdrant) as life:
         await life.caught_up()
+        faults.hold("write")
+        database18.execute("UPDATE t0 SET note = 'first' WHERE id = 1")
+        await life.wait(lambda: faults.held() == 1, "the first")
+        # While it waits the others come together.
+        before = updates_received(life)
+        update_all(database18, "held")
+        await life.wait(lambda: updates_received(life) == before + 20 * len(TABLES), "the others")
         faults.hold("write", times=REQUESTS)
         faults.clear_log()
-        update_all(database18, "held")
+        faults.release()
         await life.wait(lambda: faults.held() == REQUESTS, "requests side by side")
         await asyncio.sleep(0.3)
         waiting = [entry for entry in faults.log() if entry["points"] is not None]
@@ -85,6 +105,7 @@ async def test_as_many_tables_as_requests_may_go_together(
         await life.assert_equal()
 
 
+@pytest.mark.usefixtures("no_marks")
 async def test_tables_of_one_collection_wait_for_each_other(
     database18: Database, qdrant: QdrantTarget, faults: Faults
 ) -> None:
