@@ -21,7 +21,7 @@ _SECONDS = 60.0
 
 @pytest.mark.slow(seconds=130)
 @pytest.mark.timeout(_SECONDS + 900)
-@pytest.mark.parametrize("seed", [campaign_seed()])
+@pytest.mark.parametrize("seed", [campaign_seed()], ids=["seed"])
 def test_administrators(seed: int, private_postgres: PrivatePostgres, tmp_path: Path) -> None:
     campaign = Campaign(seed, _SECONDS, tmp_path, more="administrators")
     run_campaign(campaign, private_postgres(POSTGRES_SETTINGS))

@@ -2,8 +2,8 @@
 once everything is quiet both sides are equal.
 
 TEST_FAULTS_SECONDS says how long new rounds begin (default 120), TEST_FAULTS_SEED with which seed
-(default: another each time, shown in the test's id and at the end of the run), TEST_FAULTS_ROUND
-with which round to begin, TEST_FAULTS_WITH which events to have that are left out otherwise, and
+(default: another each time, shown at the end of the run), TEST_FAULTS_ROUND with which round to
+begin, TEST_FAULTS_WITH which events to have that are left out otherwise, and
 TEST_FAULTS_ONLY which to have alone. ``administrators`` among them are all that
 ``campaign/administrators.py`` and ``campaign/acts.py`` have (test_administrators.py).
 """
@@ -42,7 +42,7 @@ def test_a_seed_gives_one_schedule() -> None:
 
 @pytest.mark.slow(seconds=140)
 @pytest.mark.timeout(_SECONDS + 600)
-@pytest.mark.parametrize("seed", [campaign_seed()])
+@pytest.mark.parametrize("seed", [campaign_seed()], ids=["seed"])
 def test_fault_campaign(seed: int, private_postgres: PrivatePostgres, tmp_path: Path) -> None:
     run_campaign(
         Campaign(

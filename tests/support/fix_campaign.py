@@ -1,5 +1,6 @@
-"""The seed of the fault campaign: chosen once per run of the tests, the same in all of its
-processes, and shown at the end."""
+"""The seed of the fault campaigns: chosen once per run of the tests, the same in all of its
+processes, and shown at the end. No part of the tests' names, so that what has failed is found again
+in a run of its own."""
 
 from __future__ import annotations
 
@@ -27,5 +28,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Show the seed if the campaign was run."""
     stats = terminalreporter.stats
     reports = [*stats.get("passed", ()), *stats.get("failed", ()), *stats.get("error", ())]
-    if any("test_fault_campaign[" in getattr(report, "nodeid", "") for report in reports):
+    names = ("::test_fault_campaign[", "::test_administrators[")
+    if any(name in getattr(report, "nodeid", "") for report in reports for name in names):
         terminalreporter.write_line(f"fault campaign: {SEED}={campaign_seed()}")
