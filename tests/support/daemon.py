@@ -131,9 +131,16 @@ class Daemon:
 
     def peak_rss_bytes(self) -> int:
         """Peak resident memory of the daemon's own process, by the kernel's account."""
+        return self._memory("VmHWM:")
+
+    def anonymous_bytes(self) -> int:
+        """Memory of its own: without the files that it maps, which an embedded database's are."""
+        return self._memory("RssAnon:")
+
+    def _memory(self, account: str) -> int:
         assert self.process is not None
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
-        line = next(x for x in status.splitlines() if x.startswith("VmHWM:"))
+        line = next(x for x in status.splitlines() if x.startswith(account))
         return int(line.split()[1]) * 1024
 
     def children(self) -> list[psutil.Process]:

@@ -29,7 +29,7 @@ POSTGRES_SETTINGS: Final = {
     "max_connections": "200",
     "max_wal_size": "1GB",
 }
-_MEMORY_BYTES: Final = 600e6
+_MEMORY_BYTES: Final = 400e6
 _TICK_SECONDS: Final = 0.03
 #: For everything to quiet down. The longest that anything may wait by itself is a half-open
 #: connection to Qdrant, noticed by gRPC's keepalive after 50 s.

@@ -138,7 +138,7 @@ class Keeper:
 
     def note_memory(self) -> None:
         if self.daemon.running:
-            self.peak_bytes = max(self.peak_bytes, self.daemon.peak_rss_bytes())
+            self.peak_bytes = max(self.peak_bytes, self.daemon.anonymous_bytes())
 
     def workers(self) -> list[psutil.Process]:
         """Processes that copy."""
